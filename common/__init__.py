@@ -1,0 +1,1 @@
+"""What all four projects share about machines: devices, ranks, files, logs. Nothing about learning."""

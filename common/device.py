@@ -1,0 +1,269 @@
+"""One device, chosen once: npu, cuda or cpu, with precision, seeding, memory and synchronisation on top of it.
+
+The rest of the repo never asks which device it is on. What differs between devices is either behind `torch.accelerator`
+and `torch.get_device_module`, or in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import platform
+import random
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DEVICES = ("auto", "npu", "cuda", "cpu")
+PRECISIONS = ("fp32", "bf16", "fp16")
+_AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class UsageError(SystemExit):
+    """A mistake the user can mend: ends the program with one `error: ...` line on stderr and exit status 2.
+
+    A `SystemExit`, so that a long traceback does not hide the sentence the user has to read.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(2)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def print_usage_errors(main):
+    """Decorator of an entry script's `main`: prints a `UsageError` as one line and exits with status 2."""
+
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UsageError as error:
+            print(f"error: {error.message}", file=sys.stderr, flush=True)
+            raise
+
+    wrapped.__wrapped__ = main
+    return wrapped
+
+
+def resolve(name: str = "auto", index: int = 0) -> torch.device:
+    """The device to run on, made current.
+
+    Args:
+        name: npu, cuda, cpu, or auto (the accelerator that is there, else the CPU).
+        index: which of the visible devices, i.e. the local rank.
+
+    Raises:
+        UsageError: the device asked for is absent. It never becomes a CPU silently: a run meant for eight cards that
+            crawls on the host for a night is worse than one that stops here.
+    """
+    if name not in DEVICES:
+        raise UsageError(f"--device {name}: unknown device, choose one of {', '.join(DEVICES)}")
+    if name in ("auto", "npu"):
+        _import_torch_npu(required=name == "npu")
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator is not None else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+
+    module = getattr(torch, name, None)
+    if module is None or not module.is_available():
+        raise UsageError(f"--device {name}: {_why_absent(name)}")
+    count = module.device_count()
+    if index >= count:
+        raise UsageError(
+            f"--device {name}: device {index} was asked for but only {count} are visible "
+            f"({_visible_devices_variable(name)}={os.environ.get(_visible_devices_variable(name), 'not set')})"
+        )
+    device = torch.device(name, index)
+    module.set_device(device)
+    if name == "npu":
+        from common import npu
+
+        npu.set_up()
+    return device
+
+
+def _import_torch_npu(required: bool) -> None:
+    """torch_npu registers the `npu` device when imported; newer versions do it on `import torch` by entry point."""
+    if hasattr(torch, "npu") or importlib.util.find_spec("torch_npu") is None:
+        return
+    try:
+        import torch_npu  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        if required:
+            raise UsageError(f"--device npu: torch_npu is installed but does not import: {error}") from error
+        # auto: an Ascend host whose driver set-up is broken must be told so, not sent to the CPU
+        if Path("/dev/davinci_manager").exists():
+            raise UsageError(
+                f"this host has Ascend cards but torch_npu does not import: {error}. Source CANN's set_env.sh, or ask "
+                "for --device cpu"
+            ) from error
+
+
+def _why_absent(name: str) -> str:
+    if name == "npu":
+        if importlib.util.find_spec("torch_npu") is None and not hasattr(torch, "npu"):
+            return "torch_npu is not installed (pip install torch_npu, in the version of your torch and CANN)"
+        return "torch_npu is there but sees no card: check the driver (npu-smi info) and ASCEND_RT_VISIBLE_DEVICES"
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    return "no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"
+
+
+def _visible_devices_variable(name: str) -> str:
+    return "ASCEND_RT_VISIBLE_DEVICES" if name == "npu" else "CUDA_VISIBLE_DEVICES"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Autocast with the dtype said aloud: torch's default is bf16 on a CPU and fp16 on npu and cuda."""
+    _check_precision(precision)
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST_DTYPE[precision])
+
+
+class StaticGradScaler(torch.amp.GradScaler):
+    """Loss scaling by a constant. Steps with inf or nan gradients are skipped; the scale stays.
+
+    torch refuses `growth_factor=1`, so the constant needs its own `update` (Ascend apex's `loss_scale=128.0`).
+    """
+
+    def update(self, new_scale=None) -> None:
+        if not self._enabled:
+            return
+        scale, _ = self._check_scale_growth_tracker("update")
+        if new_scale is not None:
+            scale.fill_(new_scale)
+        # forget this step's inf checks, as the parent does
+        self._per_optimizer_states.clear()
+
+
+def grad_scaler(device: torch.device, precision: str, loss_scale: str | float = "dynamic") -> torch.amp.GradScaler:
+    """The gradient scaler of a run: active for fp16 only. `loss_scale` is "dynamic" or a number for a static scale.
+
+    Its `state_dict` belongs in the checkpoint.
+    """
+    _check_precision(precision)
+    enabled = precision == "fp16"
+    if loss_scale == "dynamic":
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+    try:
+        scale = float(loss_scale)
+    except ValueError:
+        raise UsageError(f"loss scale {loss_scale!r}: give 'dynamic' or a number") from None
+    if scale <= 0:
+        raise UsageError(f"loss scale {loss_scale}: must be above 0")
+    return StaticGradScaler(device.type, init_scale=scale, enabled=enabled)
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+
+
+def mix_seed(*ints: int) -> int:
+    """A 63-bit seed from several integers, e.g. (seed, epoch, sample index).
+
+    A hash and not a sum: (seed 0, epoch 1) and (seed 1, epoch 0) must not draw the same numbers.
+    """
+    digest = hashlib.blake2b(",".join(str(int(i)) for i in ints).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def step_generator(seed: int, *ints: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on (seed, ints) alone, so that a resumed run draws what the first would have drawn."""
+    return torch.Generator(device=device).manual_seed(mix_seed(seed, *ints))
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch on every device. Model initialisation follows from it."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seeded(seed: int, *ints: int) -> None:
+    """Seeds torch's global generators (CPU and accelerator) from (seed, ints): once a step, from (seed, step, rank).
+
+    Dropout and drop path of library modules draw from the global generators; this makes them a function of the step.
+    """
+    torch.manual_seed(mix_seed(seed, *ints))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until all work queued on the device is done; nothing to wait for on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on the accelerator, or resident set size of this process on a CPU."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def describe(device: torch.device) -> str:
+    """The hardware in words, for logs and result files."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
+    return f"{platform.machine()} CPU, {available_cores()} cores"
+
+
+def available_cores() -> int:
+    """Cores this process may use, which in a container is fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Runs a block with that many intra-op threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_torchvision_schemas: torch.library.Library | None = None  # kept alive: the ops vanish with the object
+
+
+def repair_torchvision() -> bool:
+    """Makes `import torchvision` work beside a torch without CUDA. Returns whether a repair was needed.
+
+    PyPI's torchvision wheel links its C++ ops against CUDA. Beside a CPU or NPU torch they cannot load, and the import
+    dies with "operator torchvision::nms does not exist". None of our projects uses those ops; registering the two names
+    torchvision looks for is enough. Where the ops do load (CUDA, or a torchvision built for this torch) nothing is
+    done.
+
+    Call it before anything imports torchvision or timm.
+    """
+    global _torchvision_schemas
+    if "torchvision" in sys.modules or _torchvision_schemas is not None:
+        return _torchvision_schemas is not None
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return False
+    for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
+        try:
+            torch.ops.load_library(str(library))
+            return False
+        except OSError:
+            continue
+    _torchvision_schemas = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        _torchvision_schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return True

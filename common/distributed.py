@@ -1,0 +1,201 @@
+"""The process group: up from torchrun's variables, down on every path, and the few collectives the projects need.
+
+Everything here also works in a single process without a group, so no caller asks whether it is distributed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common import device as devices
+
+# Backend by device. The pair for npu lets CPU tensors (counters, objects, checkpoints' metadata) use gloo beside hccl.
+_BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the run."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_timeout_s: int = 600) -> Iterator[World]:
+    """Resolves the device and, under torchrun, brings the process group up; takes it down on every path.
+
+    The first meeting may take long (hosts start at different times, caches fill); after it each collective must be done
+    within `train_timeout_s`, so that a lost host ends the job in minutes and not in half an hour.
+
+    Raises:
+        devices.UsageError: absent device, or torchrun's variables missing or contradictory.
+    """
+    rank, size, local_rank, local_size = _ranks_from_environment()
+    device = devices.resolve(device_name, local_rank)
+    world = World(device, rank, size, local_rank, local_size)
+    if "RANK" not in os.environ:
+        yield world
+        return
+
+    backend = _BACKEND[device.type]
+    if world.is_main:
+        timeouts = f"{init_timeout_s} s to meet, {train_timeout_s} s a collective"
+        print(f"process group: {size} ranks, {backend}, time-outs: {timeouts}", flush=True)
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=init_timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        barrier()
+        _set_timeout(timedelta(seconds=train_timeout_s))
+        yield world
+    finally:
+        # After an error the other ranks may never answer: destroy does not wait for them, and torchrun ends them all.
+        with contextlib.suppress(RuntimeError, ValueError):
+            dist.destroy_process_group()
+
+
+def _ranks_from_environment() -> tuple[int, int, int, int]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "RANK" not in os.environ:
+        return 0, 1, int(os.environ.get("LOCAL_RANK", 0)), 1
+    missing = [name for name in (*names[:3], "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise devices.UsageError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
+    try:
+        rank, size, local_rank, local_size = (int(os.environ.get(name, 1)) for name in names)
+    except ValueError as error:
+        raise devices.UsageError(f"{', '.join(names)} must be integers: {error}") from None
+    if not 0 <= rank < size:
+        raise devices.UsageError(f"RANK={rank} is not below WORLD_SIZE={size}: start with torchrun")
+    return rank, size, local_rank, local_size
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    """Sets the time-out of later collectives on every backend of the default group."""
+    group = dist.group.WORLD
+    for device in group._device_types:
+        with contextlib.suppress(RuntimeError):  # gloo lists cuda as well, where there may be none
+            group._get_backend(device)._set_default_timeout(timeout)
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    """Waits for all ranks. An all-reduce of one number: unlike `dist.barrier` it need not guess a device."""
+    if is_distributed():
+        dist.all_reduce(torch.zeros(1))  # a CPU tensor: every backend string above has gloo for it
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor, the sum over ranks; no gradient."""
+    tensor = tensor.detach().clone()
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor, the mean over ranks; no gradient."""
+    return all_reduce_sum(tensor) / world_size()
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.rows = tensor.shape[0]
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)  # [world * rows, ...]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        start = rank() * ctx.rows
+        return gradient[start : start + ctx.rows]
+
+
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' tensors (equal shapes) concatenated on dim 0 in rank order, differentiable.
+
+    The backward pass sums the gradient over ranks and returns this rank's rows: exact when the global objective is the
+    *sum* of the ranks' losses. DDP averages parameter gradients, so with a per-rank *mean* loss over its local rows the
+    result is the gradient of the mean over the global batch.
+    """
+    return _AllGather.apply(tensor) if is_distributed() else tensor
+
+
+def any_rank_nonfinite(*tensors: torch.Tensor | float) -> bool:
+    """Whether any value on any rank is inf or nan: one small all-reduce, the same answer everywhere."""
+    return bool(_nonfinite_by_rank(*tensors).any())
+
+
+def _nonfinite_by_rank(*tensors: torch.Tensor | float) -> torch.Tensor:
+    flags = torch.zeros(world_size(), dtype=torch.int32)
+    values = [t.detach() if isinstance(t, torch.Tensor) else torch.tensor(float(t)) for t in tensors]
+    flags[rank()] = int(any(not bool(torch.isfinite(value).all()) for value in values))
+    if is_distributed():
+        dist.all_reduce(flags)
+    return flags
+
+
+def stop_if_nonfinite(value: torch.Tensor | float, what: str, step: int) -> None:
+    """Stops every rank at the same step when `value` is inf or nan on any: call it before the optimizer step.
+
+    Raises:
+        FloatingPointError: on all ranks, naming those that saw it.
+    """
+    flags = _nonfinite_by_rank(value)
+    if flags.any():
+        ranks = ", ".join(str(r) for r in flags.nonzero().flatten().tolist())
+        raise FloatingPointError(
+            f"{what} is not finite at step {step} on rank {ranks}: the model was not updated with it. "
+            "Lower the learning rate, clip gradients, or use bf16 instead of fp16; the last checkpoint is intact"
+        )
+
+
+def broadcast_object(obj: Any, source: int = 0) -> Any:
+    """`obj` of the source rank, on all ranks."""
+    if not is_distributed():
+        return obj
+    box = [obj if rank() == source else None]
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Every rank's `obj`, in rank order, on all ranks."""
+    if not is_distributed():
+        return [obj]
+    objects: list[Any] = [None] * world_size()
+    dist.all_gather_object(objects, obj)
+    return objects

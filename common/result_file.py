@@ -1,0 +1,92 @@
+"""The ModelZoo result file `${CaseName}.log`: its name, its keys, and keeping earlier ones."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+KEYS = (
+    "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime ActualLoss E2ETrainingTime TrainAccuracy"
+).split()
+
+
+class ResultFile:
+    """`Key = value` lines in the spelling that ModelZoo's collectors read, plus `Status` (RUNNING, OK or FAILED).
+
+    `ActualFPS` is over all ranks, `TrainingTime` is milliseconds a step, `E2ETrainingTime` seconds. A key without a
+    value is left out rather than written empty.
+    """
+
+    def __init__(
+        self, folder: Path, network: str, batch_size: int | str, rank_size: int, case_kind: str, device_type: str
+    ):
+        if case_kind not in ("acc", "perf"):
+            raise ValueError(f"case kind {case_kind!r}: acc or perf")
+        self.case_name = f"{network}_bs{batch_size}_{rank_size}p_{case_kind}"
+        self.path = Path(folder) / f"{self.case_name}.log"
+        self._fixed = {"Network": network, "RankSize": rank_size, "BatchSize": batch_size}
+        if device_type:
+            self._fixed["DeviceType"] = device_type
+        self._fixed["CaseName"] = self.case_name
+        self._last: dict[str, Any] = {}
+
+    def values(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """All keys in the order of the file."""
+        merged = {**self._fixed, **measured}
+        return {key: merged[key] for key in (*KEYS, *merged) if key in merged}
+
+    def write(self, measured: dict[str, Any]) -> None:
+        """Replaces the file at once, so that a reader never sees half of it."""
+        self._last = self.values(measured)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(f"{key} = {value}\n" for key, value in self._last.items()))
+        os.replace(temporary, self.path)
+
+    def status(self) -> str | None:
+        """Status of the file on disk, None without one."""
+        return read(self.path).get("Status") if self.path.exists() else None
+
+    def print_final(self, fps_unit: str) -> None:
+        """The block that ModelZoo users read off the end."""
+        print("------------------ Final result ------------------")
+        if "ActualFPS" in self._last:
+            print(f"Final Performance {fps_unit} : {self._last['ActualFPS']}")
+        if "TrainAccuracy" in self._last:
+            print(f"Final Train Accuracy : {self._last['TrainAccuracy']}")
+        print(f"E2E Training Duration sec : {self._last['E2ETrainingTime']}", flush=True)
+
+
+def read(path: str | Path) -> dict[str, str]:
+    """The `Key = value` lines of a result file."""
+    pairs = (line.split(" = ", 1) for line in Path(path).read_text().splitlines() if " = " in line)
+    return dict(pairs)
+
+
+def keep_aside(folder: Path) -> Path | None:
+    """Moves an earlier run's files to `earlier/<time>/` in the folder; returns that folder, None when there was no run.
+
+    Launcher logs (train_*.log) stay: they are being written already, and the launcher has seen to them.
+    """
+    patterns = (
+        "metrics.jsonl",
+        "tensorboard",
+        "loss.png",
+        "log.txt",
+        "train_*_loss.txt",
+        "checkpoint*",
+        "*_acc.log",
+        "*_perf.log",
+    )
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not found:
+        return None
+    aside = folder / "earlier" / time.strftime("%Y%m%d-%H%M%S")
+    while aside.exists():
+        aside = aside.with_name(aside.name + "x")
+    aside.mkdir(parents=True)
+    for path in found:
+        path.rename(aside / path.name)
+    return aside

@@ -1,0 +1,342 @@
+"""Loss and FPS of a run: console line, metrics.jsonl, TensorBoard, loss plot and the ModelZoo result file.
+
+FPS is defined in throughput.py; the wait for data, which it includes, is also reported apart as `data_ms`, the mean
+wait a step in milliseconds. All numbers in the result file are measured here; nothing is fished out of printed text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from common import device as devices
+from common.distributed import World
+from common.result_file import ResultFile, keep_aside
+from common.throughput import SteadyClock
+
+Scalar = float | int | torch.Tensor
+
+
+class RunLog:
+    """The log of one training run, used as a context manager around the loop.
+
+    On entering a fresh run, an earlier run's files in the same folder are moved to `earlier/<time>/`; with
+    `resume=True` they are continued. An exception inside the block leaves `Status = FAILED` in the result file and
+    goes on upwards.
+    Only the main rank writes; all ranks may call everything.
+
+    Args:
+        output_dir: where the files go.
+        world: this process among the others, and its device.
+        network: name of the project, e.g. "ViT_for_PyTorch".
+        batch_size: samples per device and step, as in CaseName.
+        case_kind: "acc" for a training run, "perf" for a short speed run.
+        total_steps: length of the run in steps, for the progress bar and the estimate of the remaining time.
+        log_every: steps between two lines.
+        resume: continue the files that are there.
+        skip_steps: first steps that do not count in FPS.
+        fps_unit: unit printed with the final performance.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        world: World,
+        network: str,
+        batch_size: int,
+        case_kind: str = "acc",
+        total_steps: int | None = None,
+        log_every: int = 10,
+        resume: bool = False,
+        skip_steps: int = 10,
+        fps_unit: str = "images/sec",
+    ):
+        self.folder = Path(output_dir)
+        self.world = world
+        self.total_steps = total_steps
+        self.log_every = max(1, log_every)
+        self.resume = resume
+        self.fps_unit = fps_unit
+        self.result = ResultFile(
+            self.folder, network, batch_size, world.size, case_kind, devices.describe(world.device)
+        )
+        self._clock = SteadyClock(world.device, skip_steps)
+        self._window = _Window()
+        self._losses: dict[int, float] = {}  # by step: a resumed run goes over some steps again
+        self._started = time.perf_counter()
+
+    # -- the run as a whole ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> RunLog:
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.resume:
+                self._losses = read_losses(self.folder / "metrics.jsonl")
+            else:
+                keep_aside(self.folder)
+            from torch.utils.tensorboard import SummaryWriter  # half a second of imports, on the main rank only
+
+            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+            self.result.write({"Status": "RUNNING"})
+        # None: tqdm shows the bar on a terminal and stays silent in a log file
+        self.progress = tqdm(total=self.total_steps, disable=None if self.world.is_main else True, unit="step")
+        self._started = time.perf_counter()
+        self._clock.start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.progress.close()
+        if not self.world.is_main:
+            return
+        if error is not None:
+            self.result.write({"Status": "FAILED", "Error": _last_line(error)})
+        self._metrics.close()
+        self._tensorboard.close()
+
+    def finish(self, accuracy: float | None = None, loss: float | None = None, **extra: Any) -> dict[str, Any]:
+        """Writes the loss plot, the loss list and the result file, and prints the final block.
+
+        Args:
+            accuracy: the run's quality in percent (or in the project's own unit); absent from the file when None.
+            loss: the final loss; by default the mean over the last logged window.
+            **extra: further `Key = value` lines of the result file.
+
+        Returns:
+            What the result file says.
+        """
+        self._flush_window()
+        duration = time.perf_counter() - self._started
+        fps = self._clock.fps()
+        if loss is None and self._losses:
+            loss = self._losses[max(self._losses)]
+        values: dict[str, Any] = {"E2ETrainingTime": round(duration, 2)}
+        if fps is not None:
+            values["ActualFPS"] = round(fps, 3)
+            values["TrainingTime"] = round(1000 * self._clock.seconds_per_step(), 3)  # milliseconds a step
+        if loss is not None:
+            values["ActualLoss"] = round(loss, 6)
+        if accuracy is not None:
+            values["TrainAccuracy"] = accuracy
+        if fps is not None and not self._clock.is_steady:
+            values["FPSNote"] = "too few steps: the warm-up steps are counted"
+        memory = devices.peak_memory_bytes(self.world.device)
+        values |= {"PeakMemoryMiB": memory >> 20, **extra, "Status": "OK"}
+        if self.world.is_main:
+            self._write_losses()
+            self.progress.close()
+            self.result.write(values)
+            self.result.print_final(self.fps_unit)
+        return self.result.values(values)
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Around fetching a batch: counts the wait as `data_ms`."""
+        begin = time.perf_counter()
+        yield
+        self._window.data_seconds += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def pause(self, name: str) -> Iterator[None]:
+        """Around an evaluation or a checkpoint: its time does not count in FPS and is recorded as `<name>_s`."""
+        self._flush_window()
+        begin = self._clock.pause()
+        yield
+        seconds = self._clock.go_on(begin)
+        self._window.begin = time.perf_counter()
+        self._write_metrics({"kind": "pause", "step": self._window.step, f"{name}_s": round(seconds, 3)})
+
+    def step(
+        self,
+        step: int,
+        samples: int,
+        loss: Scalar,
+        lr: float,
+        grad_norm: Scalar | None = None,
+        epoch: float | None = None,
+        **extra: Scalar,
+    ) -> None:
+        """Records one optimizer step. Tensors stay on the device and are read only when a line is due.
+
+        Args:
+            step: steps done so far, counted from 1 over the whole run.
+            samples: samples of this step over all ranks.
+            loss: of this step; the line shows the mean over its window.
+            lr: learning rate that this step used.
+            grad_norm: before clipping.
+            epoch: position in epochs.
+            **extra: further scalars, averaged over the window like the loss.
+        """
+        self._clock.tick(samples)
+        scalars = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **extra}
+        self._window.add(step, samples, epoch, {k: v for k, v in scalars.items() if v is not None})
+        self.progress.update(step - self.progress.n)
+        if step % self.log_every == 0 or step == self.total_steps:
+            self._flush_window()
+
+    def record(self, step: int, kind: str, **scalars: Any) -> None:
+        """Writes one line of another kind than training, e.g. `record(step, "eval", top1=81.2)`."""
+        values = {k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in scalars.items()}
+        self._write_metrics({"kind": kind, "step": step, **values})
+        if self.world.is_main:
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+        self.info(f"[{kind}] step {step} " + " ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def info(self, message: str) -> None:
+        """Prints on the main rank, above the progress bar."""
+        if self.world.is_main:
+            self.progress.write(message)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _flush_window(self) -> None:
+        window = self._window
+        if window.steps == 0:
+            return
+        values = window.means()  # the one place where training waits for the device
+        seconds = time.perf_counter() - window.begin
+        line: dict[str, Any] = {"kind": "train", "step": window.step}
+        if window.epoch is not None:
+            line["epoch"] = round(window.epoch, 6)
+        line |= values
+        line["fps"] = round(window.samples / max(seconds, 1e-9), 3)
+        line["data_ms"] = round(1000 * window.data_seconds / window.steps, 3)
+        self._window = _Window(step=window.step)
+        self._losses[window.step] = values["loss"]
+        self._write_metrics(line)
+        if self.world.is_main:
+            for key, value in line.items():
+                if key not in ("kind", "step"):
+                    self._tensorboard.add_scalar(f"train/{key}", value, window.step)
+        self.info(self._console_line(line))
+
+    def _console_line(self, line: dict[str, Any]) -> str:
+        total = f"/{self.total_steps}" if self.total_steps else ""
+        scalars = {k: v for k, v in line.items() if k not in ("kind", "step")}
+        text = f"step {line['step']}{total} " + " ".join(f"{k} {_short(v)}" for k, v in scalars.items())
+        fps = self._clock.fps()
+        if self.total_steps and fps and self._clock.is_steady:
+            left = (self.total_steps - line["step"]) * self._clock.seconds_per_step()
+            text += f" left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+        return text
+
+    def _write_metrics(self, line: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+
+    def _write_losses(self) -> None:
+        if not self._losses:
+            return
+        losses = sorted(self._losses.items())
+        name = f"train_{self.result.case_name}_loss"
+        (self.folder / f"{name}.txt").write_text("".join(f"{loss:.6f}\n" for _, loss in losses))
+        plot_loss(losses, self.folder / "loss.png", title=self.result.case_name)
+
+
+class _Window:
+    """Sums of the steps since the last line; tensors are summed on their device, without waiting for it."""
+
+    def __init__(self, step: int = 0):
+        self.step = step
+        self.steps = 0
+        self.samples = 0
+        self.epoch: float | None = None
+        self.data_seconds = 0.0
+        self.begin = time.perf_counter()
+        self._sums: dict[str, Scalar] = {}
+        self._lr = 0.0
+
+    def add(self, step: int, samples: int, epoch: float | None, scalars: dict[str, Scalar]) -> None:
+        self.step, self.epoch = step, epoch
+        self.steps += 1
+        self.samples += samples
+        self._lr = float(scalars.pop("lr"))
+        for key, value in scalars.items():
+            if isinstance(value, torch.Tensor):
+                value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def means(self) -> dict[str, float]:
+        """Mean of each scalar over the window; `lr` is the last one."""
+        means = {key: float(value) / self.steps for key, value in self._sums.items()}
+        loss = means.pop("loss")
+        return {"loss": loss, "lr": self._lr, **means}
+
+
+def read_losses(metrics: Path) -> dict[int, float]:
+    """Loss by step of a metrics.jsonl; where a resumed run repeats a step, its later line counts."""
+    losses: dict[int, float] = {}
+    if metrics.exists():
+        for text in metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a crash
+                line = json.loads(text)
+                if line.get("kind") == "train":
+                    losses[line["step"]] = line["loss"]
+    return losses
+
+
+def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:
+    """Draws the loss over steps, with a running mean when there are enough points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [step for step, _ in losses]
+    values = [loss for _, loss in losses]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(
+        steps, values, color="tab:blue", alpha=0.4 if len(values) > 20 else 1.0, marker="." if len(values) == 1 else ""
+    )
+    if len(values) > 20:
+        width = max(2, len(values) // 20)
+        means = [math.fsum(values[i - width + 1 : i + 1]) / width for i in range(width - 1, len(values))]
+        axes.plot(steps[width - 1 :], means, color="tab:blue", label=f"mean of {width} lines")
+        axes.legend()
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _last_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1]}" if text else type(error).__name__
+
+
+def main() -> None:
+    """`python -m common.run_log failed ...`: the launcher's word on a run whose Python could not write it itself."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("status", choices=["failed"])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--network", required=True)
+    parser.add_argument("--batch_size", required=True)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--case_kind", required=True)
+    parser.add_argument("--error", required=True)
+    options = parser.parse_args()
+    file = ResultFile(options.output_dir, options.network, options.batch_size, options.ranks, options.case_kind, "")
+    if file.status() != "FAILED":
+        file.write({"Status": "FAILED", "Error": options.error})
+
+
+if __name__ == "__main__":
+    main()
