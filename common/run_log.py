@@ -10,6 +10,8 @@ import argparse
 import contextlib
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,8 +90,9 @@ class RunLog:
             self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
             self.result.write({"Status": "RUNNING"})
-        # None: tqdm shows the bar on a terminal and stays silent in a log file
-        self.progress = tqdm(total=self.total_steps, disable=None if self.world.is_main else True, unit="step")
+        # The launcher writes to a log and to the terminal at once: only it knows that there is a terminal behind it.
+        has_terminal = sys.stderr.isatty() or os.environ.get("PROGRESS_BAR") == "1"
+        self.progress = tqdm(total=self.total_steps, disable=not (self.world.is_main and has_terminal), unit="step")
         self._started = time.perf_counter()
         self._clock.start()
         return self

@@ -1,0 +1,221 @@
+#!/usr/bin/env bash
+# Sourced by every test/*.sh: the only argument parser, launcher and exit-code keeper in shell.
+#
+# A script sets Network, CaseKind (acc|perf), RankSize, its defaults and, if it has flags of its own, ExtraFlags;
+# then `source launch.sh "$@"`, `require FLAG ...` and `launch SCRIPT.py ARGS...`.
+#
+#   --key=value and --key value, from the project folder or from test/; an unknown flag is an error that names the
+#   nearest known one; everything after a lone -- goes to the Python script unchanged.
+#   Output: test/output/$ASCEND_DEVICE_ID/, with one train_<device id>.log a rank. Logs are appended to, never removed.
+#   Exit code: the training's own; of several ranks, that of the one that failed first.
+set -euo pipefail
+
+common_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+launcher_script=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/$(basename "${BASH_SOURCE[1]}")
+project_dir=$(cd "$(dirname "$launcher_script")/.." && pwd)
+
+house_flags="data_path batch_size epochs max_steps device device_id nproc precision ckpt_path output_dir
+  nnodes node_rank master_addr master_port cpu_bind"
+switches="dry_run help" # flags without a value
+pass_through=()
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+usage() {
+  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$launcher_script"
+  local flags
+  read -r -a flags <<<"$(echo $house_flags ${ExtraFlags:-})"
+  echo "Flags: $(printf -- '--%s= ' "${flags[@]}")--dry_run --help; after a lone --, arguments for the Python script"
+}
+
+unknown_flag() {
+  local nearest
+  nearest=$(python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.5))' \
+    "$1" $house_flags ${ExtraFlags:-} $switches)
+  die "unknown flag --$1${nearest:+; did you mean --$nearest?} (--help lists all; Python options go after a lone --)"
+}
+
+parse_flags() {
+  local name value
+  for name in $house_flags ${ExtraFlags:-} $switches; do
+    [[ -v $name ]] || printf -v "$name" ''
+  done
+  while (($#)); do
+    if [[ $1 == -- ]]; then
+      shift
+      pass_through=("$@")
+      break
+    fi
+    [[ $1 == --?* ]] || die "unexpected argument '$1': flags are written --key=value or --key value"
+    name=${1%%=*}
+    name=${name#--}
+    if [[ " $switches " == *" $name "* ]]; then
+      printf -v "$name" true
+    elif [[ " ${house_flags//$'\n'/ } ${ExtraFlags:-} " != *" $name "* ]]; then
+      unknown_flag "$name"
+    else
+      if [[ $1 == *=* ]]; then
+        value=${1#*=}
+      else
+        (($# > 1)) && [[ $2 != --* ]] || die "--$name needs a value"
+        value=$2
+        shift
+      fi
+      # a relative path is meant from where the user stands; Python runs in the project folder
+      [[ $value != /* && -n $value && -e $value ]] && value=$(realpath "$value")
+      printf -v "$name" '%s' "$value"
+    fi
+    shift
+  done
+}
+
+check_flags() {
+  local name
+  for name in batch_size epochs max_steps device_id nproc nnodes node_rank master_port; do
+    [[ -z ${!name} || ${!name} =~ ^[0-9]+$ ]] || die "--$name=${!name}: must be a whole number"
+  done
+  [[ -z $data_path || -e $data_path ]] || die "--data_path=$data_path: no such file or folder"
+  [[ -z $ckpt_path || $ckpt_path == *://* || -e $ckpt_path ]] || die "--ckpt_path=$ckpt_path: no such file or folder"
+  [[ ${device:=auto} =~ ^(auto|npu|cuda|cpu)$ ]] || die "--device=$device: choose auto, npu, cuda or cpu"
+  [[ -z $precision || $precision =~ ^(fp32|bf16|fp16)$ ]] || die "--precision=$precision: choose fp32, bf16 or fp16"
+  [[ ${cpu_bind:=auto} =~ ^(auto|off)$ ]] || die "--cpu_bind=$cpu_bind: choose auto or off"
+  : "${nproc:=${RankSize:-1}}" "${nnodes:=1}" "${node_rank:=0}" "${master_port:=29500}"
+  ((nproc > 0 && nnodes > 0)) || die "--nproc=$nproc --nnodes=$nnodes: both must be at least 1"
+  ((node_rank < nnodes)) || die "--node_rank=$node_rank: must be below --nnodes=$nnodes"
+  ((nnodes == 1)) || [[ -n $master_addr ]] || die "--nnodes=$nnodes needs --master_addr, the address of node 0"
+}
+
+# Usage: require FLAG... ; stops when one has no value.
+require() {
+  local name
+  for name in "$@"; do
+    [[ -n ${!name} ]] || die "--$name is required: bash test/$(basename "$launcher_script") --$name=..."
+  done
+}
+
+# One device by number: the other cards of the host stay invisible to the run.
+select_device() {
+  local kind variable
+  for kind in npu:ASCEND_RT_VISIBLE_DEVICES cuda:CUDA_VISIBLE_DEVICES; do
+    variable=${kind#*:}
+    [[ $device == "${kind%%:*}" || $device == auto ]] || continue
+    [[ -z ${!variable:-} || ${!variable} == "$device_id" ]] ||
+      die "--device_id=$device_id, but $variable=${!variable}: set only one of them"
+    export "$variable=$device_id"
+  done
+}
+
+npu_is_meant() {
+  [[ $device == npu ]] || { [[ $device == auto ]] && [[ -e /dev/davinci_manager ]]; }
+}
+
+prepare() {
+  [[ -z $device_id ]] || ((nproc > 1)) || select_device
+  export ASCEND_DEVICE_ID=${device_id:-${ASCEND_DEVICE_ID:-0}}
+  : "${output_dir:=$project_dir/test/output/$ASCEND_DEVICE_ID}"
+  [[ $output_dir == /* ]] || output_dir=$PWD/$output_dir
+  mkdir -p "$output_dir" || die "--output_dir=$output_dir: cannot be created"
+  if npu_is_meant && [[ ${etp_running_flag:-} != true ]]; then
+    source "$common_dir/env_npu.sh"
+  fi
+  if [[ -z ${OMP_NUM_THREADS:-} ]] && ((nproc > 1)); then
+    local cores
+    cores=$(nproc_available)
+    export OMP_NUM_THREADS=$((cores / nproc > 0 ? cores / nproc : 1))
+  fi
+}
+
+nproc_available() { command nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
+
+# Ends the run's whole process tree: first politely (torchrun passes it on to the ranks), after 40 s by force.
+end_run() {
+  trap '' INT TERM
+  local children waited=0
+  children=$(descendants "$run_pid")
+  kill -TERM -- "-$run_pid" 2>/dev/null || true
+  while ((waited++ < 80)) && kill -0 "$run_pid" 2>/dev/null; do sleep 0.5; done
+  kill -KILL -- "-$run_pid" $children 2>/dev/null || true
+}
+
+descendants() {
+  local child
+  for child in $(pgrep -P "$1" || true); do
+    echo "$child"
+    descendants "$child"
+  done
+}
+
+# Usage: launch SCRIPT.py ARGS... ; runs it on all ranks of this node and exits with its exit code.
+launch() {
+  prepare
+  local command=(python3 "$@" --output_dir "$output_dir" --device "$device" --case_kind "$CaseKind")
+  [[ -z $precision ]] || command+=(--precision "$precision")
+  [[ -z $max_steps ]] || command+=(--max_steps "$max_steps")
+  command+=("${pass_through[@]}")
+
+  export LAUNCH_LOG_DIR=$output_dir LAUNCH_CPU_BIND=$cpu_bind
+  LAUNCH_STATUS_DIR=$(mktemp -d)
+  export LAUNCH_STATUS_DIR
+  if [[ -t 2 ]]; then export PROGRESS_BAR=1; fi
+  local run=(bash "$common_dir/run_rank.sh" "${command[@]}")
+  if ((nproc * nnodes > 1)); then
+    local meeting=(--standalone)
+    ((nnodes == 1)) || meeting=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "$master_addr" --master_port "$master_port")
+    run=(python3 -m torch.distributed.run "${meeting[@]}" --nproc_per_node "$nproc" --no_python "${run[@]}")
+  fi
+  if [[ $dry_run == true ]]; then
+    printf 'cd %q && ' "$project_dir"
+    printf '%q ' "${run[@]}"
+    echo
+    return 0
+  fi
+
+  cd "$project_dir"
+  set -m # the run gets a process group of its own, which a signal then ends as a whole
+  "${run[@]}" </dev/null &
+  run_pid=$!
+  set +m
+  trap 'end_run; report_failure 143; exit 143' TERM
+  trap 'end_run; report_failure 130; exit 130' INT
+  local code=0
+  wait "$run_pid" || code=$?
+  trap - INT TERM
+  ((code == 0)) || { report_failure "$code"; code=$failed_code; }
+  rm -rf "$LAUNCH_STATUS_DIR"
+  exit "$code"
+}
+
+# Finds the rank that failed first (one ended by torchrun's signal did not fail by itself), shows its last lines, and
+# writes Status = FAILED where Python could not. Sets failed_code.
+report_failure() {
+  failed_code=$1
+  local status rank="" log
+  for status in $(ls -tr "$LAUNCH_STATUS_DIR" 2>/dev/null); do
+    local code log_id
+    read -r code log_id <"$LAUNCH_STATUS_DIR/$status"
+    if [[ $code != 0 && ($code != 143 || -z $rank) ]]; then
+      rank=$status log=$output_dir/train_$log_id.log
+      [[ $code == 143 ]] || { failed_code=$code; break; }
+    fi
+  done
+  if [[ -n $rank ]]; then
+    echo "error: rank $rank failed with exit code $failed_code; last lines of $log:" >&2
+    # of this run only: earlier runs are in the same file
+    awk '/^==== /{lines = ""} {lines = lines $0 "\n"} END {printf "%s", lines}' "$log" | tail -n 15 | sed 's/^/  | /' >&2
+  else
+    echo "error: the run ended with exit code $failed_code; logs: $output_dir/train_*.log" >&2
+  fi
+  (cd "$common_dir/.." && python3 -m common.run_log failed --output_dir "$output_dir" --network "$Network" \
+    --batch_size "${batch_size:-0}" --ranks "$((nproc * nnodes))" --case_kind "$CaseKind" \
+    --error "exit code $failed_code, see train_*.log") || true
+}
+
+parse_flags "$@"
+if [[ $help == true ]]; then
+  usage
+  exit 0
+fi
+check_flags
