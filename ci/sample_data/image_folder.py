@@ -1,0 +1,25 @@
+"""`images/`: an image folder `{train,val}/<class>/<name>.png`, the emoji groups being the classes.
+
+One picture per emoji, without the skin-tone variants: with them two thirds of all pictures would be people.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ci.sample_data import emoji_table
+
+PACKAGES = emoji_table.PACKAGES
+
+
+def build(archives: dict[str, Path], folder: Path) -> None:
+    """Write the set into the empty `folder`."""
+    table = [emoji for emoji in emoji_table.read(archives) if not emoji.has_skin_tone]
+    held_out = emoji_table.validation_families(table)
+    for emoji in table:
+        split = "val" if emoji.family in held_out else "train"
+        path = folder / split / emoji_table.slug(emoji.group) / f"{emoji.slug}.png"
+        if path.exists():  # two names that differ in signs only
+            path = path.with_stem(f"{emoji.slug}_{emoji.code}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        emoji.picture().save(path)
