@@ -201,14 +201,16 @@ report_failure() {
       [[ $code == 143 ]] || { failed_code=$code; break; }
     fi
   done
-  if [[ -n $rank ]]; then
+  if [[ $failed_code == 143 || $failed_code == 130 ]]; then
+    echo "error: the run was ended by a signal; logs: $output_dir/train_*.log" >&2
+  elif [[ -n $rank ]]; then
     echo "error: rank $rank failed with exit code $failed_code; last lines of $log:" >&2
     # of this run only: earlier runs are in the same file
     awk '/^==== /{lines = ""} {lines = lines $0 "\n"} END {printf "%s", lines}' "$log" | tail -n 15 | sed 's/^/  | /' >&2
   else
     echo "error: the run ended with exit code $failed_code; logs: $output_dir/train_*.log" >&2
   fi
-  (cd "$common_dir/.." && python3 -m common.run_log failed --output_dir "$output_dir" --network "$Network" \
+  (cd "$common_dir/.." && python3 -m common.result_file failed --output_dir "$output_dir" --network "$Network" \
     --batch_size "${batch_size:-0}" --ranks "$((nproc * nnodes))" --case_kind "$CaseKind" \
     --error "exit code $failed_code, see train_*.log") || true
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from pathlib import Path
@@ -90,3 +91,23 @@ def keep_aside(folder: Path) -> Path | None:
     for path in found:
         path.rename(aside / path.name)
     return aside
+
+
+def main() -> None:
+    """`python -m common.result_file failed ...`: the launcher's word on a run that could not write it itself."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("status", choices=["failed"])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--network", required=True)
+    parser.add_argument("--batch_size", required=True)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--case_kind", required=True)
+    parser.add_argument("--error", required=True)
+    options = parser.parse_args()
+    file = ResultFile(options.output_dir, options.network, options.batch_size, options.ranks, options.case_kind, "")
+    if file.status() != "FAILED":
+        file.write({"Status": "FAILED", "Error": options.error})
+
+
+if __name__ == "__main__":
+    main()

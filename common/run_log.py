@@ -6,7 +6,6 @@ wait a step in milliseconds. All numbers in the result file are measured here; n
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -323,23 +322,3 @@ def _short(value: Any) -> str:
 def _last_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[-1]}" if text else type(error).__name__
-
-
-def main() -> None:
-    """`python -m common.run_log failed ...`: the launcher's word on a run whose Python could not write it itself."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("status", choices=["failed"])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--network", required=True)
-    parser.add_argument("--batch_size", required=True)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--case_kind", required=True)
-    parser.add_argument("--error", required=True)
-    options = parser.parse_args()
-    file = ResultFile(options.output_dir, options.network, options.batch_size, options.ranks, options.case_kind, "")
-    if file.status() != "FAILED":
-        file.write({"Status": "FAILED", "Error": options.error})
-
-
-if __name__ == "__main__":
-    main()

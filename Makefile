@@ -1,0 +1,44 @@
+# One set-up, the same for users and CI: .venv with pinned dependencies, then the target.
+PROJECT ?= ViT_for_PyTorch
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTorch
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format sample_data clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv with the pinned dependencies
+
+# torch first and by exact version: left to itself pip takes a newer build with gigabytes of CUDA libraries.
+$(STAMP): constraints.txt requirements-dev.txt $(wildcard *_for_PyTorch/requirements.txt)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 10) <= v <= (3, 12), f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ..."'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt $(foreach f,$(wildcard *_for_PyTorch/requirements.txt),-r $(f))
+	@touch $(STAMP)
+
+sample_data: $(STAMP) ## build the small real data sets in .sample_data/
+	python -m ci.sample_data.build
+
+demo: sample_data ## train a small model on real pictures and show the result; PROJECT=X_for_PyTorch for another project
+	@test -f $(PROJECT)/test/demo.sh || { echo "error: PROJECT=$(PROJECT): choose one of $(PROJECTS)" >&2; exit 2; }
+	bash $(PROJECT)/test/demo.sh $(CURDIR)/.sample_data
+
+test: sample_data ## run every test of the repo; PYTEST_ARGS="-k resume" for some
+	python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style and format
+	ruff check .
+	ruff format --check .
+
+format: $(STAMP) ## format the code
+	ruff format .
+	ruff check --fix .
+
+clean: ## remove .venv and the sample data; training output stays
+	rm -rf $(VENV) .sample_data
