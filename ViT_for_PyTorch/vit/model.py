@@ -1,0 +1,81 @@
+"""The Vision Transformer: timm's module, set up as MAE fine-tuning has it (facebookresearch/mae models_vit.py)."""
+
+from functools import partial
+from typing import Any, Literal
+
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+HEAD_INIT_STD = 2e-5  # main_finetune.py; a fresh head starts at uniform predictions and does not disturb the encoder
+
+# img_size, patch_size, embed_dim, depth, num_heads
+PRESETS: dict[str, dict[str, int]] = {
+    "vit_demo": dict(img_size=72, patch_size=12, embed_dim=192, depth=6, num_heads=3),
+    "vit_small_p16": dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "vit_base_p16": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "vit_large_p16": dict(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    "vit_huge_p14": dict(img_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16),
+}
+
+
+def model_names() -> list[str]:
+    """The names `create_model` knows."""
+    return list(PRESETS)
+
+
+def build_model(
+    img_size: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    num_classes: int,
+    global_pool: Literal["avg", "token"] = "avg",
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """A ViT classifier [B, 3, img_size, img_size] -> logits [B, num_classes] with MAE's parameter names.
+
+    `global_pool="avg"` averages the patch tokens and normalises after it (`fc_norm`); "token" normalises the sequence
+    (`norm`) and takes the class token. LayerNorm eps 1e-6, erf GELU, MLP ratio 4, `drop_path` rising linearly from 0 to
+    the given rate over the blocks. ValueError for sizes that do not divide or an unknown pooling.
+    """
+    if img_size % patch_size:
+        raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be 1 or more, not {num_classes}")
+    if global_pool not in ("avg", "token"):
+        raise ValueError(f"global_pool must be 'avg' or 'token', not {global_pool!r}")
+    model = VisionTransformer(
+        img_size=img_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        global_pool=global_pool,
+        fc_norm=global_pool == "avg",
+        drop_path_rate=drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        act_layer=nn.GELU,
+    )
+    reset_head(model)
+    return model
+
+
+def reset_head(model: VisionTransformer) -> None:
+    """Fresh classifier weights, as MAE starts fine-tuning."""
+    trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
+    nn.init.zeros_(model.head.bias)
+
+
+def create_model(name: str, num_classes: int = 1000, **overrides: Any) -> VisionTransformer:
+    """`build_model` with the sizes of a named preset; `overrides` replace any of its arguments (e.g. img_size=384).
+
+    ValueError for an unknown name, listing the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(PRESETS)}")
+    return build_model(**{**PRESETS[name], "num_classes": num_classes, **overrides})
