@@ -1,0 +1,211 @@
+"""Frozen teachers whose patch features the tokenizer learns to reconstruct: a CLIP vision tower, or a DINO ViT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from timm.layers import QuickGELU
+from torch import Tensor, nn
+
+from beit2.weight_files import read_state_dict
+
+
+class ScalingLayer(nn.Module):
+    """From the tokenizer's [-1, 1] to the teacher's normalisation."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = ((x + 1.0) * 127.5).clamp(0, 255.0) / 255.0  # rounding as in the reference
+        return (x - self.shift) / self.scale
+
+
+class ResidualAttentionBlock(nn.Module):
+    """CLIP's transformer block, under OpenAI's names."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, width * 4))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(width * 4, width))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class CLIPVisionTower(nn.Module):
+    """CLIP's ViT (Radford et al. 2021), returning the projected state of every patch."""
+
+    def __init__(self, width: int, layers: int, heads: int, output_dim: int, patch: int, res: int):
+        super().__init__()
+        self.output_dim, self.grid = output_dim, res // patch
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(self.grid**2 + 1, width) * width**-0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads) for _ in range(layers)))
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, output_dim) * width**-0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, res, res] -> [B, N, output_dim]."""
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, N, width]
+        x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), dim=1) + self.positional_embedding
+        x = self.transformer.resblocks(self.ln_pre(x))
+        return self.ln_post(x[:, 1:]) @ self.proj
+
+
+class CLIPTeacher(nn.Module):
+    """Holds the tower as `visual`, the name it has in OpenAI's and open_clip's state dicts."""
+
+    mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    def __init__(self, **config):
+        super().__init__()
+        self.visual = CLIPVisionTower(**config)
+        self.output_dim, self.num_patches = self.visual.output_dim, self.visual.grid**2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.visual(images)
+
+
+class DINOTeacher(nn.Module):
+    """A timm ViT under DINO's (and timm's) parameter names; the target is the normalised patch tokens."""
+
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    def __init__(self, width: int, layers: int, heads: int, patch: int, res: int, output_dim: int | None = None):
+        super().__init__()
+        from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+        if output_dim not in (None, width):
+            raise ValueError(f"output_dim {output_dim}: a DINO teacher's features have its width, {width}")
+        vit = TimmViT(res, patch, num_classes=0, embed_dim=width, depth=layers, num_heads=heads)
+        # under the reference's flat names: teacher_model.blocks... and not teacher_model.vit.blocks...
+        for name, module in vit.named_children():
+            self.add_module(name, module)
+        self.cls_token, self.pos_embed = vit.cls_token, vit.pos_embed
+        self.output_dim, self.num_patches = width, (res // patch) ** 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, res, res] -> [B, N, width]."""
+        x = self.patch_embed(images)  # [B, N, width]
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.pos_embed
+        return self.norm(self.blocks(x))[:, 1:]
+
+
+TEACHERS = {"clip": CLIPTeacher, "dino": DINOTeacher}
+
+
+def build_teacher(config: dict) -> nn.Module:
+    """A frozen teacher of a plain configuration {"type": "clip"|"dino", width, layers, heads, patch, res, output_dim}.
+
+    Raises:
+        ValueError: unknown type.
+    """
+    config = dict(config)
+    kind = config.pop("type", "clip")
+    if kind not in TEACHERS:
+        raise ValueError(f"teacher type {kind!r}: choose one of {', '.join(TEACHERS)}")
+    return TEACHERS[kind](**config).requires_grad_(False).eval()
+
+
+def load_teacher(path: str | Path, kind: str, heads: int | None = None) -> nn.Module:
+    """A teacher from a weight file; its sizes are read off the tensors.
+
+    Args:
+        path: for clip: a transformers CLIP folder or file, or an OpenAI / open_clip state dict; for dino: a DINO or
+            timm ViT state dict.
+        kind: "clip" or "dino".
+        heads: attention heads; by default the width over 64, as in all published CLIP and DINO models. A transformers
+            folder says so itself (config.json).
+
+    Raises:
+        ValueError: the file is no such model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        heads = heads or _heads_of_folder(path)
+    state = read_state_dict(path)
+    state = _clip_state(state, path) if kind == "clip" else _dino_state(state, path)
+    if kind == "clip":
+        conv, position = state["visual.conv1.weight"], state["visual.positional_embedding"]
+        layers = _count(state, "visual.transformer.resblocks.")
+        output_dim = state["visual.proj"].shape[1]
+    else:
+        conv, position = state["patch_embed.proj.weight"], state["pos_embed"][0]
+        layers, output_dim = _count(state, "blocks."), conv.shape[0]
+    width, patch = conv.shape[0], conv.shape[-1]
+    side = round((position.shape[0] - 1) ** 0.5)
+    config = {"type": kind, "width": width, "layers": layers, "heads": heads or max(1, width // 64), "patch": patch}
+    teacher = build_teacher(config | {"res": side * patch, "output_dim": output_dim})
+    missing, _ = teacher.load_state_dict(state, strict=False)
+    if missing:
+        raise ValueError(f"{path}: not a {kind} vision model, {len(missing)} weights are missing, e.g. {missing[0]}")
+    return teacher
+
+
+def _count(state: dict[str, Tensor], prefix: str) -> int:
+    numbers = {int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)}
+    return max(numbers, default=-1) + 1
+
+
+def _heads_of_folder(folder: Path) -> int | None:
+    file = folder / "config.json"
+    if not file.exists():
+        return None
+    config = json.loads(file.read_text())
+    return config.get("vision_config", config).get("num_attention_heads")
+
+
+def _dino_state(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    state = {name.removeprefix("module.").removeprefix("backbone."): tensor for name, tensor in state.items()}
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise ValueError(f"{path}: not a DINO or timm ViT state dict (no patch_embed.proj.weight or pos_embed)")
+    return state
+
+
+def _clip_state(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """OpenAI's names, from OpenAI, open_clip or transformers ones."""
+    if "vision_model.embeddings.patch_embedding.weight" in state:
+        return _from_transformers(state)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if "visual.conv1.weight" not in state:
+        raise ValueError(f"{path}: no CLIP vision tower (neither visual.conv1.weight nor vision_model.embeddings...)")
+    return {name: tensor.float() for name, tensor in state.items() if name.startswith("visual.")}
+
+
+def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "vision_model."
+    out = {
+        "visual.conv1.weight": state[prefix + "embeddings.patch_embedding.weight"],
+        "visual.class_embedding": state[prefix + "embeddings.class_embedding"],
+        "visual.positional_embedding": state[prefix + "embeddings.position_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T,
+    }
+    for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+        for end in ("weight", "bias"):
+            out[f"visual.{ours}.{end}"] = state[f"{prefix}{theirs}.{end}"]
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names["attn.out_proj"] = "self_attn.out_proj"
+    for layer in range(_count(state, prefix + "encoder.layers.")):
+        block, source = f"visual.transformer.resblocks.{layer}.", f"{prefix}encoder.layers.{layer}."
+        for end in ("weight", "bias"):
+            qkv = [state[f"{source}self_attn.{part}_proj.{end}"] for part in "qkv"]
+            out[f"{block}attn.in_proj_{end}"] = torch.cat(qkv)
+            for ours, theirs in names.items():
+                out[f"{block}{ours}.{end}"] = state[f"{source}{theirs}.{end}"]
+    return {name: tensor.float() for name, tensor in out.items()}

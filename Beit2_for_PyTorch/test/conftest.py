@@ -1,0 +1,73 @@
+"""Goldens of the reference (see README.md in golden/) and tiny fixtures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import beit2  # repairs torchvision before anything else imports it
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+class Golden:
+    """A golden's scalars (`json`) and tensors (by key)."""
+
+    def __init__(self, name: str):
+        self.json = json.loads((GOLDEN / f"{name}.json").read_text()) if (GOLDEN / f"{name}.json").exists() else {}
+        tensors = GOLDEN / f"{name}.safetensors"
+        self.tensors = load_file(tensors) if tensors.exists() else {}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+    def state(self, prefix: str = "sd.") -> dict[str, torch.Tensor]:
+        return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+@pytest.fixture
+def golden():
+    return Golden
+
+
+@pytest.fixture
+def golden_arrays():
+    return lambda name: np.load(GOLDEN / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """An image folder of two classes with 8 pictures each in train/ and 4 in val/, one hue a class."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for number, name in enumerate(("red", "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (48, 64, 3), dtype=np.uint8)
+                pixels[..., 2 * number] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.png" if i % 2 else folder / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> Path:
+    """Weights of a small random tokenizer for 32-pixel pictures of 8-pixel patches (options: TINY_TOKENIZER)."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth"
+    tokenizer = beit2.create_tokenizer("vqkd_encoder_tiny_decoder_1x192x3_clip", **TINY_TOKENIZER)
+    torch.save({"model": tokenizer.state_dict()}, path)
+    return path
+
+
+TINY_TOKENIZER = {"img_size": 32, "patch_size": 16, "n_code": 32, "code_dim": 8}
