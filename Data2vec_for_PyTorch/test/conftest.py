@@ -1,0 +1,39 @@
+"""Fixtures: the goldens written by fairseq (commit 3f6ba43f), and small models and corpora made from them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def model_info() -> dict:
+    return json.loads((GOLDEN / "model_info.json").read_text())
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A writable copy of the binarized golden corpus."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(GOLDEN / "bin", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_sizes() -> np.ndarray:
+    return np.array(json.loads((GOLDEN / "batching.json").read_text())["sizes"])
