@@ -78,7 +78,8 @@ check_flags() {
     [[ -z ${!name} || ${!name} =~ ^[0-9]+$ ]] || die "--$name=${!name}: must be a whole number"
   done
   [[ -z $data_path || -e $data_path ]] || die "--data_path=$data_path: no such file or folder"
-  [[ -z $ckpt_path || $ckpt_path == *://* || -e $ckpt_path ]] || die "--ckpt_path=$ckpt_path: no such file or folder"
+  # a bare word such as mae_vit_base_p16 is a published name, which Python looks up
+  [[ $ckpt_path != *[./]* || $ckpt_path == *://* || -e $ckpt_path ]] || die "--ckpt_path=$ckpt_path: no such file or folder"
   [[ ${device:=auto} =~ ^(auto|npu|cuda|cpu)$ ]] || die "--device=$device: choose auto, npu, cuda or cpu"
   [[ -z $precision || $precision =~ ^(fp32|bf16|fp16)$ ]] || die "--precision=$precision: choose fp32, bf16 or fp16"
   [[ ${cpu_bind:=auto} =~ ^(auto|off)$ ]] || die "--cpu_bind=$cpu_bind: choose auto or off"

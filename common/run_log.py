@@ -187,6 +187,10 @@ class RunLog:
         if step % self.log_every == 0 or step == self.total_steps:
             self._flush_window()
 
+    def count(self, samples: int) -> None:
+        """Counts samples of work that is no training step, such as an evaluated batch, in FPS."""
+        self._clock.tick(samples)
+
     def record(self, step: int, kind: str, **scalars: Any) -> None:
         """Writes one line of another kind than training, e.g. `record(step, "eval", top1=81.2)`."""
         values = {k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in scalars.items()}

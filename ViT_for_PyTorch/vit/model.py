@@ -11,7 +11,7 @@ HEAD_INIT_STD = 2e-5  # main_finetune.py; a fresh head starts at uniform predict
 
 # img_size, patch_size, embed_dim, depth, num_heads
 PRESETS: dict[str, dict[str, int]] = {
-    "vit_demo": dict(img_size=72, patch_size=12, embed_dim=192, depth=6, num_heads=3),
+    "vit_demo": dict(img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3),
     "vit_small_p16": dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
     "vit_base_p16": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
     "vit_large_p16": dict(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16),

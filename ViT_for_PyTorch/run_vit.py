@@ -1,0 +1,183 @@
+"""Trains, fine-tunes, evaluates or predicts with a Vision Transformer.
+
+    python run_vit.py --config configs/run_vit_base_p16_224_100ep.yaml --run_mode finetune \\
+        --load_checkpoint mae_vit_base_p16 --train_dataset_dir imageNet-1k/train --eval_dataset_dir imageNet-1k/val
+    torchrun --nproc_per_node 8 run_vit.py ...            the same on eight devices
+    python run_vit.py --config ... --run_mode eval --load_checkpoint FILE --eval_dataset_dir imageNet-1k/val
+    python run_vit.py --config ... --run_mode predict --load_checkpoint FILE --predict_data PICTURE [PICTURE ...]
+
+Any key of the YAML file can be overridden: `optimizer.base_lr=1e-3` or `--optimizer.base_lr 1e-3`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
+
+from common.checkpoint_file import CheckpointError  # noqa: E402
+from common.device import UsageError, print_usage_errors, resolve  # noqa: E402
+from vit import config as configuration  # noqa: E402
+from vit.config import Config  # noqa: E402
+
+RUN_MODES = ("train", "finetune", "eval", "predict")
+# option of the reference's run_mindformer.py -> key of our configuration
+OPTION_KEYS = {
+    "device": "device",
+    "train_dataset_dir": "data.train_dataset_dir",
+    "eval_dataset_dir": "data.eval_dataset_dir",
+    "load_checkpoint": "load_checkpoint",
+    "resume_training": "resume_training",
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "seed": "seed",
+    "precision": "precision",
+    "max_steps": "max_steps",
+    "save_every": "save_every",
+    "log_every": "log_every",
+    "num_workers": "data.num_workers",
+    "output_dir": "output_dir",
+    "case_kind": "case_kind",
+    "do_eval": "do_eval",
+}
+DEVICE_TARGETS = {"ascend": "npu", "gpu": "cuda", "cpu": "cpu"}
+# options of the reference that mean nothing here, and what to use instead
+DEAD_OPTIONS = {
+    "mode": "there is no graph mode; model.compile=true compiles the model",
+    "use_parallel": "start with torchrun, or bash test/train_full_8p.sh",
+    "sink_mode": "batches are always fetched ahead",
+    "num_samples": "use max_steps",
+    "src_strategy_path_or_dir": "checkpoints do not depend on the number of devices",
+    "strategy_load_checkpoint": "checkpoints do not depend on the number of devices",
+    "auto_trans_ckpt": "checkpoints do not depend on the number of devices",
+    "only_save_strategy": "checkpoints do not depend on the number of devices",
+    "remote_save_url": "copy output_dir after the run",
+}
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
+    """The options, and the configuration that they and the overrides make.
+
+    Raises:
+        UsageError: an unknown option or key, or a value that does not fit.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", default=None, help="YAML file; without one, MAE's fine-tuning recipe for ViT-B/16")
+    parser.add_argument("--run_mode", choices=RUN_MODES, default="train")
+    parser.add_argument("--predict_data", nargs="+", default=[], help="pictures or folders of pictures")
+    parser.add_argument("--predict_batch_size", type=int, default=32)
+    parser.add_argument("--top_k", type=int, default=3, help="predictions a picture")
+    parser.add_argument("--device_id", type=int, default=None, help="which device, for one process")
+    parser.add_argument("--device_target", choices=["Ascend", "GPU", "CPU"], help="the reference's name for --device")
+    parser.add_argument("--options", nargs="+", default=[], metavar="key=value", help="overrides, as in the reference")
+    for option in OPTION_KEYS:
+        # --do_eval and --resume_training may stand alone
+        alone = {"do_eval": "true", "resume_training": "auto"}.get(option)
+        parser.add_argument(f"--{option}", default=None, **({"nargs": "?", "const": alone} if alone else {}))
+    for option, advice in DEAD_OPTIONS.items():
+        parser.add_argument(
+            f"--{option}", nargs="?", const="", default=None, help=f"accepted, without effect: {advice}"
+        )
+    options, rest = parser.parse_known_args(argv)
+
+    for option, advice in DEAD_OPTIONS.items():
+        if getattr(options, option) is not None:
+            print(f"warning: --{option} has no effect: {advice}", file=sys.stderr)
+    overrides = options.options + _free_overrides(rest)
+    given = {option: getattr(options, option) for option in OPTION_KEYS}
+    if given["device"] is None and options.device_target:
+        given["device"] = DEVICE_TARGETS[options.device_target.lower()]
+    if given["resume_training"] in ("true", "True"):
+        given["resume_training"] = "auto"
+    elif given["resume_training"] in ("false", "False"):
+        given["resume_training"] = ""
+    overrides += [f"{OPTION_KEYS[option]}={value}" for option, value in given.items() if value is not None]
+    return options, configuration.load(options.config, overrides)
+
+
+def _free_overrides(rest: list[str]) -> list[str]:
+    """`key.sub=value`, `--key.sub=value` and `--key.sub value` as a list of `key.sub=value`."""
+    overrides, words = [], iter(rest)
+    for word in words:
+        if word.startswith("--") and "=" not in word:
+            value = next(words, None)
+            if value is None:
+                raise UsageError(f"{word}: needs a value, e.g. {word.removeprefix('--')}=VALUE")
+            word = f"{word}={value}"
+        overrides.append(word.removeprefix("--"))
+    return overrides
+
+
+def check(options: argparse.Namespace, config: Config) -> None:
+    """What each mode cannot do without, said before anything is built."""
+    if options.run_mode in ("train", "finetune") and not config.data.train_dataset_dir:
+        raise UsageError("--train_dataset_dir is required for training: a folder with one sub-folder a class")
+    if options.run_mode == "finetune" and not (config.load_checkpoint or config.resume_training):
+        raise UsageError("--run_mode finetune needs --load_checkpoint: a file, or mae_vit_base_p16 to download it")
+    if options.run_mode == "eval" and not config.data.eval_dataset_dir:
+        raise UsageError("--eval_dataset_dir is required for evaluation: a folder with one sub-folder a class")
+    if options.run_mode in ("eval", "predict") and not config.load_checkpoint:
+        raise UsageError(f"--load_checkpoint is required for {options.run_mode}: a file, or vit_base_p16")
+    if options.run_mode == "predict" and not options.predict_data:
+        raise UsageError("--predict_data is required for prediction: pictures, or folders of pictures")
+    if options.run_mode == "train" and not config.load_checkpoint and not config.resume_training:
+        print("training from scratch: no --load_checkpoint given (--run_mode finetune insists on one)")
+
+
+@print_usage_errors
+def main(argv: list[str] | None = None) -> None:
+    options, config = parse(argv)
+    check(options, config)
+    if options.device_id is not None:
+        resolve(config.device, options.device_id)
+    try:
+        run(options, config)
+    except (CheckpointError, ValueError) as error:  # a file or folder that does not fit; the message says which and why
+        raise UsageError(str(error)) from error
+
+
+def run(options: argparse.Namespace, config: Config) -> None:
+    from vit import engine
+
+    if options.run_mode in ("train", "finetune"):
+        engine.train(config)
+    elif options.run_mode == "eval":
+        engine.evaluate(config)
+    else:
+        predict(options, config)
+
+
+def predict(options: argparse.Namespace, config: Config) -> None:
+    """Prints the best labels of each picture and writes them to predictions.json in the output folder."""
+    from vit.pipeline import pipeline
+
+    from vit.image_folder import IMAGE_SUFFIXES
+
+    pictures: list[Path] = []
+    for path in map(Path, options.predict_data):
+        if not path.exists():
+            raise UsageError(f"--predict_data {path}: no such file or folder")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise UsageError(f"--predict_data {path}: no pictures in this folder")
+        pictures += inside
+    classify = pipeline("image_classification", model=config.load_checkpoint, config=config)
+    results = {}
+    for begin in range(0, len(pictures), options.predict_batch_size):
+        batch = pictures[begin : begin + options.predict_batch_size]
+        for picture, labels in zip(batch, classify([str(p) for p in batch], top_k=options.top_k), strict=True):
+            results[str(picture)] = labels
+            print(f"{picture}: " + ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in labels), flush=True)
+    target = Path(config.output_dir) / "predictions.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {target}")
+
+
+if __name__ == "__main__":
+    main()

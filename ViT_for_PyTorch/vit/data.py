@@ -1,0 +1,115 @@
+"""The data of a configured run: folders checked before anything is built, loaders, the endless stream of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from common.device import UsageError
+from common.distributed import World
+from vit.augment import EvalTransform, TrainTransform
+from vit.config import Config
+from vit.image_folder import ImageFolder, check_same_classes, scan
+from vit.loader import Batch, EvalLoader, TrainLoader
+from vit.model import PRESETS
+
+
+@dataclass(frozen=True)
+class Data:
+    """Class names and loaders; a loader is None where the run has no use for it."""
+
+    class_names: list[str]
+    training: TrainLoader | None
+    evaluation: EvalLoader | None
+
+
+def image_size(config: Config) -> int:
+    """Side of the model's input in pixels."""
+    return config.model.img_size or PRESETS[config.model.name]["img_size"]
+
+
+def open_training_data(config: Config, world: World) -> Data:
+    """Loaders of the training folder and, with `do_eval`, of the evaluation folder.
+
+    Raises:
+        UsageError: a folder is missing or malformed, the class lists differ, `do_eval` without an evaluation folder, or
+            `model.num_classes` contradicts the folder.
+    """
+    options = config.data
+    folder = scan(options.train_dataset_dir)
+    _check_num_classes(config, folder)
+    evaluation = None
+    if config.do_eval:
+        if not options.eval_dataset_dir:
+            raise UsageError("--eval_dataset_dir is not given: give it, or switch evaluation off with do_eval=false")
+        evaluation_folder = scan(options.eval_dataset_dir)
+        check_same_classes(folder, evaluation_folder)
+        evaluation = _evaluation_loader(config, world, evaluation_folder)
+    transform = TrainTransform(
+        image_size(config),
+        options.min_crop_scale,
+        options.horizontal_flip,
+        options.auto_augment,
+        options.random_erasing,
+    )
+    training = TrainLoader(
+        folder,
+        transform,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=options.num_workers,
+        pin_memory=world.device.type != "cpu",
+    )
+    return Data(folder.classes, training, evaluation)
+
+
+def open_evaluation_data(config: Config, world: World, class_names: list[str] | None) -> Data:
+    """The loader of the evaluation folder alone.
+
+    Args:
+        class_names: those the checkpoint was trained with, where they are known.
+
+    Raises:
+        UsageError: the folder is missing or malformed, or has other classes than the checkpoint.
+    """
+    folder = scan(config.data.eval_dataset_dir)
+    _check_num_classes(config, folder)
+    if class_names is not None and class_names != folder.classes:
+        raise UsageError(
+            f"the class folders of {folder.root} are not the classes that {config.load_checkpoint} was trained on: "
+            f"{len(folder.classes)} ({', '.join(folder.classes[:3])} ...) against "
+            f"{len(class_names)} ({', '.join(class_names[:3])} ...)"
+        )
+    return Data(folder.classes, None, _evaluation_loader(config, world, folder))
+
+
+def _evaluation_loader(config: Config, world: World, folder: ImageFolder) -> EvalLoader:
+    return EvalLoader(
+        folder,
+        EvalTransform(image_size(config)),
+        batch_size=config.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=config.data.num_workers,
+        pin_memory=world.device.type != "cpu",
+    )
+
+
+def _check_num_classes(config: Config, folder: ImageFolder) -> None:
+    if config.model.num_classes not in (0, len(folder.classes)):
+        raise UsageError(
+            f"model.num_classes={config.model.num_classes}, but {folder.root} has {len(folder.classes)} class folders; "
+            "leave it out to take the folder's"
+        )
+
+
+def training_batches(loader: TrainLoader, accumulate: int, first_step: int) -> Iterator[Batch]:
+    """Micro-batches without end from optimizer step `first_step` on; an epoch has whole optimizer steps only."""
+    steps_per_epoch = loader.steps_per_epoch // accumulate
+    epoch, step = divmod(first_step, steps_per_epoch)
+    while True:
+        yield from islice(loader.epoch(epoch, step * accumulate), (steps_per_epoch - step) * accumulate)
+        epoch, step = epoch + 1, 0

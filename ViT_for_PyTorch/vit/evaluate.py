@@ -1,0 +1,65 @@
+"""Exact evaluation: every picture is counted once, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from common import device as devices
+from common.distributed import World, all_reduce_sum
+from vit.loader import Batch, to_model_input
+from vit.metrics import topk_correct
+
+
+@dataclass(frozen=True)
+class Score:
+    """Counts over the whole set, and the mean cross entropy."""
+
+    top1: int
+    top5: int
+    count: int
+    loss: float
+
+    @property
+    def top1_percent(self) -> float:
+        return round(100 * self.top1 / self.count, 4)
+
+    @property
+    def top5_percent(self) -> float:
+        return round(100 * self.top5 / self.count, 4)
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.top1_percent:.3f} % ({self.top1} of {self.count}), "
+            f"top-5 {self.top5_percent:.3f} % ({self.top5} of {self.count}), loss {self.loss:.5f}"
+        )
+
+
+@torch.no_grad()
+def evaluate_model(model: nn.Module, batches: Iterable[Batch], world: World, precision: str) -> Score:
+    """Scores a model on this rank's share of the set and adds the ranks up.
+
+    Args:
+        model: logits [B, C] from normalised images; left in the mode it was in.
+        batches: of this rank; ranks may have different numbers of them, also none.
+        world: this process and its device.
+        precision: of the forward pass; the counts are integers, the loss is taken in fp32.
+    """
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # top-1, top-5, pictures
+    loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
+    for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=None if world.is_main else True):
+        images, target = to_model_input(batch, world.device)  # [B, 3, H, W], [B]
+        with devices.autocast(world.device, precision):
+            logits = model(images)  # [B, C]
+        counts += topk_correct(logits, target)
+        loss_sum += F.cross_entropy(logits.float(), target, reduction="sum")
+    model.train(was_training)
+    top1, top5, count = all_reduce_sum(counts).tolist()
+    return Score(top1, top5, count, all_reduce_sum(loss_sum).item() / max(count, 1))
