@@ -156,7 +156,7 @@ def write(path: str | Path, params: dict[str, Tensor]) -> None:
 
 # MAE name -> MindFormers name, applied in order; the attention's qkv and the transposes are handled beside it.
 _RENAMES = [
-    (r"^cls_token$", "cls_tokens"),
+    (r"^(cls|mask)_token$", r"\1_tokens"),
     (r"^(blocks\.\d+\.)norm(\d)\.", r"\1layernorm\2."),
     (r"^(decoder_blocks\.\d+\.)norm(\d)\.", r"\1layernorm\2."),
     (r"^norm\.", "layernorm."),
@@ -168,7 +168,7 @@ _RENAMES = [
     (r"\.mlp\.fc2\.", ".output.projection."),
 ]
 _BACK_RENAMES = [
-    (r"^cls_tokens$", "cls_token"),
+    (r"^(cls|mask)_tokens$", r"\1_token"),
     (r"((?:layernorm\d?|fc_norm)\.)gamma$", r"\1weight"),
     (r"((?:layernorm\d?|fc_norm)\.)beta$", r"\1bias"),
     (r"layernorm", "norm"),

@@ -4,22 +4,42 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
 
-def layer_decay_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups {"params", "lr_scale", "weight_decay"}: depth + 2 layers, lr_scale = layer_decay^(last - layer).
+def _layer_of(name: str, depth: int) -> int:
+    """0 for the embeddings, 1..depth for the blocks, depth + 1 for the final norm and the head."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
 
-    Biases, norms, the class token and the positional embedding are not decayed. `layer_decay=1` gives scale 1 to all.
+
+def layer_decay_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups {"params", "lr_scale", "weight_decay"} of the trainable parameters, lower layers first.
+
+    lr_scale = layer_decay^(depth + 1 - layer). Biases, norms, the class token and the positional embedding are not
+    decayed. timm's `param_groups_layer_decay` equals this for average pooling only: it gives the `norm` of token
+    pooling the last block's scale.
     """
-    return param_groups_layer_decay(
-        model,
-        weight_decay=weight_decay,
-        no_weight_decay_list=model.no_weight_decay(),  # timm's default is (), which would decay pos_embed and cls_token
-        layer_decay=layer_decay,
-    )
+    last, undecayed = len(model.blocks) + 1, model.no_weight_decay()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, decayed = _layer_of(name, len(model.blocks)), parameter.ndim > 1 and name not in undecayed
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "params": [],
+                "lr_scale": layer_decay ** (last - layer),
+                "weight_decay": weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
 def build_optimizer(
