@@ -1,0 +1,3 @@
+"""Importing the package repairs torchvision, which the tests import too."""
+
+import vit  # noqa: F401

@@ -1,0 +1,113 @@
+"""Scanning image folders, and reading pictures of every mode or naming those that are broken."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder as TorchvisionImageFolder
+
+from common.device import UsageError
+from vit.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan, to_rgb
+
+
+def write_picture(path, mode="RGB", size=(20, 16), seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b/2.png", "b/10.jpg", "a/deep/x.png", "a/z.JPEG", "ç d/1.png"):
+        write_picture(tmp_path / name)
+    (tmp_path / "a/notes.txt").write_text("not a picture")
+    (tmp_path / ".cache").mkdir()
+    return tmp_path
+
+
+def test_scan_gives_the_classes_and_order_of_torchvision(folder):
+    ours = scan(folder)
+    (folder / ".cache").rmdir()
+    theirs = TorchvisionImageFolder(folder)
+    assert ours.classes == theirs.classes
+    assert list(zip(ours.paths, ours.targets, strict=True)) == theirs.samples
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda root: None, "no such folder"),
+        (lambda root: root.write_text(""), "not a folder"),
+        (lambda root: root.mkdir(), "is empty"),
+        (lambda root: write_picture(root / "1.png"), "no class folders"),
+        (lambda root: [write_picture(root / "a/1.png"), (root / "b").mkdir()], "b has no pictures"),
+    ],
+)
+def test_scan_names_what_is_wrong(tmp_path, make, message):
+    root = tmp_path / "data set"
+    make(root)
+    with pytest.raises(UsageError) as error:
+        scan(root)
+    assert message in str(error.value) and str(root) in str(error.value)
+
+
+def test_different_class_lists_are_named(tmp_path):
+    for name in ("train/a", "train/b", "val/a", "val/c"):
+        write_picture(tmp_path / name / "1.png")
+    train = scan(tmp_path / "train")
+    check_same_classes(train, train)
+    with pytest.raises(UsageError, match=r"train: b \(1\).*val: c \(1\)"):
+        check_same_classes(train, scan(tmp_path / "val"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_is_read_as_pil_reads_it(tmp_path, mode):
+    path = write_picture(tmp_path / "x.jpg", mode, size=(333, 251))
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    image = Image.new("L", (8, 4), 255).convert(mode) if mode != "I;16" else Image.new("I;16", (8, 4), 65535)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image.save(path)
+    pixels = read_image(path)
+    assert pixels.shape == (4, 8, 3) and pixels.dtype == np.uint8 and (pixels == 255).all()
+
+
+def test_sixteen_bit_grey_is_scaled():
+    grey = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    assert np.asarray(to_rgb(grey))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_broken_pictures_are_named(tmp_path):
+    whole = io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 80, 200)).save(whole, "JPEG")
+    contents = {"cut.jpg": whole.getvalue()[:-200], "text.png": b"hello", "empty.jpg": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BrokenImage, match=name):
+            read_image(tmp_path / name)
+    with pytest.raises(BrokenImage, match="gone.png"):
+        read_image(tmp_path / "gone.png")
+
+
+def test_bad_files_warn_once_and_stop_above_one_percent(folder):
+    many = scan(folder)
+    many.paths.extend(f"{index}.png" for index in range(195))  # 200 in all: 2 are 1 %
+    bad = BadFiles(many)
+    with pytest.warns(UserWarning) as warned:
+        bad.add((("one.png", "one.png: cut"), ("two.png", "two.png: cut"), ("one.png", "one.png: cut")))
+    assert [str(warning.message) for warning in warned] == ["skipped one.png: cut", "skipped two.png: cut"]
+    assert len(bad) == 2
+    resumed = BadFiles(many)
+    resumed.load_state_dict(bad.state_dict())
+    with (
+        pytest.warns(UserWarning, match="three"),
+        pytest.raises(ValueError, match=r"3 of the 200 pictures .* three.png"),
+    ):
+        resumed.add((("three.png", "three.png: cut"),))
