@@ -6,15 +6,24 @@ repair_torchvision()  # before anything imports torchvision or timm
 
 from data2vec.batching import batch_by_size
 from data2vec.dictionary import Dictionary
+from data2vec.ema import ema_decay_at, ema_step
 from data2vec.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from data2vec.masking import mask_tokens
+from data2vec.optimizer import FairseqAdam, cosine_lr
+from data2vec.text_model import Data2VecText, build_model
 from data2vec.token_blocks import TokenBlockDataset
 
 __all__ = [
+    "Data2VecText",
     "Dictionary",
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "TokenBlockDataset",
+    "FairseqAdam",
     "batch_by_size",
+    "build_model",
+    "cosine_lr",
+    "ema_decay_at",
+    "ema_step",
     "mask_tokens",
 ]

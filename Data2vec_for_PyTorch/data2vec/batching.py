@@ -1,4 +1,4 @@
-"""Which samples form a batch, and in which order batches come: fairseq's plan, to the sample (data_utils, iterators)."""
+"""Which samples form a batch, and in which order: fairseq's plan, to the sample (data_utils.py, iterators.py)."""
 
 from __future__ import annotations
 

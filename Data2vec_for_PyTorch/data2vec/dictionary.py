@@ -50,7 +50,7 @@ class Dictionary:
         return self.unk_index
 
     def add_symbol(self, word: str, n: int = 1, overwrite: bool = False) -> int:
-        """Adds a token, or `n` to the count of one that is there (unless `overwrite`: then a new id). Returns its id."""
+        """Adds a token, or `n` to the count of one that is there (`overwrite` gives it a new id). Returns its id."""
         if word in self.indices and not overwrite:
             index = self.indices[word]
             self.count[index] += n

@@ -1,7 +1,7 @@
 """fairseq's memory-mapped corpus: `X.bin` holds the token ids back to back, `X.idx` the sizes (MMapIndexedDataset).
 
-X.idx, little endian: magic `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 N, int32 sizes[N], int64 pointers[N] (byte
-offsets into X.bin). There is no document index: that is Megatron's variant.
+X.idx, little endian: magic `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 N, int32 sizes[N], int64 pointers[N]
+(byte offsets into X.bin). There is no document index: that is Megatron's variant.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from data2vec import Dictionary, IndexedDataset, IndexedDatasetBuilder
 from data2vec.indexed_dataset import best_fitting_int_dtype
 

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from data2vec import Dictionary, IndexedDataset, TokenBlockDataset, batch_by_size, mask_tokens
-from data2vec.batching import epoch_batches, filter_by_size, ordered_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from data2vec import Dictionary, IndexedDataset, TokenBlockDataset, batch_by_size, mask_tokens
+from data2vec.batching import epoch_batches, filter_by_size, ordered_indices
 
 
 @pytest.fixture(scope="module")

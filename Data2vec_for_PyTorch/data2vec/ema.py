@@ -1,0 +1,39 @@
+"""The teacher: an exponential moving average of the student (fairseq/modules/ema_module.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from data2vec.text_model import SHARED_WITH_STUDENT
+
+
+def ema_decay_at(num_updates: int, start: float, end: float, anneal_steps: int) -> float:
+    """Decay after `num_updates` updates: linear from `start` to `end` over `anneal_steps`, then `end`."""
+    if start == end or num_updates >= anneal_steps:
+        return end
+    return end - (end - start) * (1 - num_updates / anneal_steps)
+
+
+@torch.no_grad()
+def ema_step(model: torch.nn.Module, decay: float) -> None:
+    """teacher = decay * teacher + (1 - decay) * student, in fp32; the first call makes the teacher, a copy.
+
+    fairseq steps the teacher when the *next* update begins, so a checkpoint holds it one update behind. With
+    `ema_transformer_layers_only` the embeddings are copied instead. They are not shared with the student for good:
+    validation after an update would then see other embeddings than the reference's.
+    """
+    student = model.encoder.sentence_encoder
+    if model.encoder.teacher is None:
+        model.encoder.make_teacher()
+        return
+    if decay >= 1:
+        return
+    averaged, copied = [], []
+    teacher = dict(model.encoder.teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        copies = model.config.ema_transformer_layers_only and name.startswith(SHARED_WITH_STUDENT)
+        (copied if copies else averaged).append((teacher[name], parameter.float()))
+    if averaged:
+        torch._foreach_lerp_([t for t, _ in averaged], [s for _, s in averaged], 1 - decay)
+    if copied:
+        torch._foreach_copy_([t for t, _ in copied], [s for _, s in copied])

@@ -1,0 +1,86 @@
+"""fairseq's Adam, its gradient clipping and its cosine schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+
+class FairseqAdam(torch.optim.AdamW):
+    """Adam as fairseq has it: eps is added to sqrt(v) *before* the bias correction.
+
+    torch adds it after: step = lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps). With eps / sqrt(1 - b2^t) in
+    eps' place the two are algebraically the same, so torch's fused kernel does the work. Weight decay is decoupled and
+    applies to all parameters, biases and norms included.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1  # counted here: reading the state's would wait for the device
+            group["fairseq_eps"] = group["eps"]
+            group["eps"] = group["eps"] / math.sqrt(1 - group["betas"][1] ** group["steps"])
+        try:
+            return super().step(closure)
+        finally:
+            for group in self.param_groups:
+                group["eps"] = group.pop("fairseq_eps")
+
+
+def clip_coefficient(norm: torch.Tensor, max_norm: float, fp16: bool = False) -> torch.Tensor:
+    """What gradients are multiplied with, on the device: no wait for the norm's value.
+
+    The plain path divides by norm + 1e-6, the fp16 path by the norm alone, as fairseq's two implementations do.
+    """
+    return (max_norm / (norm if fp16 else norm + 1e-6)).clamp(max=1.0)
+
+
+def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm over all gradients, fp32 scalar on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
+
+
+def cosine_lr(
+    num_updates: int,
+    lr: float,
+    max_update: int,
+    warmup_updates: int = 0,
+    warmup_init_lr: float = -1,
+    min_lr: float = 0.0,
+    t_mult: float = 1.0,
+    lr_period_updates: float = -1,
+    lr_shrink: float = 0.1,
+) -> float:
+    """Learning rate of the update that follows `num_updates` updates (fairseq cosine_lr_scheduler.py).
+
+    The first update therefore has the rate of 0 updates: 0, unless `warmup_init_lr` says otherwise. At `max_update` the
+    next period would begin, with everything shrunk by `lr_shrink`.
+    """
+    start = min_lr if warmup_init_lr < 0 else warmup_init_lr
+    if num_updates < warmup_updates:
+        return start + num_updates * (lr - start) / warmup_updates
+    period = lr_period_updates if lr_period_updates > 0 else max_update - warmup_updates
+    current = num_updates - warmup_updates
+    if t_mult != 1:
+        i = math.floor(math.log(1 - current / period * (1 - t_mult), t_mult))
+        length = t_mult**i * period
+        current -= (1 - t_mult**i) / (1 - t_mult) * period
+    else:
+        i = current // period
+        length = period
+        current -= period * i
+    shrink = lr_shrink**i
+    low, high = min_lr * shrink, lr * shrink
+    return low + 0.5 * (high - low) * (1 + math.cos(math.pi * current / length))
