@@ -172,6 +172,15 @@ def run_build(output: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=output.parent, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
+def test_two_builds_at_once_share_the_work(output):
+    script = ROOT / "ci/sample_data/build.py"
+    command = [sys.executable, str(script), "--output", str(output), "--only", "text"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = "".join(process.communicate()[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert said.count("sample data: building") == 1 and said.count("sample data ready") == 2
+
+
 def fake_pip(folder: Path, body: str) -> str:
     """PYTHONPATH entry in which `python -m pip` runs `body`."""
     (folder / "pip").mkdir()
