@@ -1,0 +1,212 @@
+"""Image-caption pairs in memory: where each picture is, the packed captions, the batches made of them.
+
+A picture is listed once however many captions it has. Reading follows the one rule of the repo: what a sample looks
+like depends on its index alone, so the number of loader workers and a resume change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from clip_pretraining.images import ImageError, decode_image
+from clip_pretraining.tokenization import PackedCaptions, pad_captions
+from common.device import mix_seed
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """A picture: a whole file, or `length` bytes at `offset` of a tar."""
+
+    path: str
+    offset: int = 0
+    length: int = -1
+
+    @property
+    def name(self) -> str:
+        return self.path if self.length < 0 else f"{self.path}@{self.offset}"
+
+    def read(self) -> bytes:
+        """The picture's bytes.
+
+        Raises:
+            ImageError: no such file.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                return file.read(self.length)
+        except OSError as error:
+            raise ImageError(f"{self.name}: {error.strerror}") from None
+
+
+@dataclass
+class Pairs:
+    """A split: pictures, captions, and which picture each caption describes (in the order of the annotation file)."""
+
+    name: str
+    images: list[ImageRef]
+    captions: list[str]
+    image_of_caption: np.ndarray  # int64 [captions]
+    image_keys: list[str] = field(default_factory=list)  # short names for reports; defaults to the file names
+
+    def __post_init__(self):
+        self.image_of_caption = np.asarray(self.image_of_caption, dtype=np.int64)
+        if not self.image_keys:
+            self.image_keys = [os.path.basename(image.name) for image in self.images]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def head(self, count: int | None) -> Pairs:
+        """The first `count` captions and the pictures they describe; all of them when count is None or larger."""
+        return self if count is None or count >= len(self) else self.take(np.arange(count))
+
+    def take(self, captions: np.ndarray) -> Pairs:
+        """The captions of the given positions, in that order, with only their pictures."""
+        used, position = np.unique(self.image_of_caption[captions], return_inverse=True)
+        return Pairs(
+            self.name,
+            [self.images[i] for i in used],
+            [self.captions[i] for i in captions],
+            position,
+            [self.image_keys[i] for i in used],
+        )
+
+    def without_images(self, bad: Sequence[int]) -> Pairs:
+        """Without these pictures and their captions."""
+        if not len(bad):
+            return self
+        return self.take(np.flatnonzero(~np.isin(self.image_of_caption, np.asarray(bad))))
+
+
+class ImageSource(Protocol):
+    """Anything that yields the square uint8 picture of a position: the files themselves or the crop cache."""
+
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+class DecodedImages(Dataset):
+    """Pictures decoded when asked for: uint8 [3, size, size]."""
+
+    def __init__(self, images: Sequence[ImageRef], size: int):
+        self.images = images
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        ref = self.images[index]
+        return decode_image(ref.read(), self.size, ref.name)
+
+
+class PairDataset(Dataset):
+    """Items of training: the picture and the token ids of one caption."""
+
+    def __init__(self, pairs: Pairs, tokens: PackedCaptions, images: ImageSource):
+        self.pairs = pairs
+        self.tokens = tokens
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | np.ndarray]:
+        return {"pixel_values": self.images[int(self.pairs.image_of_caption[index])], "tokens": self.tokens[index]}
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Items to a batch: pixel_values uint8 [B, 3, S, S], input_ids and attention_mask int64 [B, L]."""
+
+    pad_token_id: int
+    max_length: int
+
+    def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
+        pixels = torch.stack([item["pixel_values"] for item in items])
+        return {
+            "pixel_values": pixels,
+            **pad_captions([i["tokens"] for i in items], self.pad_token_id, self.max_length),
+        }
+
+
+class GlobalBatchSampler(Sampler):
+    """Batches of one rank out of the global batches of an epoch.
+
+    The order is a permutation drawn from (seed, epoch). Rank r takes the r-th share of every global batch, so that the
+    same pairs meet in a step on any number of ranks. Without `drop_last` a ragged last global batch is shared out
+    evenly, which leaves out fewer than `world` pairs.
+    """
+
+    def __init__(self, pairs: int, batch: int, seed: int, rank: int, world: int, drop_last: bool):
+        self.pairs, self.batch, self.seed, self.rank, self.world = pairs, batch, seed, rank, world
+        tail = pairs % (batch * world) // world
+        self.tail = 0 if drop_last else tail
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.pairs // (self.batch * self.world) + (self.tail > 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng(mix_seed(self.seed, self.epoch)).permutation(self.pairs)
+        whole = self.pairs // (self.batch * self.world)
+        for step in range(len(self)):
+            share = self.batch if step < whole else self.tail
+            start = step * self.batch * self.world + self.rank * share
+            yield order[start : start + share].tolist()
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader that hands the epoch on to its sampler; the Trainer calls `set_epoch`."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+def one_thread(_worker: int) -> None:
+    """A loader worker decodes with one thread: more of them only fight over the cores."""
+    torch.set_num_threads(1)
+
+
+def unreadable_images(images: Sequence[ImageRef], workers: int) -> dict[int, str]:
+    """Decodes every picture once and says what is wrong with which; a header alone does not show a truncated file.
+
+    Returns:
+        {position: reason} of those that cannot be read.
+    """
+    loader = DataLoader(_Check(images), batch_size=None, num_workers=workers, worker_init_fn=one_thread)
+    return {index: reason for index, reason in enumerate(loader) if reason}
+
+
+class _Check(Dataset):
+    def __init__(self, images: Sequence[ImageRef]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> str:
+        ref = self.images[index]
+        try:
+            decode_image(ref.read(), 8, ref.name)
+        except ImageError as error:
+            return str(error)
+        return ""
+
+
+def relative_to(folder: Path, path: str) -> str:
+    """`path`, taken from `folder` unless it is absolute."""
+    return path if os.path.isabs(path) else str(folder / path)

@@ -1,0 +1,174 @@
+"""From options to model, tokenizer, pairs and batches: everything the Trainer is given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPImageProcessor, CLIPProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import VisionTextDualEncoderProcessor as DualEncoderProcessor
+
+from clip_pretraining import coco, modeling, sources, zeroshot
+from clip_pretraining.arguments import ClipTrainingArguments, DataArguments, ModelArguments
+from clip_pretraining.crop_cache import CropCache
+from clip_pretraining.evaluation import Encoder, evaluate_split
+from clip_pretraining.modeling import ImageSettings
+from clip_pretraining.pairs import Collate, DecodedImages, GlobalBatchSampler, ImageSource, PairDataset, Pairs
+from clip_pretraining.tokenization import PackedCaptions, load_tokenizer
+from common import distributed
+from common.device import UsageError
+from common.distributed import World
+
+
+@dataclass
+class Setup:
+    """All parts of a run. `validation_features` is filled by `evaluate`, for the picture of queries and answers."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: ImageSettings
+    processor: CLIPProcessor | DualEncoderProcessor
+    collate: Collate
+    train: PairDataset | None = None
+    validation: PairDataset | None = None
+    validation_features: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArguments, world: World) -> Setup:
+    """Loads the model, the tokenizer and the splits that are needed.
+
+    Raises:
+        UsageError: anything missing or wrong, before training.
+    """
+    hub = model_args.hub()
+    model = modeling.load_model(model_args.model_name_or_path, model_args.config_name, args.loss == "siglip", **hub)
+    modeling.freeze(model, model_args.freeze_vision_model, model_args.freeze_text_model)
+    source = model_args.model_name_or_path or model_args.config_name
+    tokenizer = _tokenizer(model_args.tokenizer_name or source, model, hub)
+    settings = modeling.image_settings(model_args.image_processor_name or source, model.config, **hub)
+    longest = min(data.max_seq_length, modeling.max_caption_tokens(model.config))
+
+    setup = Setup(
+        model, tokenizer, settings, processor_of(model, tokenizer, settings), Collate(tokenizer.pad_token_id, longest)
+    )
+    if args.do_train:
+        setup.train = _dataset(_pairs("train", model_args, data, args, world), setup, data)
+        _check_size(setup.train, args, world)
+    if args.do_eval:
+        setup.validation = _dataset(_pairs("val", model_args, data, args, world), setup, data)
+    return setup
+
+
+def _tokenizer(source: str, model: PreTrainedModel, hub: dict) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = load_tokenizer(source, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"{source}: no tokenizer that can be read ({modeling.first_line(error)}); give --tokenizer_name"
+        ) from None
+    words = model.config.text_config.vocab_size
+    if len(tokenizer) > words:
+        raise UsageError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's text tower only {words}")
+    return tokenizer
+
+
+def processor_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ImageSettings):
+    """Saved with the model, so that `transformers` users load one folder."""
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": settings.size},
+        crop_size={"height": settings.size, "width": settings.size},
+        image_mean=list(settings.mean),
+        image_std=list(settings.std),
+    )
+    family = CLIPProcessor if model.config.model_type == "clip" else DualEncoderProcessor
+    return family(image_processor, tokenizer)
+
+
+def _pairs(
+    split: str, model_args: ModelArguments, data: DataArguments, args: ClipTrainingArguments, world: World
+) -> Pairs:
+    long_name = {"train": "train", "val": "validation"}[split]
+    table, shards = getattr(data, f"{long_name}_file"), getattr(data, f"{long_name}_shards")
+    if table:
+        pairs = sources.read_table(table, data.image_column, data.caption_column, data.data_dir)
+        cache = Path(model_args.cache_dir or Path(table).parent / ".clip_cache")
+    elif shards:
+        pairs = sources.read_shards(shards)
+        cache = Path(model_args.cache_dir or Path(pairs.images[0].path).parent / ".clip_cache")
+    else:
+        pairs = coco.read_split(data.data_dir, split, model_args.cache_dir)
+        cache = Path(model_args.cache_dir or Path(data.data_dir) / ".clip_cache")
+    limit = data.max_train_samples if split == "train" else data.max_eval_samples
+    pairs = pairs.head(limit)
+    if data.check_images:
+        bad = sources.check_images(pairs, args.dataloader_num_workers, cache) if world.is_main else None
+        pairs = sources.drop_unreadable(pairs, distributed.broadcast_object(bad))
+    return pairs
+
+
+def _dataset(pairs: Pairs, setup: Setup, data: DataArguments) -> PairDataset:
+    tokens = PackedCaptions.tokenise(pairs.captions, setup.tokenizer, setup.collate.max_length)
+    size = setup.settings.size
+    images: ImageSource = DecodedImages(pairs.images, size)
+    if data.crop_cache:
+        images = CropCache(Path(data.crop_cache), pairs.name, images)
+    return PairDataset(pairs, tokens, images)
+
+
+def _check_size(train: PairDataset, args: ClipTrainingArguments, world: World) -> None:
+    needed = args.per_device_train_batch_size * world.size if args.dataloader_drop_last else world.size
+    if len(train) < needed:
+        raise UsageError(
+            f"{len(train)} training pairs do not fill a global batch of {needed}: lower --per_device_train_batch_size "
+            "or leave out --dataloader_drop_last"
+        )
+
+
+def _steps_per_epoch(setup: Setup, args: ClipTrainingArguments, world: World) -> int:
+    batch = args.per_device_train_batch_size
+    return len(GlobalBatchSampler(len(setup.train), batch, 0, world.rank, world.size, args.dataloader_drop_last))
+
+
+def total_steps(setup: Setup, args: ClipTrainingArguments, world: World) -> int:
+    """Optimizer steps of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * _steps_per_epoch(setup, args, world))
+
+
+def run_facts(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[str, Any]:
+    """What decides which pairs meet in which step; a resumed run must agree. The number of ranks does not matter."""
+    return {
+        "global_batch": args.per_device_train_batch_size * world.size,
+        "pairs": len(setup.train) if setup.train else 0,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "drop_last": args.dataloader_drop_last,
+        "loss": args.loss,
+    }
+
+
+def evaluate(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[str, float]:
+    """Metrics of the validation split, and of zero-shot classification when a folder was given."""
+    encoder = Encoder(
+        setup.model,
+        setup.settings,
+        setup.collate.pad_token_id,
+        setup.collate.max_length,
+        world,
+        args.precision,
+        args.per_device_eval_batch_size,
+        args.dataloader_num_workers,
+    )
+    split = setup.validation
+    metrics, *features = evaluate_split(
+        encoder, split.pairs, split.tokens, split.images, args.per_device_eval_batch_size, args.dataloader_drop_last
+    )
+    setup.validation_features = tuple(features)
+    if args.zero_shot_dir:
+        metrics |= zeroshot.evaluate_folder(
+            encoder, setup.tokenizer, args.zero_shot_dir, args.class_names, args.templates
+        )
+    return metrics

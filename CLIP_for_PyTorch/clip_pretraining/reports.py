@@ -1,0 +1,80 @@
+"""Training, evaluation and their results: the files of the reference, the result file, the picture of answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_pretraining.pipeline import Setup
+from clip_pretraining.trainer import ClipTrainer
+from common.run_log import RunLog
+
+
+def train(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> None:
+    """Trains to the end and saves the last model with its processor to the output folder."""
+    if checkpoint is not None:
+        log.info(f"resuming from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+
+
+def evaluate(trainer: ClipTrainer, log: RunLog, setup: Setup) -> dict[str, float]:
+    """Evaluates the last model; writes eval_results.json and, when asked for, retrieval.png."""
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if trainer.args.retrieval_picture and log.world.is_main:
+        path = Path(trainer.args.output_dir) / "retrieval.png"
+        draw_retrieval(setup, path)
+        log.info(f"queries and their best five answers: {path}")
+    return metrics
+
+
+def finish(log: RunLog, metrics: dict[str, float]) -> dict[str, Any]:
+    """Writes and prints the final result. TrainAccuracy is the mean of both directions' R@1, in percent."""
+    if not metrics:
+        return log.finish()
+    recall = {key.removeprefix("eval_"): round(100 * value, 3) for key, value in metrics.items() if "_R@" in key}
+    zero_shot = {key.removeprefix("eval_"): value for key, value in metrics.items() if "zero_shot" in key}
+    accuracy = (recall["image_to_text_R@1"] + recall["text_to_image_R@1"]) / 2
+    log.info(f"Final Eval Loss : {metrics['eval_loss']:.4f} (in-batch, batches of {metrics['eval_batch_size']})")
+    return log.finish(
+        accuracy=round(accuracy, 3),
+        EvalLoss=round(metrics["eval_loss"], 6),
+        EvalBatchSize=metrics["eval_batch_size"],
+        **recall,
+        **zero_shot,
+    )
+
+
+def draw_retrieval(setup: Setup, path: Path, queries: int = 4, answers: int = 5) -> None:
+    """Captions evenly taken from the split, each with the pictures that score highest; the right one is framed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    image, text = (features.cpu() for features in setup.validation_features)
+    pairs = setup.validation.pairs
+    rows = torch.linspace(0, len(pairs) - 1, min(queries, len(pairs))).long().tolist()
+    answers = min(answers, len(image))
+    figure, axes = pyplot.subplots(
+        len(rows), answers, figsize=(2 * answers, 2.3 * len(rows)), layout="constrained", squeeze=False
+    )
+    for axes_row, row in zip(axes, rows, strict=True):
+        scores, found = (text[row] @ image.T).topk(answers)
+        for position, (axis, score, index) in enumerate(zip(axes_row, scores.tolist(), found.tolist(), strict=True)):
+            axis.imshow(setup.validation.images[index].permute(1, 2, 0).numpy())
+            right = index == int(pairs.image_of_caption[row])
+            for side in axis.spines.values():
+                side.set(color="tab:green" if right else "lightgrey", linewidth=4 if right else 1)
+            axis.set(xticks=[], yticks=[], xlabel=f"{score:.3f}")
+            if position == 0:
+                axis.set_title(pairs.captions[row][:60], loc="left", fontsize=9)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

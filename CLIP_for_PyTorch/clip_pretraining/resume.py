@@ -1,0 +1,137 @@
+"""Which checkpoint to go on from, whether it is whole, whether this run is the same one; the best model so far."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from common.device import UsageError
+
+MARK = "complete.json"  # written last into a checkpoint folder
+
+
+def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+def unmark(folder: Path) -> None:
+    """A folder about to be written again is not whole while that lasts."""
+    (folder / MARK).unlink(missing_ok=True)
+
+
+def mark_complete(folder: Path, facts: dict[str, Any]) -> None:
+    """Everything in the folder reaches the disk, then the mark does."""
+    for path in folder.iterdir():
+        _sync(path)
+    partial = folder / f".{MARK}"
+    partial.write_text(json.dumps(facts))
+    _sync(partial)
+    os.replace(partial, folder / MARK)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None. Damaged ones are passed over with a warning."""
+    numbered = [
+        (int(m.group(1)), p)
+        for p in Path(output_dir).glob("checkpoint-*")
+        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+    ]
+    for _, folder in sorted(numbered, reverse=True):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        warnings.warn(f"{folder}: {problem}; an older checkpoint is used", stacklevel=2)
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, None when it can be resumed from."""
+    if not (folder / "trainer_state.json").is_file():
+        return "not a training checkpoint (no trainer_state.json)"
+    if not (folder / MARK).is_file():
+        return "cut short while it was being written"
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            weights.keys()
+    except (OSError, SafetensorError) as error:
+        return f"model.safetensors cannot be read ({error})"
+    return None if (folder / "optimizer.pt").is_file() else "optimizer.pt is missing"
+
+
+def choose(output_dir: str | Path, wanted: str | None, overwrite: bool, facts: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from: `wanted`, or with "auto" or nothing the newest of `output_dir`.
+
+    Args:
+        wanted: a folder, "auto", or None.
+        overwrite: start afresh whatever `output_dir` holds (the old files are kept in `earlier/`).
+        facts: of this run, see `check_same_run`.
+
+    Raises:
+        UsageError: `wanted` cannot be resumed from, or belongs to a different run.
+    """
+    if wanted in (None, "auto"):
+        folder = None if overwrite and wanted is None else newest_checkpoint(output_dir)
+    else:
+        folder = Path(wanted)
+        problem = damage(folder) if folder.is_dir() else "no such folder"
+        if problem:
+            raise UsageError(f"--resume {folder}: {problem}")
+    if folder is not None:
+        check_same_run(folder, facts)
+    return folder
+
+
+def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
+    """Refuses a run whose batches would be others than those the checkpoint counted."""
+    stored = json.loads((folder / MARK).read_text())
+    different = {key: (stored[key], facts[key]) for key in facts if key in stored and stored[key] != facts[key]}
+    if different:
+        listed = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in different.items())
+        raise UsageError(
+            f"{folder}: cannot be resumed exactly: {listed}. Use the same values, or start anew from its weights with "
+            f"--model_name_or_path {folder} --overwrite_output_dir"
+        )
+
+
+def keep_best(trainer, eval_loss: float) -> None:
+    """Saves the model to output_dir/best when its evaluation loss is the lowest of the run."""
+    folder = Path(trainer.args.output_dir) / "best"
+    record = folder / "best.json"
+    if record.is_file() and json.loads(record.read_text())["eval_loss"] <= eval_loss:
+        return
+    staging = folder.with_name(".best.saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    trainer.save_model(str(staging), _internal_call=True)
+    (staging / record.name).write_text(json.dumps({"eval_loss": eval_loss, "step": trainer.state.global_step}))
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+def set_model_aside(output_dir: str | Path) -> None:
+    """Moves an earlier run's final and best model to `earlier/<time>/`: a fresh run must not overwrite them."""
+    output_dir = Path(output_dir)
+    names = ["best", "model.safetensors", "config.json", "all_results.json", "train_results.json", "eval_results.json"]
+    found = [output_dir / name for name in (*names, "trainer_state.json") if (output_dir / name).exists()]
+    if not found:
+        return
+    aside = output_dir / "earlier" / time.strftime("%Y%m%d-%H%M%S-model")
+    aside.mkdir(parents=True, exist_ok=True)
+    for path in found:
+        path.rename(aside / path.name)
