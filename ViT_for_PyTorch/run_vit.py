@@ -154,9 +154,8 @@ def run(options: argparse.Namespace, config: Config) -> None:
 
 def predict(options: argparse.Namespace, config: Config) -> None:
     """Prints the best labels of each picture and writes them to predictions.json in the output folder."""
-    from vit.pipeline import pipeline
-
     from vit.image_folder import IMAGE_SUFFIXES
+    from vit.predictor import pipeline
 
     pictures: list[Path] = []
     for path in map(Path, options.predict_data):
@@ -166,7 +165,13 @@ def predict(options: argparse.Namespace, config: Config) -> None:
         if not inside:
             raise UsageError(f"--predict_data {path}: no pictures in this folder")
         pictures += inside
-    classify = pipeline("image_classification", model=config.load_checkpoint, config=config)
+    classify = pipeline(
+        "image_classification",
+        model=config.load_checkpoint,
+        image_size=config.model.img_size,
+        device=config.device,
+        precision=config.precision,
+    )
     results = {}
     for begin in range(0, len(pictures), options.predict_batch_size):
         batch = pictures[begin : begin + options.predict_batch_size]

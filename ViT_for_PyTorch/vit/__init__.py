@@ -14,6 +14,13 @@ _MODULE_OF = {
     "layer_decay_groups": "vit.optim",
     "learning_rate_at": "vit.schedule",
     "topk_counts": "vit.metrics",
+    "AutoConfig": "vit.auto",
+    "AutoModel": "vit.auto",
+    "ViTConfig": "vit.auto",
+    "ViTImageProcessor": "vit.image_processor",
+    "load_image": "vit.image_processor",
+    "pipeline": "vit.predictor",
+    "Trainer": "vit.trainer",
 }
 __all__ = sorted(_MODULE_OF)
 

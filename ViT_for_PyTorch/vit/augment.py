@@ -112,10 +112,9 @@ class EvalTransform:
         short = min(width, height)
         new_width, new_height = (int(self.resize_to * side / short) for side in (width, height))
         left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
-        # Only what the crop keeps is computed: `box` is the crop in the coordinates of the source picture.
-        x, y = width / new_width, height / new_height
-        box = (left * x, top * y, min((left + self.size) * x, width), min((top + self.size) * y, height))
-        return np.asarray(image.resize((self.size, self.size), Image.BICUBIC, box=box))  # [S, S, 3]
+        # Not in one call with resize(box=...): its rounding moves a few values by a grey level.
+        resized = image.resize((new_width, new_height), Image.BICUBIC)
+        return np.asarray(resized.crop((left, top, left + self.size, top + self.size)))  # [S, S, 3]
 
 
 def random_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:

@@ -1,0 +1,113 @@
+"""Prediction for pictures: `pipeline("image_classification", model=...)(pictures, top_k=3)`.
+
+Not named pipeline.py: importing a module of that name would hide the function `vit.pipeline`.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from common import device as devices
+from vit import npu_patches
+from vit.augment import RESIZE_FOR_224
+from vit.auto import AutoConfig, AutoModel, weights_of
+from vit.image_processor import ViTImageProcessor, image_list
+from vit.labels import labels_for, load_class_names
+
+TASK = "image_classification"
+Prediction = dict[str, float | str]  # {"score": ..., "label": ...}
+
+
+def check_task(task: str) -> None:
+    """ValueError for any other task than image_classification."""
+    if task != TASK:
+        raise ValueError(f"unknown task {task!r}; this project has {TASK!r}")
+
+
+class ImageClassificationPipeline:
+    """A model with its labels and image processor; made by `pipeline`."""
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        labels: Sequence[str],
+        image_processor: Callable[[Any], Tensor],
+        device: torch.device,
+        precision: str = "fp32",
+        batch_size: int = 32,
+    ):
+        self.model, self.labels, self.image_processor = model.to(device).eval(), list(labels), image_processor
+        self.device, self.precision, self.batch_size = device, precision, batch_size
+        npu_patches.apply(model, device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Any, top_k: int | None = 3) -> list[list[Prediction]]:
+        """The best labels of each picture, best first; also a single picture gives a list of one list.
+
+        Args:
+            images: what `ViTImageProcessor` takes.
+            top_k: how many labels; None, or more than there are, gives all.
+
+        Raises:
+            BrokenImage: names the file that cannot be read.
+            ValueError: top_k below 0, or no pictures.
+        """
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k={top_k}: must be 0 or more, or None for all labels")
+        count = len(self.labels) if top_k is None else min(top_k, len(self.labels))
+        pictures = image_list(images)
+        if not pictures:
+            raise ValueError("no pictures: the list is empty")
+        results: list[list[Prediction]] = []
+        for first in range(0, len(pictures), self.batch_size):
+            batch = self.image_processor(pictures[first : first + self.batch_size])  # [B, 3, S, S]
+            with devices.autocast(self.device, self.precision):
+                logits = self.model(batch.to(self.device))  # [B, C]
+            scores, classes = logits.float().softmax(dim=1).topk(count, dim=1)  # [B, k]
+            for row_scores, row_classes in zip(scores.tolist(), classes.tolist(), strict=True):
+                pairs = zip(row_scores, row_classes, strict=True)
+                results.append([{"score": score, "label": self.labels[index]} for score, index in pairs])
+        return results
+
+
+def pipeline(
+    task: str = TASK,
+    model: str | Path | VisionTransformer = "vit_base_p16",
+    *,
+    image_processor: Callable[[Any], Tensor] | None = None,
+    candidate_labels: Sequence[str] | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    batch_size: int = 32,
+) -> ImageClassificationPipeline:
+    """A model ready to predict.
+
+    Args:
+        model: a published name, a checkpoint file, the output folder of a training run, or a module.
+        image_processor: None = the resize and crop of this project's evaluation for a name or file; for a module, which
+            does not tell how it was trained, the reference's resize to 256.
+        candidate_labels: one per class. None = the class names kept beside the checkpoint, else ImageNet's for 1000
+            classes, else class_0, class_1, ...
+        image_size: side of the model's input where it shall differ from the checkpoint's.
+
+    Raises:
+        ValueError, CheckpointError, DownloadError, UsageError: each says what is wrong and what to do.
+    """
+    check_task(task)
+    target = devices.resolve(device)
+    if isinstance(model, torch.nn.Module):
+        processor = ViTImageProcessor(model.patch_embed.img_size[0])
+    else:
+        path = weights_of(model)
+        changes = {} if image_size is None else {"image_size": image_size}
+        candidate_labels = candidate_labels if candidate_labels is not None else load_class_names(path)
+        model = AutoModel.from_pretrained(path, AutoConfig.from_pretrained(path, **changes))
+        size = model.patch_embed.img_size[0]
+        processor = ViTImageProcessor(size, resize_to=round(RESIZE_FOR_224 * size / 224))
+    labels = labels_for(model.num_classes, candidate_labels)
+    return ImageClassificationPipeline(model, labels, image_processor or processor, target, precision, batch_size)
