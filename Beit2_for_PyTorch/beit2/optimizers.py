@@ -106,9 +106,9 @@ def set_step(optimizer: torch.optim.Optimizer, lr: float | None, weight_decay: f
     """Sets a step's learning rate (times each group's lr_scale) and weight decay (on groups that have any)."""
     for group in optimizer.param_groups:
         if lr is not None:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = float(lr) * group.get("lr_scale", 1.0)
         if weight_decay is not None and group["weight_decay"] > 0:
-            group["weight_decay"] = weight_decay
+            group["weight_decay"] = float(weight_decay)
 
 
 def lr_range(optimizer: torch.optim.Optimizer) -> tuple[float, float]:

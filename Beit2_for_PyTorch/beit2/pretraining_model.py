@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from timm.layers import PatchEmbed, trunc_normal_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from beit2.blocks import (
     NORM_EPS,
@@ -66,6 +67,7 @@ class MaskedImageModel(nn.Module):
         self.early_layers = (6 if early_layers is None else early_layers) if self.cls_pt else None
         if self.cls_pt and not 1 <= self.early_layers <= depth:
             raise ValueError(f"early_layers {self.early_layers}: must be between 1 and the model's depth, {depth}")
+        self.activation_checkpointing = False  # recompute blocks in the backward pass
         self.embed_dim, self.vocab_size, self.init_std = embed_dim, vocab_size, init_std
         self.init_cls_pt_layers = init_cls_pt_layers
 
@@ -147,7 +149,7 @@ class MaskedImageModel(nn.Module):
         early = None
         for number, block in enumerate(self.blocks, 1):
             last = cut_main and number == len(self.blocks)
-            x = block(x, bias, self._with_cls(rows) if last else None)
+            x = self._run(block, x, bias, self._with_cls(rows) if last else None)
             if number == self.early_layers:
                 early = x[:, 1:]  # [B, N, C]
         main = x[:, 1:] if rows is None or cut_main else take_rows(x, rows)  # [B, K or N, C]
@@ -156,12 +158,17 @@ class MaskedImageModel(nn.Module):
 
         y = torch.cat((x[:, :1], early), dim=1)  # [B, 1 + N, C]: final CLS, early patches
         for number, block in enumerate(self.cls_pt_layers, 1):
-            y = block(y, bias, rows if number == len(self.cls_pt_layers) else None)
+            y = self._run(block, y, bias, rows if number == len(self.cls_pt_layers) else None)
         if rows is None:
             y = y[:, 1:]
         elif len(self.cls_pt_layers) == 0:
             y = take_rows(y, rows)
         return [self.norm(main), (self.norm if self.shared_lm_head else self.cls_pt_norm)(y)]
+
+    def _run(self, block: Block, x: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, bias, rows, use_reentrant=False)
+        return block(x, bias, rows)
 
     @staticmethod
     def _with_cls(rows: Tensor) -> Tensor:

@@ -95,6 +95,16 @@ class VQKD(nn.Module):
             self.teacher_model.eval()
         return self
 
+    def for_encoding(self, dtype: torch.dtype | None = None) -> VQKD:
+        """Leaves what pretraining needs: no decoder, no teacher, frozen; optionally the encoder's large weights in the
+        dtype autocast would cast them to at every call, which changes no result."""
+        self.decoder = self.decode_task_layer = self.teacher_model = None
+        if dtype is not None:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.weight.data = module.weight.data.to(dtype)
+        return self.requires_grad_(False).eval()
+
     def no_weight_decay(self) -> set[str]:
         tokens = {f"{part}.{name}" for part in ("encoder", "decoder") for name in ("cls_token", "pos_embed")}
         return tokens | {"quantize.embedding.weight"}
@@ -178,13 +188,15 @@ def build_tokenizer(teacher: dict | nn.Module | None = None, **config) -> VQKD:
 
 
 def load_tokenizer_weights(tokenizer: VQKD, path: str | Path) -> None:
-    """Loads a published or own tokenizer file; what belongs to its training (teacher, scaling, loss) is left out.
+    """Loads a published or own tokenizer file; what belongs to its training (teacher, scaling, loss) is left out, and
+    the decoder where the tokenizer has none (`for_encoding`).
 
     Raises:
         UsageError: another model's weights, or another codebook size; the message says which.
     """
     state = read_state_dict(path, keys=("model", "state_dict", "module"))
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(NOT_TOKENIZER)}
+    left_out = NOT_TOKENIZER if tokenizer.decoder is not None else (*NOT_TOKENIZER, "decode")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
     codes = state.get("quantize.embedding.weight")
     if codes is None:
         raise UsageError(f"{path}: not a VQ-KD tokenizer (no quantize.embedding.weight in it)")

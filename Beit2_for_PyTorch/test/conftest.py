@@ -1,6 +1,7 @@
 """Goldens of the reference (see README.md in golden/) and tiny fixtures."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import beit2  # repairs torchvision before anything else imports it
+
+sys.path.insert(0, str(Path(__file__).parent))
+import small_models  # noqa: F401  registers the small models
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -61,13 +65,10 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(tmp_path_factory) -> Path:
-    """Weights of a small random tokenizer for 32-pixel pictures of 8-pixel patches (options: TINY_TOKENIZER)."""
+def tokenizer_file(tmp_path_factory) -> Path:
+    """Weights of a random tokenizer that fits `small_models.OPTIONS`."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth"
-    tokenizer = beit2.create_tokenizer("vqkd_encoder_tiny_decoder_1x192x3_clip", **TINY_TOKENIZER)
+    tokenizer = beit2.create_tokenizer("vqkd_test_clip", img_size=32, n_code=32, code_dim=8, decoder_out_dim=16)
     torch.save({"model": tokenizer.state_dict()}, path)
     return path
-
-
-TINY_TOKENIZER = {"img_size": 32, "patch_size": 16, "n_code": 32, "code_dim": 8}

@@ -1,0 +1,135 @@
+"""Command line options that the entry scripts share, under the reference's names and with its defaults."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import numpy as np
+import torch
+
+from beit2.schedule import cosine_schedule
+from common import device as devices
+from common.device import UsageError
+
+# Options of the reference that nothing reads, there or here, and what to use instead.
+DEAD = {
+    "warmup_lr": "the warm-up starts at 0",
+    "decoupling_aug": "it never did anything",
+    "eval_data_path": "pretraining has no evaluation; see run_class_finetuning.py",
+    "dist_on_itp": "start with torchrun",
+    "dist_url": "start with torchrun",
+    "world_size": "start with torchrun",
+    "local_rank": "start with torchrun",
+    "local-rank": "start with torchrun",
+    "teacher_input_size": "the teacher's size is in its weights",
+    "log_dir": "TensorBoard files are in <output_dir>/tensorboard",
+}
+
+
+def truth(text: str) -> bool:
+    """The reference's `bool_flag`: on/true/1 or off/false/0."""
+    if text.lower() in ("on", "true", "1"):
+        return True
+    if text.lower() in ("off", "false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r}: give on, true, 1 or off, false, 0")
+
+
+def add_dead_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Options that are accepted and warned about."""
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?", default=None, const="", help=argparse.SUPPRESS)
+
+
+def warn_of_dead_options(options: argparse.Namespace) -> None:
+    for name, reason in DEAD.items():
+        if getattr(options, name.replace("-", "_"), None) is not None:
+            warnings.warn(f"--{name} has no effect: {reason}", stacklevel=2)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Device, output, resume and logging."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="output", help="checkpoints and logs")
+    group.add_argument("--device", default="auto", help="auto, npu, cuda or cpu")
+    group.add_argument("--precision", choices=devices.PRECISIONS, help="default: bf16 on npu and cuda, fp32 on a CPU")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--max_steps", type=int, default=0, help="stop after that many steps in all; 0 = no limit")
+    group.add_argument("--case_kind", choices=("acc", "perf"), default="acc", help="perf: speed only, nothing saved")
+    group.add_argument("--log_every", type=int, default=10, help="steps between two lines of the log")
+    group.add_argument("--save_every", type=int, default=0, help="steps between two saves inside an epoch; 0 = none")
+    group.add_argument("--resume", default="", help="checkpoint file or URL, or 'auto'")
+    group.add_argument("--auto_resume", action="store_true", default=True)
+    group.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")
+    group.add_argument("--start_epoch", type=int, default=0)
+    group.add_argument("--num_workers", type=int, default=min(10, devices.available_cores()))
+    group.add_argument("--pin_mem", action="store_true", default=True)
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    add_dead_options(parser, "dist_on_itp", "dist_url", "world_size", "local_rank", "local-rank", "log_dir")
+
+
+def add_optimizer_options(parser: argparse.ArgumentParser, *, lr: float, min_lr: float, weight_decay: float) -> None:
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--opt", default="adamw")
+    group.add_argument("--opt_eps", type=float, default=1e-8)
+    group.add_argument("--opt_betas", type=float, nargs="+", default=None, help="default: the optimizer's own")
+    group.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; default: no clipping")
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--weight_decay", type=float, default=weight_decay)
+    group.add_argument("--lr", type=float, default=lr)
+    group.add_argument("--warmup_lr", default=None, help=argparse.SUPPRESS)
+    group.add_argument("--min_lr", type=float, default=min_lr)
+    group.add_argument("--warmup_epochs", type=int, default=5)
+    group.add_argument("--warmup_steps", type=int, default=-1, help="above 0: counts instead of --warmup_epochs")
+    group.add_argument("--update_freq", type=int, default=1, help="micro-batches of one optimizer step")
+
+
+def check_common(options: argparse.Namespace) -> None:
+    """What argparse cannot check.
+
+    Raises:
+        UsageError: a number out of range, with the option's name.
+    """
+    warn_of_dead_options(options)
+    for name in ("batch_size", "epochs", "update_freq", "log_every"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} {getattr(options, name)}: must be at least 1")
+    for name in ("max_steps", "save_every", "num_workers"):
+        if getattr(options, name) < 0:
+            raise UsageError(f"--{name} {getattr(options, name)}: must not be negative")
+    if not options.output_dir:
+        raise UsageError("--output_dir is empty: name a folder for checkpoints and logs")
+    if options.opt_betas is not None and len(options.opt_betas) != 2:
+        raise UsageError(f"--opt_betas {options.opt_betas}: give two numbers")
+
+
+def pick_precision(options: argparse.Namespace, device: torch.device) -> str:
+    """The precision asked for; by default bf16 on an accelerator and fp32 on a CPU."""
+    return options.precision or ("fp32" if device.type == "cpu" else "bf16")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parses and checks; warnings are printed without their place in the source."""
+    warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
+    options = parser.parse_args(argv)
+    check_common(options)
+    return options
+
+
+def schedule(options: argparse.Namespace, steps: int) -> np.ndarray:
+    """The learning rate of every step.
+
+    Raises:
+        UsageError: a warm-up longer than the training.
+    """
+    warmup = {"warmup_epochs": options.warmup_epochs, "warmup_steps": options.warmup_steps}
+    try:
+        return cosine_schedule(options.lr, options.min_lr, options.epochs, steps, **warmup)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def due(count: int, every: int) -> bool:
+    """Whether something that happens every so often happens now; never with `every` 0."""
+    return every > 0 and count % every == 0

@@ -1,0 +1,180 @@
+"""Checkpoints of a training run in the reference's format, found again and continued exactly (reference `utils.py`)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from beit2.weight_files import local_file, read_checkpoint
+from common import checkpoint_file, distributed
+from common.device import UsageError
+from common.distributed import World
+
+LATEST = "checkpoint.pth"
+SHARDED = "checkpoint-sharded"  # a folder, of FSDP2 runs
+# What the reference's GradScaler starts from. Its resume needs an entry even where nothing was scaled.
+_NO_SCALING = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+_NO_SCALING["_growth_tracker"] = 0
+
+
+def plain_options(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with nothing but plain values, so that any reader can load them."""
+    plain = (bool, int, float, str, list, type(None))
+    return argparse.Namespace(**{k: v if isinstance(v, plain) else str(v) for k, v in vars(options).items()})
+
+
+def training_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    options: argparse.Namespace,
+    progress: dict[str, Any],
+    steps_per_epoch: int,
+    **extra: Any,
+) -> dict[str, Any]:
+    """A checkpoint's content: the reference's keys (model, optimizer, epoch, args, scaler) and our `progress`.
+
+    `epoch` is the last one that was finished, from 0 (-1: none); a reader that knows epochs only goes on after it.
+    """
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": progress["step"] // steps_per_epoch - 1,
+        "args": plain_options(options),
+        "scaler": scaler.state_dict() or dict(_NO_SCALING),
+        "progress": progress | {"steps_per_epoch": steps_per_epoch},
+        **extra,
+    }
+
+
+def find_checkpoint(resume: str, auto_resume: bool, output_dir: str | Path, sharded: bool = False) -> Path | None:
+    """The file to continue from: `resume` if given, else with auto_resume the newest good one of the output folder.
+
+    Sharded runs have a folder `checkpoint-sharded` in the place of checkpoint.pth. A damaged checkpoint.pth is passed
+    over, with a warning, for the highest checkpoint-N.pth.
+    """
+    if resume and resume != "auto":
+        return local_file(resume)
+    if not (auto_resume or resume == "auto"):
+        return None
+    folder = Path(output_dir)
+    if sharded:
+        return folder / SHARDED if (folder / SHARDED).is_dir() else None
+    numbered = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
+    numbered.sort(key=lambda p: int(p.stem.split("-")[1]), reverse=True)
+    for path in (folder / LATEST, *numbered):
+        if path.exists():
+            try:
+                read_checkpoint(path)
+                return path
+            except UsageError as error:
+                warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def load_training_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    steps_per_epoch: int,
+) -> dict[str, Any]:
+    """Restores a checkpoint of ours or of the reference and returns its progress ({"step": ...}).
+
+    Where the optimizer or the epoch is missing only the weights are loaded, as in the reference.
+
+    Raises:
+        UsageError: the checkpoint of another model, or one in mid-epoch whose epochs had another number of steps.
+    """
+    checkpoint = read_checkpoint(path)
+    load_model(model, checkpoint.get("model", checkpoint), path)
+    if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+        return {"step": 0}
+    load_optimizer(optimizer, checkpoint["optimizer"], path)
+    if checkpoint.get("scaler") and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint["scaler"])
+    progress = dict(checkpoint.get("progress") or {})
+    theirs = progress.pop("steps_per_epoch", steps_per_epoch)
+    if not progress or theirs != steps_per_epoch:
+        if progress.get("step", 0) % theirs:
+            raise UsageError(
+                f"{path} is in the middle of an epoch of {theirs} steps, this run's epochs have {steps_per_epoch}: "
+                "resume with the same data, --batch_size, --update_freq and number of ranks"
+            )
+        return {"step": (checkpoint["epoch"] + 1) * steps_per_epoch}
+    return progress
+
+
+def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Strict, with a short message.
+
+    Raises:
+        UsageError: names or shapes differ.
+    """
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in state:
+            raise UsageError(f"{path}: the checkpoint of another model, it has no {name}")
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(state[name].shape)}, this model has {tuple(tensor.shape)}"
+            raise UsageError(f"{path}: the checkpoint of another model, its {name} is {shapes}")
+    unknown = sorted(set(state) - set(own))
+    if unknown:
+        raise UsageError(f"{path}: the checkpoint of another model, {unknown[0]} in it has no place here")
+    model.load_state_dict(state)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """Moments and steps of the file; how the update is computed (fused or not) stays this run's.
+
+    Raises:
+        UsageError: groups of other sizes.
+    """
+    groups = []
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        kept = {k: own[k] for k in ("fused", "foreach", "capturable", "differentiable") if k in own}
+        groups.append({**group, **kept, "lr": float(group["lr"])})
+    try:
+        if len(state["param_groups"]) != len(optimizer.param_groups):
+            raise ValueError(f"{len(state['param_groups'])} groups, this run has {len(optimizer.param_groups)}")
+        optimizer.load_state_dict({**state, "param_groups": groups})
+    except ValueError as error:
+        raise UsageError(f"{path}: its optimizer state does not fit this model: {error}") from error
+
+
+def save_whole(
+    world: World,
+    options: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: dict[str, Any],
+    steps_per_epoch: int,
+    numbered: bool,
+    **extra: Any,
+) -> None:
+    """Writes checkpoint.pth, and with `numbered` checkpoint-<epoch>.pth, each whole or not at all. Every rank calls it
+    and none goes on before the files are there."""
+    if world.is_main:
+        state = training_state(model, optimizer, scaler, options, progress, steps_per_epoch, **extra)
+        folder = Path(options.output_dir)
+        checkpoint_file.save(state, folder / LATEST)
+        if numbered:
+            checkpoint_file.save(state, folder / f"checkpoint-{state['epoch']}.pth")
+    distributed.barrier()
+
+
+def append_epoch_log(output_dir: str | Path, line: dict[str, Any]) -> None:
+    """One JSON line in log.txt; a line of the same or a later epoch (a resumed run's past) is replaced."""
+    path = Path(output_dir) / "log.txt"
+    lines = []
+    if path.exists():
+        lines = [text for text in path.read_text().splitlines() if json.loads(text)["epoch"] < line["epoch"]]
+    path.write_text("\n".join([*lines, json.dumps(line)]) + "\n")

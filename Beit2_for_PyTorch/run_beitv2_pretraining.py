@@ -1,0 +1,135 @@
+"""BEiT v2 pretraining: predict the visual tokens of masked patches.
+
+python run_beitv2_pretraining.py --data_path DIR --tokenizer_weight FILE --model beit_base_patch16_224_8k_vocab_cls_pt
+torchrun --nproc_per_node 8 run_beitv2_pretraining.py ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from beit2 import npu_patches, parameter_groups
+from beit2 import pretraining_options as setup
+from beit2.image_data import EpochBatches, Normalizer, collate, make_loader, steps_per_epoch
+from beit2.memory_plan import plan_memory
+from beit2.optimizers import create_optimizer, lr_range, set_step
+from beit2.options import due, pick_precision
+from beit2.parallel import Replica
+from beit2.pretraining_step import TrainState, Watch, gradient_step
+from beit2.training_files import append_epoch_log, find_checkpoint
+from common import device as devices
+from common.distributed import World, process_group
+from common.run_log import RunLog
+
+NETWORK = "Beit2_for_PyTorch"
+
+
+@devices.print_usage_errors
+def main(argv: list[str] | None = None) -> dict | None:
+    options = setup.read_options(argv)
+    if options.plan_memory:
+        print(plan_memory(options, options.plan_memory))
+        return None
+    with process_group(options.device) as world:
+        return train(options, world)
+
+
+def train(options: argparse.Namespace, world: World) -> dict:
+    precision = pick_precision(options, world.device)
+    devices.seed_everything(options.seed)
+    model = setup.build_model(options)
+    dataset = setup.build_dataset(options, model.window_size)
+    tokenizer = setup.load_tokenizer(options, precision).to(world.device)
+    setup.check_windows(options, model.window_size, tokenizer)
+    npu_patches.apply(model, tokenizer, world.device)
+
+    steps = steps_per_epoch(len(dataset), options.batch_size, world.size, options.update_freq)
+    rates, decays = setup.schedules(options, steps)
+    replica = Replica(model, world, options.fsdp, precision, options.activation_checkpointing, options.update_freq)
+    groups = parameter_groups(replica.model, options.weight_decay)
+    optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
+    scaler = devices.grad_scaler(world.device, precision)
+    step_once = functools.partial(
+        gradient_step, replica.wrapped, tokenizer, Normalizer(*setup.mean_and_std(options), world.device), optimizer,
+        scaler, precision, options.clip_grad,
+    )  # fmt: skip
+
+    path = find_checkpoint(options.resume, options.auto_resume, options.output_dir, options.fsdp)
+    state = TrainState(step=options.start_epoch * steps)
+    if path is not None:
+        state = TrainState(**replica.load(path, optimizer, scaler, steps))
+    last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
+
+    log = RunLog(
+        options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
+        resume=path is not None,
+    )  # fmt: skip
+    with log:
+        batch = f"{options.batch_size} x {options.update_freq} x {world.size} ranks"
+        log.info(f"{options.model}: {replica.parameter_count:,} parameters, {precision} on {world.device.type}")
+        log.info(
+            f"{len(dataset)} pictures, {steps} steps an epoch of {batch}; from step {state.step} ({path or 'new'})"
+        )
+        batches = make_batches(dataset, options, world, steps, state.step, last)
+        watch, means = Watch(), {}
+        for step in range(state.step, last):
+            with log.data_wait():
+                micro_batches = [next(batches) for _ in range(options.update_freq)]
+            set_step(optimizer, rates[step], decays[step])
+            devices.seeded(options.seed, step, world.rank)  # dropped paths are a function of the step
+            scalars = step_once(micro_batches)
+            watch.add(scalars, skips_allowed=scaler.is_enabled())
+            lr, min_lr = lr_range(optimizer)
+            scalars |= {"lr": lr, "min_lr": min_lr, "weight_decay": float(decays[step])}
+            state.add(scalars)
+
+            epoch_ends = state.step % steps == 0
+            saves = epoch_ends or state.step == last or due(state.step, options.save_every)
+            if saves or due(state.step, options.log_every):
+                watch.check(state.step)
+            samples = options.batch_size * options.update_freq * world.size
+            log.step(state.step, samples, epoch=state.step / steps, **scalars)
+            if epoch_ends or state.step == last:
+                means = state.means()
+            if epoch_ends:
+                end_epoch(options, state, means, steps, replica.parameter_count, world)
+            if saves and options.case_kind == "acc":
+                with log.pause("save"):
+                    numbered = epoch_ends and due(state.step // steps, options.save_ckpt_freq)
+                    replica.save(options, optimizer, scaler, state.plain(), steps, numbered)
+        accuracy = means.get("mlm_acc", means.get("mlm_acc_1"))
+        return log.finish(accuracy=None if accuracy is None else round(100 * accuracy, 3))
+
+
+def make_batches(dataset, options: argparse.Namespace, world: World, steps: int, start: int, stop: int):
+    """Micro-batches of this rank from optimizer step `start` on."""
+    count = options.update_freq
+    sampler = EpochBatches(
+        len(dataset),
+        options.batch_size,
+        world,
+        steps * count,
+        options.seed,
+        start * count,
+        stop * count,
+    )
+    pin_memory = options.pin_mem and world.device.type != "cpu"
+    return iter(make_loader(dataset, sampler, options.num_workers, pin_memory, collate))
+
+
+def end_epoch(options, state: TrainState, means: dict, steps: int, parameters: int, world: World) -> None:
+    """Writes the epoch's line of log.txt under the reference's keys and begins the next."""
+    state.begin_epoch()
+    if world.is_main:
+        line = {f"train_{name}": value for name, value in means.items()}
+        append_epoch_log(options.output_dir, line | {"epoch": state.step // steps - 1, "n_parameters": parameters})
+
+
+if __name__ == "__main__":
+    main()
