@@ -1,11 +1,13 @@
 """The Vision Transformer: timm's module, set up as MAE fine-tuning has it (facebookresearch/mae models_vit.py)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from timm.layers import trunc_normal_
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
 
 HEAD_INIT_STD = 2e-5  # main_finetune.py; a fresh head starts at uniform predictions and does not disturb the encoder
 
@@ -17,6 +19,33 @@ PRESETS: dict[str, dict[str, int]] = {
     "vit_large_p16": dict(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
     "vit_huge_p14": dict(img_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16),
 }
+
+
+class SkippingBlock(Block):
+    """timm's block; on the CPU, stochastic depth computes a branch only for the pictures that keep it.
+
+    The same distribution and the same numbers for the kept pictures, less work: on average the drop rate of it. On
+    accelerators and under torch.compile, where a batch size that changes costs more than it saves, timm's way is taken.
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if not x.is_cpu or torch.compiler.is_compiling():
+            return super().forward(x, attn_mask, is_causal)
+        x = _add_branch(x, lambda kept: self.attn(self.norm1(kept), attn_mask, is_causal), self.drop_path1)  # [B, N, C]
+        return _add_branch(x, lambda kept: self.mlp(self.norm2(kept)), self.drop_path2)  # [B, N, C]
+
+
+def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: nn.Module) -> Tensor:
+    rate = getattr(drop_path, "drop_prob", 0.0)
+    if rate == 0.0 or not drop_path.training:
+        return x + branch(x)
+    kept = (torch.rand(len(x)) >= rate).nonzero().squeeze(1)  # indices of pictures
+    scale = 1.0 / (1.0 - rate)
+    if len(kept) == len(x):
+        return x + branch(x) * scale
+    if len(kept) == 0:  # still part of the graph: every rank must have a gradient for every weight
+        return x + branch(x) * 0.0
+    return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
 
 
 def model_names() -> list[str]:
@@ -60,6 +89,7 @@ def build_model(
         drop_path_rate=drop_path,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         act_layer=nn.GELU,
+        block_fn=SkippingBlock,
     )
     reset_head(model)
     return model

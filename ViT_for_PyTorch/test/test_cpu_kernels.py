@@ -1,0 +1,130 @@
+"""The CPU shortcuts compute what they replace: skipped pictures, matmul attention, bf16 without bf16 instructions."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+
+import vit
+from vit import cpu_kernels
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = vit.build_model(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=5, drop_path=0.4)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    return model
+
+
+def loss_and_gradients(model, precision="fp32", context=None):
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with autocast, context or contextlib.nullcontext():
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), torch.arange(6) % 5)
+    loss.backward()
+    return logits, loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def masked_forward(block, x, attn_mask=None, is_causal=False):
+    """Stochastic depth as the definition has it: every branch computed, the dropped ones multiplied by zero."""
+    rate = block.drop_path1.drop_prob
+    for branch in (lambda h: block.attn(block.norm1(h)), lambda h: block.mlp(block.norm2(h))):
+        kept = torch.rand(len(x)) >= rate
+        x = x + branch(x) * (kept / (1 - rate)).view(-1, 1, 1)
+    return x
+
+
+def test_skipping_pictures_equals_multiplying_by_zero(model, monkeypatch):
+    dropped_something = False
+    for seed in range(4):
+        torch.manual_seed(seed)
+        _, loss, gradients = loss_and_gradients(model)
+        state = torch.get_rng_state()
+        with monkeypatch.context() as patch:
+            patch.setattr(model.blocks[1], "forward", lambda x, **k: masked_forward(model.blocks[1], x))
+            torch.manual_seed(seed)
+            _, expected_loss, expected = loss_and_gradients(model)
+        assert torch.equal(state, torch.get_rng_state())
+        assert loss == pytest.approx(expected_loss, abs=1e-6)
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+        torch.manual_seed(seed)
+        dropped_something |= bool((torch.rand(6) < 0.4).any())
+    assert dropped_something
+
+
+def test_a_branch_dropped_for_all_pictures_still_has_gradients(model):
+    model.blocks[1].drop_path1.drop_prob = 1.0 - 1e-9
+    gradients = loss_and_gradients(model)[2]
+    assert gradients["blocks.1.attn.qkv.weight"].abs().max() == 0
+
+
+def test_evaluation_drops_nothing(model):
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        ours = model.eval()(images)
+        plain = Block.forward
+        for block in model.blocks:
+            block.forward = lambda x, block=block, **k: plain(block, x)
+        torch.testing.assert_close(model(images), ours)
+
+
+def test_matmul_attention_equals_the_fused_kernel(model):
+    torch.manual_seed(3)
+    expected = loss_and_gradients(model)
+    torch.manual_seed(3)
+    ours = loss_and_gradients(model, context=cpu_kernels.cpu_kernels(CPU, "fp32"))
+    torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours[2], expected[2], rtol=1e-4, atol=1e-6)
+
+
+def test_masked_attention_is_left_to_torch():
+    query = torch.randn(1, 2, 9, 8)
+    with cpu_kernels.cpu_kernels(CPU, "fp32"):
+        causal = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    torch.testing.assert_close(causal, F.scaled_dot_product_attention(query, query, query, is_causal=True))
+
+
+def test_emulated_bf16_equals_autocast(model, monkeypatch):
+    """Both are a bf16 rounding away from fp32; the emulation is not further, and its results are bf16."""
+    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
+
+    def run(precision, context=None):
+        torch.manual_seed(3)
+        return loss_and_gradients(model, precision, context)
+
+    exact, autocast = run("fp32"), run("bf16")
+    ours = run("bf16", cpu_kernels.cpu_kernels(CPU, "bf16"))
+    assert ours[0].dtype == autocast[0].dtype == torch.bfloat16
+    torch.testing.assert_close(ours[0], autocast[0], rtol=0, atol=2e-2)
+
+    def distance(result):
+        return sum((result[2][name] - exact[2][name]).square().sum() for name in exact[2]).sqrt()
+
+    norm = sum(value.square().sum() for value in exact[2].values()).sqrt()
+    assert 1e-4 * norm < distance(ours) <= 1.1 * distance(autocast) < 2e-2 * norm
+
+
+def test_one_emulated_product_equals_the_bf16_product(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
+    x, weight, bias = torch.randn(40, 64), torch.randn(32, 64), torch.randn(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.linear(x, weight, bias)
+        with cpu_kernels.cpu_kernels(CPU, "bf16"):
+            ours = F.linear(x, weight, bias)
+    assert ours.dtype == torch.bfloat16
+    assert (ours == expected).float().mean() > 0.98  # else the last bit, where the order of the sum decides
+    torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_other_devices_and_native_bf16_are_left_alone(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: True)
+    assert isinstance(cpu_kernels.cpu_kernels(CPU, "bf16"), contextlib.nullcontext)
+    assert isinstance(cpu_kernels.cpu_kernels(torch.device("cuda"), "fp32"), contextlib.nullcontext)
+    assert isinstance(cpu_kernels.cpu_kernels(CPU, "fp16"), contextlib.nullcontext)
