@@ -21,6 +21,11 @@ from common import device as devices
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
 
+# Groups that have been torn down, kept until the process ends. A DDP module that outlives the `with` block would
+# otherwise own the last reference, and gloo's destructor, called with Python's lock held, can wait forever for its threads.
+_ended_groups: list[dist.ProcessGroup] = []
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place among all processes of the run."""
@@ -68,6 +73,7 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         _set_timeout(timedelta(seconds=train_timeout_s))
         yield world
     finally:
+        _ended_groups.append(dist.group.WORLD)
         # After an error the other ranks may never answer: destroy does not wait for them, and torchrun ends them all.
         with contextlib.suppress(RuntimeError, ValueError):
             dist.destroy_process_group()

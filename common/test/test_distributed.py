@@ -59,6 +59,26 @@ with d.process_group("cpu") as world:
     assert "step 12 on rank 1" in first["stopped"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_ddp_model_that_outlives_the_group_does_not_hang_the_exit(tmp_path, fails):
+    code = f"""
+import torch
+from common import distributed as d
+def main():
+    with d.process_group("cpu") as world:
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+        for step in range(20):
+            model(torch.ones(2, 64)).sum().backward()
+            if {fails} and world.rank == 1 and step == 10:
+                raise ValueError("this is the cause")
+    print("left the group with the model alive", type(model).__name__)
+main()
+"""
+    process = run_ranks(code, tmp_path, ranks=3)
+    assert ("this is the cause" in process.stderr) == fails == (process.returncode != 0)
+    assert process.stdout.count("with the model alive") == (0 if fails else 3)
+
+
 def test_one_failing_rank_ends_all_and_its_error_is_shown(tmp_path):
     code = """
 import torch
