@@ -1,0 +1,245 @@
+"""Training as users run it: end to end, resumed after kill -9, on several ranks, and every way to get it wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import run_vit
+from common import checkpoint_file, result_file
+from common.device import UsageError
+
+PROJECT = Path(__file__).resolve().parents[1]
+CASE = "ViT_for_PyTorch_bs4_1p_acc"
+TINY = ["model.name=vit_demo", "model.img_size=24", "--batch_size", "4", "--num_workers", "0", "--seed", "3"]
+PLAIN = ["data.mixup=0", "data.cutmix=0", "model.drop_path=0"]  # what draws from the rank is off: ranks can be compared
+
+
+@pytest.fixture(scope="module")
+def pictures(sample_data, tmp_path_factory) -> Path:
+    """Three classes of the sample pictures: 8 each to train, 5, 4 and 4 to evaluate."""
+    root = tmp_path_factory.mktemp("my pictures")
+    for split, count in (("train", 8), ("val", 4)):
+        for index, name in enumerate(("flags", "food_and_drink", "symbols")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            extra = int(split == "val" and index == 0)
+            for picture in sorted((sample_data / "images" / split / name).iterdir())[: count + extra]:
+                (folder / picture.name).symlink_to(picture)
+    return root
+
+
+def folders(root: Path) -> list[str]:
+    return ["--train_dataset_dir", str(root / "train"), "--eval_dataset_dir", str(root / "val")]
+
+
+def train(root: Path, output: Path, *options: str) -> dict[str, str]:
+    run_vit.main([*folders(root), "--device", "cpu", "--output_dir", str(output), *TINY, *options])
+    return result_file.read(next(output.glob("*_acc.log")))
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = [json.loads(text) for text in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def weights(output: Path, name: str) -> dict[str, torch.Tensor]:
+    return checkpoint_file.load(output / "checkpoints" / name)["model"]
+
+
+def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [str(PROJECT / "run_vit.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_training_writes_everything_a_user_reads(pictures, tmp_path, capsys):
+    result = train(pictures, tmp_path, "--epochs", "2", "--log_every", "3", "optimizer.warmup_epochs=1")
+    assert result["Status"] == "OK" and result["BadImages"] == "0" and result["EvalCount"] == "13"
+    assert set(result_file.KEYS) <= set(result)
+    printed = capsys.readouterr().out
+    assert "------------------ Final result ------------------" in printed and "of 13)" in printed
+    assert list(losses(tmp_path)) == [3, 6, 9, 12]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"loss.png", "tensorboard", f"train_{CASE}_loss.txt", f"{CASE}.log"} <= names
+    checkpoints = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert checkpoints == {"best.pt", "checkpoint-6.pt", "checkpoint-12.pt", "class_names.json"}
+
+
+def test_kill_9_and_resume_give_the_run_that_was_not_interrupted(pictures, tmp_path):
+    options = [
+        "--epochs",
+        "8",
+        "--save_every",
+        "5",
+        "--log_every",
+        "1",
+        "optimizer.ema_decay=0.9",
+        "model.drop_path=0.1",
+    ]
+    train(pictures, tmp_path / "whole", *options)
+
+    command = [sys.executable, str(PROJECT / "run_vit.py"), *folders(pictures), *TINY, *options]
+    command += ["--device", "cpu", "--output_dir", str(tmp_path / "killed"), "--num_workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint-10.pt").exists():
+        assert process.poll() is None, "training ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    at_kill = max(losses(tmp_path / "killed"))
+    assert at_kill < 48
+
+    train(pictures, tmp_path / "killed", *options, "--num_workers", "2", "--resume_training", "auto")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    whole = checkpoint_file.load(tmp_path / "whole" / "checkpoints" / "checkpoint-48.pt")
+    resumed = checkpoint_file.load(tmp_path / "killed" / "checkpoints" / "checkpoint-48.pt")
+    for part in ("model", "ema"):
+        assert whole[part].keys() == resumed[part].keys()
+        assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
+    assert whole["state"] == resumed["state"]
+
+
+def test_two_ranks_equal_one_rank_on_the_same_global_batch(pictures, tmp_path):
+    options = ["--epochs", "3", "--log_every", "1", *PLAIN]
+    one = train(pictures, tmp_path / "one", *options, "accumulate=2")
+    process = torchrun(2, *folders(pictures), *TINY, *options, "--device", "cpu", "--output_dir", str(tmp_path / "two"))
+    assert process.returncode == 0, process.stderr
+    two = result_file.read(tmp_path / "two" / "ViT_for_PyTorch_bs4_2p_acc.log")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert two["TrainAccuracy"] == one["TrainAccuracy"] and two["EvalCount"] == one["EvalCount"] == "13"
+    first, second = weights(tmp_path / "one", "checkpoint-9.pt"), weights(tmp_path / "two", "checkpoint-9.pt")
+    for key in first:
+        # rows of the key bias have no true gradient: AdamW turns their rounding noise into steps
+        rows = [slice(0, 96), slice(192, None)] if key.endswith("qkv.bias") else [slice(None)]
+        for part in rows:
+            torch.testing.assert_close(first[key][part], second[key][part], rtol=1e-4, atol=2e-5)
+
+
+def test_evaluation_counts_every_picture_once_on_any_number_of_ranks(pictures, tmp_path):
+    train(pictures, tmp_path, "--epochs", "1")
+    options = ["--run_mode", "eval", "--load_checkpoint", str(tmp_path / "checkpoints" / "best.pt"), "--device", "cpu"]
+    options += [*TINY, "--eval_dataset_dir", str(pictures / "val")]
+    run_vit.main([*options, "--output_dir", str(tmp_path / "e1")])
+    process = torchrun(3, *options, "--output_dir", str(tmp_path / "e3"))
+    assert process.returncode == 0, process.stderr
+    one, three = (result_file.read(next((tmp_path / name).glob("*.log"))) for name in ("e1", "e3"))
+    assert one["Count"] == "13" and all(one[key] == three[key] for key in ("Count", "Top1", "Top5", "TrainAccuracy"))
+    assert float(one["ActualLoss"]) == pytest.approx(float(three["ActualLoss"]), abs=2e-6)
+
+
+def test_a_changed_global_batch_is_not_resumed(pictures, tmp_path):
+    train(pictures, tmp_path, "--epochs", "2")
+    with pytest.raises(UsageError, match="global_batch was 4, is now 8.*raise accumulate"):
+        train(pictures, tmp_path, "--epochs", "2", "--batch_size", "8", "--resume_training", "auto")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--precision", "bf16", "model.gradient_checkpointing=true"],
+        ["--precision", "fp16", "loss_scale=128"],
+        ["--precision", "fp16", "optimizer.clip_grad=1"],
+        ["model.global_pool=token", "optimizer.layer_decay=1", "data.auto_augment=", "data.random_erasing=0.9"],
+    ],
+)
+def test_variants_of_the_recipe_train(pictures, tmp_path, options):
+    result = train(pictures, tmp_path, "--epochs", "2", *PLAIN, "optimizer.warmup_epochs=0", *options)
+    assert result["Status"] == "OK"
+    values = list(losses(tmp_path).values())
+    assert all(0 < value < 3 for value in values)
+
+
+def test_gradient_checkpointing_and_accumulation_do_not_change_the_numbers(pictures, tmp_path):
+    base = ["--epochs", "2", "--log_every", "1", *PLAIN]
+    train(pictures, tmp_path / "a", *base, "--batch_size", "8")
+    train(pictures, tmp_path / "b", *base, "--batch_size", "8", "model.gradient_checkpointing=true")
+    train(pictures, tmp_path / "c", *base, "accumulate=2")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "c"), rel=1e-5)
+
+
+def test_a_diverging_run_stops_and_says_failed(pictures, tmp_path):
+    with pytest.raises(FloatingPointError, match="inf or nan at step"):
+        train(pictures, tmp_path, "--epochs", "8", "optimizer.base_lr=1e30", "optimizer.warmup_epochs=0")
+    result = result_file.read(tmp_path / f"{CASE}.log")
+    assert result["Status"] == "FAILED" and "ActualFPS" not in result
+    newest = checkpoint_file.newest(tmp_path / "checkpoints")
+    if newest is not None:  # what was saved before is finite
+        assert all(torch.isfinite(value).all() for value in checkpoint_file.load(newest)["model"].values())
+
+
+def test_a_corrupt_picture_is_skipped_named_and_counted_and_many_are_an_error(tmp_path):
+    root = tmp_path / "set"
+    for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
+        for split, count in (("train", 60), ("val", 2)):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (20, 20), colour).save(root / split / name / f"{index:03}.jpg")
+    (root / "train" / "red" / "007.jpg").write_bytes(b"not a picture")
+    with pytest.warns(UserWarning, match="007.jpg"):
+        assert train(root, tmp_path / "out", "--epochs", "2", *PLAIN)["BadImages"] == "1"
+    for index in (8, 9):
+        (root / "train" / "red" / f"{index:03}.jpg").write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(UsageError, match="broken, more than 1%"):
+        train(root, tmp_path / "out2", "--epochs", "2", *PLAIN)
+    assert result_file.read(tmp_path / "out2" / f"{CASE}.log")["Status"] == "FAILED"
+
+
+def test_predictions_carry_the_class_names_of_the_training_folder(pictures, tmp_path, capsys):
+    train(pictures, tmp_path, "--epochs", "1")
+    options = ["--run_mode", "predict", "--load_checkpoint", str(tmp_path / "checkpoints" / "best.pt"), *TINY]
+    run_vit.main(
+        [*options, "--predict_data", str(pictures / "val" / "flags"), "--top_k", "2", "--output_dir", str(tmp_path)]
+    )
+    predictions = json.loads((tmp_path / "predictions.json").read_text())
+    assert len(predictions) == 5
+    for labels in predictions.values():
+        assert [entry["label"] in ("flags", "food_and_drink", "symbols") for entry in labels] == [True, True]
+        assert labels[0]["score"] >= labels[1]["score"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run_mode", "finetune"], "needs --load_checkpoint"),
+        (["--run_mode", "eval", "--eval_dataset_dir", "x"], "--load_checkpoint is required for eval"),
+        (["--run_mode", "predict", "--load_checkpoint", "x"], "--predict_data is required"),
+        (["--train_dataset_dir", "/no/such"], "/no/such: no such folder"),
+        (["optimizer.bas_lr=1"], "did you mean 'optimizer.base_lr'"),
+        (["--epochs", "three"], "epochs=three"),
+        (["--load_checkpoint", "/no/such.pth"], "/no/such.pth: no such checkpoint"),
+        (["--resume_training", "/no/such.pt"], "--resume_training /no/such.pt: no such file"),
+        (["--batch_size", "100"], "fewer than one global batch"),
+        (["model.num_classes=7"], "model.num_classes=7, but"),
+        (["--config", "gone.yaml"], "--config gone.yaml: no such file"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_training(pictures, tmp_path, options, message):
+    chosen = folders(pictures) if options[:2] != ["--run_mode", "eval"] else []
+    with pytest.raises(UsageError, match=message):
+        run_vit.main([*chosen, "--device", "cpu", "--output_dir", str(tmp_path / "out"), *TINY, *options])
+    assert not list((tmp_path / "out").glob("*.log"))
+
+
+def test_class_folders_that_differ_are_an_error(pictures, tmp_path):
+    (tmp_path / "val" / "flags").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(tmp_path / "val" / "flags" / "a.png")
+    with pytest.raises(UsageError, match="differ"):
+        train(pictures, tmp_path / "out", "--eval_dataset_dir", str(tmp_path / "val"))
+
+
+def test_options_of_the_reference_are_accepted_with_their_meaning(pictures, tmp_path, capsys):
+    options = ["--device_target", "CPU", "--sink_mode", "True", "--use_parallel", "False", "--options", "epochs=1"]
+    run_vit.main([*folders(pictures), *TINY, *options, "--optimizer.base_lr", "1e-4", "--output_dir", str(tmp_path)])
+    assert "--sink_mode has no effect" in capsys.readouterr().err
+    saved = checkpoint_file.load(tmp_path / "checkpoints" / "checkpoint-6.pt")["config"]
+    assert saved["epochs"] == 1 and saved["device"] == "cpu" and saved["optimizer"]["base_lr"] == 1e-4
