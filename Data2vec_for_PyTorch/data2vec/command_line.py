@@ -1,0 +1,94 @@
+"""Command line shared by train.py and validate.py: Hydra's spelling, as fairseq's users have it, plus the house's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import torch
+from omegaconf import DictConfig
+
+from common import device as devices
+from common.device import UsageError
+from data2vec.config import load_config
+
+TEXT_CONFIGS = "configs/text/pretraining"
+
+
+def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, DictConfig, list[str]]:
+    """(options, configuration, notes about keys without effect). Errors are UsageError."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config-dir", default=TEXT_CONFIGS, help="folder of YAML files")
+    parser.add_argument("--config-name", required=True, help="name of a YAML file in it, e.g. base")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="accepted: fairseq-hydra-train's commands have it"
+    )
+    parser.add_argument("overrides", nargs="*", help="group.key=value, e.g. task.data=DIR")
+    parser.add_argument("--output_dir", default="output")
+    parser.add_argument("--device", choices=devices.DEVICES, default="auto")
+    parser.add_argument("--precision", choices=devices.PRECISIONS, help="over common.fp16 and common.bf16")
+    parser.add_argument("--seed", type=int, help="over common.seed")
+    parser.add_argument("--max_steps", type=int, default=0, help="stop when this many updates are done; 0: no limit")
+    parser.add_argument("--case_kind", choices=("acc", "perf"), default="acc")
+    parser.add_argument("--log_every", type=int, help="over common.log_interval")
+    parser.add_argument("--save_every", type=int, help="over checkpoint.save_interval_updates")
+    parser.add_argument("--num_workers", type=int, help="over dataset.num_workers")
+    parser.add_argument("--resume", help="auto (checkpoint.restore_file when it exists), none, or a checkpoint")
+    options = parser.parse_intermixed_args(argv)
+    config, notes = load_config(options.config_dir, options.config_name, options.overrides)
+    _apply(options, config)
+    return options, config, notes
+
+
+def _apply(options: argparse.Namespace, config: DictConfig) -> None:
+    if options.seed is not None:
+        config.common.seed = options.seed
+    if options.log_every is not None:
+        config.common.log_interval = options.log_every
+    if options.save_every is not None:
+        config.checkpoint.save_interval_updates = options.save_every
+    if options.num_workers is not None:
+        config.dataset.num_workers = options.num_workers
+    if options.resume not in (None, "auto"):
+        config.checkpoint.restore_file = options.resume
+    if config.common.cpu:
+        options.device = "cpu"
+
+
+def choose_precision(options: argparse.Namespace, config: DictConfig, device: torch.device) -> tuple[str, str | None]:
+    """(precision, note). fp16 of a YAML file is meant for accelerators: a CPU runs fp32 and says so."""
+    if options.precision:
+        return options.precision, None
+    if config.common.bf16:
+        return "bf16", None
+    if config.common.fp16 and device.type == "cpu":
+        return "fp32", "common.fp16 is for accelerators: this CPU run is in fp32 (--precision fp16 or bf16 to insist)"
+    return ("fp16" if config.common.fp16 else "fp32"), None
+
+
+def start_ranks(config: DictConfig, device_name: str) -> None:
+    """Replaces this process by torchrun when several ranks are asked for and we are not one of them.
+
+    fairseq spawns its processes from `distributed_training.distributed_world_size`; so does this.
+    """
+    wanted = config.distributed_training.distributed_world_size
+    if "RANK" in os.environ:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size != wanted and int(os.environ["RANK"]) == 0:
+            print(f"distributed_training.distributed_world_size={wanted}: torchrun started {size} ranks, which counts")
+        config.distributed_training.distributed_world_size = size
+        return
+    if wanted <= 1:
+        return
+    device = devices.resolve(device_name)
+    here = wanted if device.type == "cpu" else torch.get_device_module(device).device_count()
+    if wanted > here or (device.type == "cpu" and wanted > devices.available_cores()):
+        have = f"{here} {device.type} devices" if device.type != "cpu" else f"{devices.available_cores()} CPU cores"
+        raise UsageError(
+            f"distributed_training.distributed_world_size={wanted}, but this host has {have}: start train.py with "
+            "torchrun on every host, or say distributed_training.distributed_world_size=1"
+        )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}", *sys.argv]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)

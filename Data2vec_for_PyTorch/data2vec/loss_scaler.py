@@ -1,0 +1,79 @@
+"""fp16 loss scaling with fairseq's rules (fairseq/optim/dynamic_loss_scaler.py)."""
+
+from __future__ import annotations
+
+import math
+
+
+class LossScaler:
+    """Doubles the scale after `window` steps without overflow, halves it on one; the overflowing step is skipped.
+
+    Args:
+        scale: initial scale; fixed at 1 with `enabled=False`.
+        window: steps, fairseq's default is 2**14 / ranks / update_freq.
+        tolerance: share of overflowing steps since the last change that is put up with.
+        threshold: the scale does not fall below it.
+        minimum: at or below it training has failed.
+    """
+
+    def __init__(
+        self,
+        enabled: bool,
+        scale: float = 128.0,
+        window: int = 2**14,
+        tolerance: float = 0.0,
+        threshold: float | None = None,
+        minimum: float = 1e-4,
+    ):
+        self.enabled = enabled
+        self.scale = float(scale) if enabled else 1.0
+        self.window, self.tolerance, self.threshold, self.minimum = max(1, window), tolerance, threshold, minimum
+        self._steps = 0
+        self._last_overflow = -1
+        self._last_rescale = -1
+        self._overflows = 0
+
+    def update(self, norm: float) -> bool:
+        """Takes note of a step's gradient norm; returns whether the step may be done.
+
+        Raises:
+            FloatingPointError: without scaling, on any inf or nan; with it, when the scale has become too small.
+        """
+        if math.isfinite(norm):
+            if self.enabled and (self._steps - self._last_overflow) % self.window == 0:
+                self.scale *= 2
+                self._last_rescale = self._steps
+            self._steps += 1
+            return True
+        if not self.enabled:
+            raise FloatingPointError(
+                f"the gradient norm is {norm}: the model was not updated with it. Lower the learning rate or lengthen "
+                "the warm-up; the last checkpoint is intact"
+            )
+        before = self.scale
+        since_rescale = self._steps - self._last_rescale
+        self._last_overflow = self._steps
+        self._overflows += 1
+        if self._overflows / since_rescale >= self.tolerance:
+            self.scale = max(self.scale / 2, self.threshold or 0.0)
+            self._last_rescale = self._steps
+            self._overflows = 0
+        if self.scale <= self.minimum:
+            self.scale = before
+            raise FloatingPointError(
+                f"the fp16 loss scale fell to {self.minimum} (common.min_loss_scale): the loss is probably exploding. "
+                "Lower the learning rate, lengthen the warm-up, or use bf16; the last checkpoint is intact"
+            )
+        self._steps += 1
+        return False
+
+    def state_dict(self) -> dict[str, float]:
+        names = ("scale", "_steps", "_last_overflow", "_last_rescale", "_overflows")
+        return {name.lstrip("_"): getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if self.enabled:
+            self.scale = float(state["scale"])
+            for name in ("steps", "last_overflow", "last_rescale", "overflows"):
+                if name in state:  # fairseq keeps the scale alone
+                    setattr(self, f"_{name}", state[name])

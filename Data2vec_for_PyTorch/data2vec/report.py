@@ -1,0 +1,129 @@
+"""What a run writes: the house's log and fairseq's lines, from the same sums."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+
+from common.run_log import RunLog
+from data2vec import fairseq_log
+from data2vec.fairseq_log import Meters
+from data2vec.training import TrainState, UpdateResult, check_collapse, ema_decay, learning_rate
+
+
+class Report:
+    """Collects updates without waiting for the device, and reads them when a line is due.
+
+    Args:
+        log: entered `RunLog`.
+        config: of the run.
+        updates_per_epoch: for the `update` field, a position in epochs.
+    """
+
+    def __init__(self, log: RunLog, config: DictConfig, updates_per_epoch: int):
+        self.log = log
+        self.config = config
+        self.updates_per_epoch = updates_per_epoch
+        self.inner, self.epoch = Meters(), Meters()
+        self.tokens = self.sentences = self.updates = 0.0
+        self._pending: list[tuple[UpdateResult, float]] = []
+
+    def update(self, state: TrainState, result: UpdateResult, seconds: float) -> None:
+        """Takes note of one update; a skipped one (fp16 overflow) is told at once."""
+        if result.skipped:
+            self.log.info(f"gradient overflow at update {state.num_updates}: loss scale now {state.scaler.scale:g}")
+            return
+        self._pending.append((result, seconds))
+        step = state.num_updates
+        self.log.step(
+            step,
+            samples=int(result.sentences),
+            loss=result.loss_sum / result.sample_size.clamp(min=1),
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            epoch=self._position(state),
+            pred_std=result.pred_std,
+            target_std=result.target_std,
+            ema_decay=result.ema_decay,
+            masked_tokens=result.sample_size,
+        )
+        if step % self.config.common.log_interval == 0:
+            self._drain(step)
+            line = {"epoch": state.epoch, "update": round(self._position(state), 3)}
+            line |= self._training_values(self.inner, state)
+            fairseq_log.write_line(self.log.info, "train_inner", line)
+            self.inner = Meters()
+
+    def end_of_epoch(self, state: TrainState, epoch: int) -> None:
+        """The `train` line; also when a run stops within an epoch."""
+        self._drain(state.num_updates)
+        if self.epoch.updates:
+            values = fairseq_log.prefixed(self._training_values(self.epoch, state), "train")
+            fairseq_log.write_line(self.log.info, "train", {"epoch": epoch} | values)
+        self.inner, self.epoch = Meters(), Meters()
+
+    def validation(self, state: TrainState, epoch: int, name: str, sums: torch.Tensor, began: float) -> float:
+        """The `valid` line; returns the loss."""
+        meters = Meters()
+        loss, sample_size, sentences, batches = sums.tolist()
+        decay = ema_decay(self.config, max(state.num_updates - 1, 0))
+        meters.add(loss, sample_size, sentences, decay)
+        meters.updates, meters.ema_decay, meters.began = max(int(batches), 1), 1000 * decay * max(batches, 1), began
+        values = meters.values(training=False) | {"num_updates": fairseq_log.number(state.num_updates)}
+        if state.best_loss is not None:
+            values["best_loss"] = fairseq_log.number(min(state.best_loss, meters.mean_loss), 3)
+        fairseq_log.write_line(self.log.info, name, {"epoch": epoch} | fairseq_log.prefixed(values, name))
+        self.log.record(state.num_updates, name, loss=meters.mean_loss)
+        return meters.mean_loss
+
+    def finish(self, state: TrainState) -> None:
+        """The result file, and the speed under each of its true names."""
+        known = {"NumUpdates": state.num_updates}
+        if state.best_loss is not None:
+            known["ValidBestLoss"] = round(state.best_loss, 6)
+        values = self.log.finish(**known)
+        if "ActualFPS" not in values:
+            return
+        per_second = 1000 / values["TrainingTime"]
+        speed = {
+            "SequencesPerSecond": values["ActualFPS"],
+            "UpdatesPerSecond": round(per_second, 4),
+            "TokensPerSecond": round(values["ActualFPS"] * self.tokens / max(self.sentences, 1), 1),
+        }
+        if self.log.world.is_main:
+            self.log.result.write(values | speed)
+            print(
+                f"Final Performance images/sec : {speed['UpdatesPerSecond']} (updates/sec, as the reference prints it)"
+            )
+            print(f"Final Performance tokens/sec : {speed['TokensPerSecond']} (real tokens, no padding)")
+            if state.best_loss is not None:
+                print(f"Final Valid Best Loss: {known['ValidBestLoss']}", flush=True)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _position(self, state: TrainState) -> float:
+        done = state.iterations / self.config.optimization.update_freq[0]
+        return state.epoch - 1 + min(1.0, done / self.updates_per_epoch)
+
+    def _training_values(self, meters: Meters, state: TrainState) -> dict[str, str]:
+        scale = state.scaler.scale if state.scaler.enabled else None
+        lr = learning_rate(self.config, state.num_updates)  # fairseq logs the next update's
+        return meters.training_values(state.num_updates, lr, scale, state.seconds())
+
+    def _drain(self, step: int) -> None:
+        """Reads the pending sums: the one wait for the device."""
+        if not self._pending:
+            return
+        columns = ("loss_sum", "sample_size", "sentences", "tokens", "grad_norm", "pred_std", "target_std")
+        rows = torch.stack([torch.stack([getattr(r, c) for c in columns]) for r, _ in self._pending]).tolist()
+        for row, (result, seconds) in zip(rows, self._pending, strict=True):
+            loss, sample_size, sentences, tokens, norm = row[:5]
+            for meters in (self.inner, self.epoch):
+                clip = self.config.optimization.clip_norm
+                meters.add(loss, sample_size, sentences, result.ema_decay, norm, clip, seconds)
+            self.tokens += tokens
+            self.sentences += sentences
+        self._pending = []
+        finite = [row for row in rows if row[5] == row[5]]  # batches of fewer than two masked tokens have no spread
+        if finite:
+            check_collapse(*(sum(row[i] for row in finite) / len(finite) for i in (5, 6)), num_updates=step)

@@ -1,0 +1,352 @@
+"""train.py as users start it: fairseq's log to the digit, resume, ranks, refusals."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+TINY = """
+common: {log_interval: 2}
+task: {_name: masked_lm, sample_break_mode: complete_doc, tokens_per_sample: 64, include_target_tokens: true,
+  random_token_prob: 0, leave_unmasked_prob: 0, mask_prob: 0.35, mask_multiple_length: 4}
+criterion: {_name: model}
+dataset: {max_tokens: 256, num_workers: 0, ignore_unused_valid_subsets: true, skip_invalid_size_inputs_valid_test: true}
+optimizer: {_name: adam, weight_decay: 0.01, adam_betas: "(0.9,0.98)", adam_eps: 1.0e-6}
+lr_scheduler: {_name: cosine, warmup_updates: 4}
+optimization: {clip_norm: 5, lr: [0.002], max_update: 12}
+checkpoint: {no_epoch_checkpoints: true}
+model:
+  _name: data2vec_text
+  head_layers: 2
+  average_top_k_layers: 3
+  layer_norm_target_layer: true
+  loss_scale: 1
+  loss_beta: 4
+  ema_decay: 0.999
+  ema_end_decay: 0.9999
+  ema_anneal_end_step: 10
+  transformer:
+    dropout: 0.0
+    attention_dropout: 0.0
+    layernorm_embedding: true
+    no_scale_embedding: true
+    max_source_positions: 64
+    encoder: {embed_dim: 32, ffn_embed_dim: 64, layers: 4, attention_heads: 4, normalize_before: false,
+      learned_pos: true}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """Folder with tiny.yaml."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_main():
+    sys.path.insert(0, str(PROJECT))
+    import train
+
+    return train.main
+
+
+def run(train_main, tiny, corpus, output, *arguments):
+    train_main(
+        ["--config-dir", str(tiny), "--config-name", "tiny", f"task.data={corpus}", "--output_dir", str(output)]
+        + ["--device", "cpu", *arguments]
+    )
+
+
+def fairseq_lines(text):
+    return re.findall(r"\[(\w+)\]\[INFO\] - (\{.*\})", text)
+
+
+@pytest.fixture(scope="session")
+def initial_weights(golden, tmp_path_factory):
+    data = np.load(golden / "model_base.npz")
+    state = {key[5:]: torch.from_numpy(data[key]) for key in data.files if key.startswith("init/")}
+    path = tmp_path_factory.mktemp("init") / "init.pt"
+    torch.save({"model": state}, path)
+    return path
+
+
+def test_twelve_updates_as_fairseq_logs_them(train_main, tiny, corpus, tmp_path, capsys, golden, initial_weights):
+    run(train_main, tiny, corpus, tmp_path / "out", f"checkpoint.finetune_from_model={initial_weights}")
+    ours = fairseq_lines(capsys.readouterr().out)
+    expected = fairseq_lines((golden / "e2e_train_log.txt").read_text())
+    timing = ("wps", "ups", "wall")
+    assert [tag for tag, _ in ours] == [tag for tag, _ in expected]
+    for (tag, line), (_, golden_line) in zip(ours, expected, strict=True):
+        line, golden_line = json.loads(line), json.loads(golden_line)
+        assert list(line) == list(golden_line), tag
+        for key, value in golden_line.items():
+            if key.endswith(timing):
+                continue
+            assert isinstance(line[key], type(value))
+            digits = len(str(value).partition(".")[2])
+            assert float(line[key]) == pytest.approx(float(value), abs=1.01 * 10**-digits, rel=1e-6), (tag, key)
+    results = (tmp_path / "out" / "Data2vec_for_PyTorch_bs256_1p_acc.log").read_text()
+    for key in ("Status = OK", "SequencesPerSecond", "UpdatesPerSecond", "TokensPerSecond", "ValidBestLoss"):
+        assert key in results
+
+
+def last(output):
+    return torch.load(output / "checkpoints" / "checkpoint_last.pt", weights_only=True)
+
+
+def assert_same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    else:
+        assert a == b, where
+
+
+LONGER = ["model.transformer.dropout=0.1", "model.transformer.attention_dropout=0.1"]
+LONGER += ["optimization.max_update=26", "dataset.disable_validation=true"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train_main, tmp_path_factory, golden):
+    """The checkpoint of a run of 26 updates."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.yaml").write_text(TINY)
+    run(train_main, folder, golden / "bin", folder, *LONGER)
+    return last(folder)
+
+
+@pytest.mark.parametrize("stop", [5, 23])
+def test_resume_equals_continuation(train_main, tiny, corpus, tmp_path, uninterrupted, stop):
+    """Stopped in the first epoch (of 19 batches) or in the second, with dropout: bit for bit."""
+    run(train_main, tiny, corpus, tmp_path / "parts", *LONGER, "--max_steps", str(stop))
+    assert last(tmp_path / "parts")["optimizer_history"][-1]["num_updates"] == stop
+    run(train_main, tiny, corpus, tmp_path / "parts", *LONGER, "--num_workers", "1")
+    whole, parts = uninterrupted, last(tmp_path / "parts")
+    for key in ("model", "last_optimizer_state", "optimizer_history"):
+        assert_same(whole[key], parts[key], key)
+    assert whole["extra_state"]["train_iterator"] == parts["extra_state"]["train_iterator"]
+    steps = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps if s["kind"] == "train"][-1] == 26
+
+
+def test_fairseq_checkpoint_resumes(train_main, tiny, corpus, tmp_path, golden, capsys):
+    checkpoint = golden / "checkpoint_tiny.pt"
+    run(
+        train_main,
+        tiny,
+        corpus,
+        tmp_path,
+        "--resume",
+        str(checkpoint),
+        "optimization.max_update=20",
+        "--max_steps",
+        "7",
+    )
+    assert "update 6" in capsys.readouterr().out
+    state = last(tmp_path)
+    assert state["optimizer_history"][-1]["num_updates"] == 7
+    reference = torch.load(checkpoint, weights_only=True)
+    for key in ("model", "last_optimizer_state", "extra_state"):
+        assert state[key].keys() >= reference[key].keys()
+    assert list(state["model"]) == list(reference["model"])
+    assert state["last_optimizer_state"]["state"][0]["step"] == 7
+    assert (
+        state["last_optimizer_state"]["param_groups"][0].keys()
+        == reference["last_optimizer_state"]["param_groups"][0].keys()
+    )
+
+
+def test_flat_fp16_optimizer_state_loads(golden, model_info, tmp_path):
+    """fairseq keeps one flat fp32 buffer for all parameters of an fp16 run."""
+    from data2vec import FairseqAdam, build_model
+    from data2vec.checkpoint import load_training_state
+    from data2vec.config import load_config
+    from data2vec.loss_scaler import LossScaler
+    from data2vec.training import TrainState
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    config, _ = load_config(tmp_path, "tiny", ["task.data=x"])
+    checkpoint = torch.load(golden / "checkpoint_tiny.pt", weights_only=True)
+    entries = checkpoint["last_optimizer_state"]["state"]
+    flat = {k: torch.cat([entries[i][k].flatten() for i in entries]) for k in ("exp_avg", "exp_avg_sq")}
+    checkpoint["last_optimizer_state"] = {"state": {0: {"step": 6, **flat}}, "param_groups": [], "loss_scale": 64.0}
+    torch.save(checkpoint, tmp_path / "flat.pt")
+    model = build_model(model_info["base"]["cfg_model"], 169)
+    state = TrainState(model, FairseqAdam(model.parameters()), LossScaler(True))
+    load_training_state(state, tmp_path / "flat.pt", config)
+    assert state.scaler.scale == 64.0
+    for i, parameter in enumerate(model.parameters()):
+        assert torch.equal(state.optimizer.state[parameter]["exp_avg_sq"], entries[i]["exp_avg_sq"])
+
+
+def test_interval_checkpoints(train_main, tiny, corpus, tmp_path):
+    run(train_main, tiny, corpus, tmp_path, "--save_every", "4", "checkpoint.keep_interval_updates=2")
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["checkpoint_1_12.pt", "checkpoint_1_8.pt", "checkpoint_best.pt", "checkpoint_last.pt"]
+
+
+def test_two_ranks_equal_update_freq_two(tiny, corpus, tmp_path):
+    """The same 20 batches: two ranks, or one rank with two micro-batches an update (the last of 19 alone)."""
+    common = ["--config-dir", str(tiny), "--config-name", "tiny", f"task.data={corpus}", "--device", "cpu"]
+    common += ["model.ema_steps=per_update", "optimization.max_update=12"]
+    outputs = {}
+    for name, setting in (
+        ("ranks", "distributed_training.distributed_world_size=2"),
+        ("accumulated", "optimization.update_freq=[2]"),
+    ):
+        command = [sys.executable, "train.py", *common, setting, "--output_dir", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs[name] = last(tmp_path / name)
+    for key, value in outputs["ranks"]["model"].items():
+        if key != "encoder._ema":
+            torch.testing.assert_close(value, outputs["accumulated"]["model"][key], rtol=1e-4, atol=1e-6)
+    for key, value in outputs["ranks"]["model"]["encoder._ema"].items():
+        torch.testing.assert_close(value, outputs["accumulated"]["model"]["encoder._ema"][key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits(train_main, tiny, corpus, tmp_path, precision, capsys):
+    run(train_main, tiny, corpus, tmp_path, "--precision", precision, "--max_steps", "3", "--log_every", "1")
+    state = last(tmp_path)
+    assert state["optimizer_history"][-1]["num_updates"] == 3
+    assert ("loss_scale" in capsys.readouterr().out) == (precision == "fp16")
+    assert all(torch.isfinite(v).all() for k, v in state["model"].items() if k != "encoder._ema")
+
+
+def refusal(train_main, tiny, corpus, tmp_path, capsys, *arguments):
+    with pytest.raises(SystemExit) as error:
+        run(train_main, tiny, corpus, tmp_path / "out", *arguments)
+    assert error.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimization.max_updates=3", ["optimization.max_updates", "optimization.max_update?"]),
+        ("task.tokens_per_sample=128", ["128", "max_source_positions=64"]),
+        ("model._name=wav2vec2", ["wav2vec2", "another task"]),
+        ("task._name=audio_finetuning", ["audio_finetuning"]),
+        ("dataset.curriculum=2", ["curriculum", "only 0"]),
+        ("optimizer.adam_betas=0.9", ["adam_betas", "(0.9,0.98)"]),
+        ("nonsense", ["group.key=value"]),
+        ("dataset.valid_subset=valid2", ["valid2.idx", "no such file"]),
+        ("dataset.train_subset=nothing", ["nothing.idx"]),
+        ("task.data=/does/not/exist", ["/does/not/exist", "no such folder"]),
+        ("task.mask_whole_words=true", ["mask_whole_words"]),
+        ("model.average_top_k_layers=7", ["average_top_k_layers=7"]),
+        ("optimization.lr=[0.1,0.2]", ["one value"]),
+        ("checkpoint.finetune_from_model=/none.pt", ["/none.pt"]),
+        ("common.fp16=true common.bf16=true", ["choose one"]),
+        ("dataset.max_tokens=40", ["dataset.max_tokens=40"]),
+    ],
+)
+def test_refusals(train_main, tiny, corpus, tmp_path, capsys, override, words):
+    text = refusal(train_main, tiny, corpus, tmp_path, capsys, *override.split())
+    for word in words:
+        assert word in text
+
+
+def test_small_dictionary_is_refused(train_main, tiny, corpus, tmp_path, capsys):
+    lines = (corpus / "dict.txt").read_text().splitlines()
+    (corpus / "dict.txt").write_text("\n".join(lines[:40]) + "\n")
+    text = refusal(train_main, tiny, corpus, tmp_path, capsys)
+    assert "another vocabulary" in text and "train" in text
+
+
+def test_empty_corpus_is_refused(train_main, tiny, corpus, tmp_path, capsys):
+    from data2vec import IndexedDatasetBuilder
+
+    for file in corpus.glob("train.*"):
+        file.unlink()
+    IndexedDatasetBuilder(corpus / "train", np.uint16).finalize()
+    assert "empty" in refusal(train_main, tiny, corpus, tmp_path, capsys)
+
+
+def test_damaged_checkpoint_is_refused(train_main, tiny, corpus, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / "checkpoint_last.pt").write_bytes(b"PK\x03\x04 cut")
+    assert "checkpoint_last.pt" in refusal(train_main, tiny, corpus, tmp_path, capsys)
+
+
+def test_checkpoint_of_another_model_is_refused(train_main, tiny, corpus, tmp_path, capsys, golden):
+    text = refusal(
+        train_main,
+        tiny,
+        corpus,
+        tmp_path,
+        capsys,
+        "model.transformer.encoder.layers=3",
+        "--resume",
+        str(golden / "checkpoint_tiny.pt"),
+    )
+    assert "does not fit this model" in text
+
+
+@pytest.mark.parametrize("name", ["base", "base_64"])
+def test_published_configurations_load(name):
+    from data2vec.config import load_config
+
+    config, notes = load_config(PROJECT / "configs/text/pretraining", name, ["task.data=x"])
+    assert config.task.tokens_per_sample == (512 if name == "base" else 64)
+    assert any("ddp_backend" in note for note in notes)
+    given = yaml.safe_load((PROJECT / "configs/text/pretraining" / f"{name}.yaml").read_text())
+    assert config.model.transformer.encoder.layers == given["model"]["transformer"]["encoder"]["layers"]
+
+
+def test_configuration_of_a_fairseq_checkpoint_is_understood(golden):
+    """All groups that concern pretraining; the others (generation, bmuf, ...) belong to other programs."""
+    from omegaconf import OmegaConf
+
+    from data2vec.config import check_config
+
+    cfg = torch.load(golden / "checkpoint_tiny.pt", weights_only=True)["cfg"]
+    groups = ("task", "criterion", "optimizer", "lr_scheduler")
+    accepted = {g: {k: v for k, v in cfg[g].items() if k not in ("lr", "max_update", "tpu")} for g in groups}
+    accepted["optimization"] = {"max_update": 3}
+    accepted["dataset"] = {"max_tokens": 3}
+    config, _ = check_config(OmegaConf.create(accepted), "checkpoint")
+    assert config.task.tokens_per_sample == 64
+
+
+def test_collapse_is_explained():
+    from data2vec.training import check_collapse, representation_std
+
+    same = torch.ones(50, 8)
+    std = representation_std(torch.randn(50, 8), same)
+    with pytest.raises(FloatingPointError, match="collapse at update 7.*targets"):
+        check_collapse(*std.tolist(), num_updates=7)
+
+
+def test_loss_scaler_rules():
+    from data2vec.loss_scaler import LossScaler
+
+    scaler = LossScaler(True, scale=8, window=2)
+    assert [scaler.update(1.0) and scaler.scale for _ in range(4)] == [8, 16, 16, 32]
+    assert not scaler.update(float("inf")) and scaler.scale == 16
+    floor = LossScaler(True, scale=8, threshold=4)
+    assert not floor.update(float("nan")) and not floor.update(float("nan")) and floor.scale == 4
+    low = LossScaler(True, scale=2e-4)
+    with pytest.raises(FloatingPointError, match="min_loss_scale"):
+        low.update(float("nan"))
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        LossScaler(False).update(float("inf"))

@@ -1,0 +1,170 @@
+"""data2vec pretraining on a binarized corpus.
+
+    python train.py --config-dir configs/text/pretraining --config-name base task.data=DIR \
+        distributed_training.distributed_world_size=1 optimization.max_update=1000
+
+Options are those of fairseq-hydra-train: a YAML file and dotted overrides. The run goes on from
+`checkpoint.restore_file` (checkpoint_last.pt) when there is one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from common import device as devices
+from common import distributed
+from common.checkpoint_file import CheckpointError, load
+from common.device import UsageError, print_usage_errors
+from common.distributed import World
+from common.run_log import RunLog
+from data2vec import build_model, npu_patches
+from data2vec.checkpoint import load_training_state, load_weights, save_checkpoints
+from data2vec.command_line import choose_precision, parse, start_ranks
+from data2vec.pretraining_data import PretrainingData
+from data2vec.report import Report
+from data2vec.training import TrainState, make_state, train_update, validate
+
+
+@print_usage_errors
+def main(argv: list[str] | None = None) -> None:
+    options, config, notes = parse(argv, __doc__.splitlines()[0])
+    start_ranks(config, options.device)
+    with distributed.process_group(options.device) as world:
+        precision, note = choose_precision(options, config, world.device)
+        devices.seed_everything(config.common.seed)
+        data = PretrainingData(config, world.rank, world.size)
+        data.open_splits()
+        model = build(config, data).to(world.device)
+        npu_patches.apply(model, world.device)
+        state = make_state(model, config, precision, world.size)
+        save_dir = Path(options.output_dir) / config.checkpoint.save_dir
+        resumed = resume(state, config, save_dir, world)
+        limit = min(config.optimization.max_update, options.max_steps or config.optimization.max_update)
+        log = RunLog(
+            options.output_dir,
+            world,
+            "Data2vec_for_PyTorch",
+            config.dataset.batch_size or config.dataset.max_tokens,
+            options.case_kind,
+            total_steps=limit,
+            log_every=config.common.log_interval,
+            resume=resumed is not None,
+            fps_unit="sequences/sec",
+        )
+        with log:
+            for text in [*notes, note, resumed]:
+                if text:
+                    log.info(text)
+            report = Report(log, config, -(-data.batches_per_epoch() // config.optimization.update_freq[0]))
+            for text in data.notes:
+                log.info(text)
+            train(state, config, data, world, precision, report, save_dir, limit)
+            report.finish(state)
+
+
+def build(config: DictConfig, data: PretrainingData) -> torch.nn.Module:
+    """The model of the configuration, for the data's vocabulary."""
+    try:
+        return build_model(OmegaConf.to_container(config.model), len(data.vocab))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def resume(state: TrainState, config: DictConfig, save_dir: Path, world: World) -> str | None:
+    """Loads the checkpoint to go on from, if there is one; returns what happened, in words, for a continued run."""
+    name = config.checkpoint.restore_file
+    path = save_dir / (name or "none")  # an absolute name stays one
+    found = distributed.broadcast_object(path.is_file())
+    try:
+        if found:
+            load_training_state(state, path, config)
+            return f"resumed {path}: epoch {state.epoch}, update {state.num_updates}"
+        if name not in (None, "none", "", "checkpoint_last.pt"):
+            raise UsageError(f"checkpoint.restore_file={name}: {path} does not exist")
+        if config.checkpoint.finetune_from_model:
+            weights = config.checkpoint.finetune_from_model
+            load_weights(state.model, load(weights), weights)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+    return None
+
+
+def text_forward(mask_idx: int):
+    def forward(model: torch.nn.Module, batch):
+        return model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan)
+
+    return forward
+
+
+def train(state, config, data, world, precision, report, save_dir, limit) -> None:
+    """Epochs until `limit` updates (or optimization.max_epoch, or stop_time_hours)."""
+    forward = text_forward(data.vocab.index("<mask>"))
+    stop = state.num_updates >= limit
+    while not stop:
+        epoch = state.epoch
+        loader = data.train_batches(epoch, state.iterations).loader(config.dataset.num_workers)
+        while not stop:
+            with report.log.data_wait():
+                batches = [batch.to(world.device) for batch in islice(loader, config.optimization.update_freq[0])]
+            if not batches:
+                break
+            began = time.perf_counter()
+            result = train_update(state, batches, config, world, precision, forward)
+            report.update(state, result, time.perf_counter() - began)
+            stop = should_stop(state, config, limit)
+            ended = state.iterations >= data.batches_per_epoch()
+            if ended:
+                state.epoch, state.iterations = epoch + 1, 0
+                stop = stop or 0 < config.optimization.max_epoch < state.epoch
+            validate_and_save(state, config, data, world, precision, report, save_dir, forward, ended, stop)
+            if ended:
+                break
+        report.end_of_epoch(state, epoch)
+
+
+def should_stop(state: TrainState, config: DictConfig, limit: int) -> bool:
+    hours = config.optimization.stop_time_hours
+    too_long = hours > 0 and distributed.broadcast_object(state.seconds() > 3600 * hours)
+    return state.num_updates >= limit or too_long
+
+
+def validate_and_save(state, config, data, world, precision, report, save_dir, forward, ended, stop) -> None:
+    """Validates and saves where fairseq would: at intervals of updates, at epochs' ends, and at the run's end."""
+    options, dataset = config.checkpoint, config.dataset
+    epoch = state.epoch - ended
+
+    def due(interval: int, count: int) -> bool:
+        return interval > 0 and count > 0 and count % interval == 0
+
+    saves = (
+        stop or due(options.save_interval_updates, state.num_updates) or (ended and due(options.save_interval, epoch))
+    )
+    validates = stop or (saves and not ended) or (ended and due(dataset.validate_interval, epoch))
+    validates |= due(dataset.validate_interval_updates, state.num_updates)
+    validates &= not dataset.disable_validation and state.num_updates >= dataset.validate_after_updates
+    losses = []
+    if validates:
+        for name in dataset.valid_subset.split(","):
+            with report.log.pause("validate"):
+                began = time.perf_counter()
+                loader = data.valid_batches(name).loader(dataset.num_workers)
+                sums = validate(state.model, loader, world, precision, forward)
+            losses.append(report.validation(state, epoch, name, sums, began))
+    if saves and not options.no_save:
+        with report.log.pause("save"):
+            if world.is_main:
+                save_checkpoints(save_dir, state, config, losses[0] if losses else None, ended)
+            state.best_loss = distributed.broadcast_object(state.best_loss)
+            distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()
