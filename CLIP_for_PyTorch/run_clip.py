@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
                 model=setup.model,
                 args=args,
                 train_dataset=setup.train,
+                eval_dataset=setup.validation,
                 data_collator=setup.collate,
                 processing_class=setup.processor,
                 callbacks=[callback],

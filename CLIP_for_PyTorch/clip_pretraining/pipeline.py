@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessor, CLIPProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import VisionTextDualEncoderProcessor as DualEncoderProcessor
+from transformers.utils import logging as hf_logging
 
 from clip_pretraining import coco, modeling, sources, zeroshot
 from clip_pretraining.arguments import ClipTrainingArguments, DataArguments, ModelArguments
@@ -43,6 +44,7 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
     Raises:
         UsageError: anything missing or wrong, before training.
     """
+    hf_logging.disable_progress_bar()
     hub = model_args.hub()
     model = modeling.load_model(model_args.model_name_or_path, model_args.config_name, args.loss == "siglip", **hub)
     modeling.freeze(model, model_args.freeze_vision_model, model_args.freeze_text_model)

@@ -17,21 +17,23 @@ def train(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         log.info(f"resuming from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    with log.pause("save"):
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
 
 
 def evaluate(trainer: ClipTrainer, log: RunLog, setup: Setup) -> dict[str, float]:
     """Evaluates the last model; writes eval_results.json and, when asked for, retrieval.png."""
     metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    if trainer.args.retrieval_picture and log.world.is_main:
-        path = Path(trainer.args.output_dir) / "retrieval.png"
-        draw_retrieval(setup, path)
-        log.info(f"queries and their best five answers: {path}")
+    with log.pause("report"):
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        if trainer.args.retrieval_picture and log.world.is_main:
+            path = Path(trainer.args.output_dir) / "retrieval.png"
+            draw_retrieval(setup, path)
+            log.info(f"queries and their best five answers: {path}")
     return metrics
 
 

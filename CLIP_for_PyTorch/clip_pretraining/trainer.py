@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,8 @@ class ClipTrainer(Trainer):
         return built
 
     def create_accelerator_and_postprocess(self) -> None:
+        # torch's new name for the option is not yet in accelerate
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         super().create_accelerator_and_postprocess()
         if self.args.fp16 and self.args.device.type == "cpu":
             # accelerate leaves fp16 out on a CPU without a word and would train in fp32; torch can do it

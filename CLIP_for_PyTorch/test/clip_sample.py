@@ -1,0 +1,47 @@
+"""Tiny pictures with captions, and a COCO folder made of them."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 60),
+    "blue": (30, 60, 220),
+    "yellow": (230, 220, 40),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+}
+
+
+def draw(index: int) -> tuple[bytes, str]:
+    """A landscape JPEG of a coloured box on a coloured ground, and what it shows; all of 30 differ."""
+    names = list(COLOURS)
+    ground, box = names[index % 6], names[(index % 6 + 1 + index // 6 % 5) % 6]
+    image = Image.new("RGB", (64, 48), COLOURS[ground])
+    ImageDraw.Draw(image).rectangle((20, 12, 44, 36), fill=COLOURS[box])
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=95)
+    return data.getvalue(), f"A {box} box on {ground} ground."
+
+
+def write_coco_zips(folder: Path, pictures: dict[str, int], captions_each: int = 2) -> None:
+    """train2017.zip, val2017.zip and annotations_trainval2017.zip as cocodataset.org packs them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations = {}
+    for split, count in pictures.items():
+        images, captions = [], []
+        with zipfile.ZipFile(folder / f"{split}2017.zip", "w") as archive:
+            for i in range(count):
+                data, caption = draw(i)
+                archive.writestr(f"{split}2017/{i:012d}.jpg", data)
+                images.append({"id": 100 + i, "file_name": f"{i:012d}.jpg", "height": 48, "width": 64})
+                for _ in range(captions_each):
+                    captions.append({"id": len(captions), "image_id": 100 + i, "caption": caption})
+        annotations[split] = {"info": {}, "licenses": [], "images": images, "annotations": captions}
+    with zipfile.ZipFile(folder / "annotations_trainval2017.zip", "w") as archive:
+        for split, content in annotations.items():
+            archive.writestr(f"annotations/captions_{split}2017.json", json.dumps(content))

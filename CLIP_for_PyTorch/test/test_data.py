@@ -1,0 +1,276 @@
+"""Where pairs come from: COCO in its three layouts, tables, tars; and every way they can be wrong."""
+
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_sample import draw, write_coco_zips
+
+from clip_pretraining import coco, sources
+from clip_pretraining.crop_cache import CropCache
+from clip_pretraining.images import ImageError
+from clip_pretraining.pairs import DecodedImages, GlobalBatchSampler, ImageRef, Pairs
+from common.device import UsageError
+
+
+def message(error) -> str:
+    return error.value.message
+
+
+def test_the_zips_are_unpacked_once_beside_themselves(coco_zips):
+    train = coco.read_split(coco_zips, "train")
+    assert (len(train.images), len(train)) == (24, 48)
+    assert train.image_of_caption.tolist() == np.repeat(np.arange(24), 2).tolist()
+    assert train.captions[0] == draw(0)[1] and train.images[0].read() == draw(0)[0]
+    (coco_zips / "train2017.zip").write_bytes(b"not needed any more")
+    assert len(coco.read_split(coco_zips, "train")) == 48
+    assert not [p for p in coco_zips.iterdir() if p.name.startswith(".")]
+
+
+def test_a_read_only_folder_is_unpacked_to_the_cache(coco_zips, tmp_path):
+    cache = tmp_path / "cache"
+    pairs = coco.read_split(coco_zips, "val", cache)
+    assert pairs.images[0].path.startswith(str(cache)) and not (coco_zips / "val2017").exists()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_unpacked_folders_are_read_as_they_are(nested, tmp_path):
+    write_coco_zips(tmp_path / "zips", {"train": 6, "val": 6})
+    for name in ("train2017", "val2017", "annotations_trainval2017"):
+        target = tmp_path / "data" / name if nested and name.startswith("annotations") else tmp_path / "data"
+        zipfile.ZipFile(tmp_path / "zips" / f"{name}.zip").extractall(target)
+    assert len(coco.read_split(tmp_path / "data", "val")) == 12
+
+
+def test_captions_in_any_order_and_pictures_without_any(tmp_path):
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (7, 3, 5)],
+        "annotations": [{"image_id": i, "caption": f"of {i}"} for i in (5, 7, 5)],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    pairs = coco.read_captions(tmp_path / "c.json", tmp_path, "val")
+    assert pairs.image_of_caption.tolist() == [2, 0, 2] and pairs.captions == ["of 5", "of 7", "of 5"]
+
+
+def rewrite(packed: Path, change) -> None:
+    """The zip with its members passed through change(name, data) -> (name, data)."""
+    with zipfile.ZipFile(packed) as archive:
+        members = [change(m.filename, archive.read(m)) for m in archive.infolist()]
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+
+
+def test_broken_zips_leave_nothing_behind(coco_zips):
+    packed = coco_zips / "train2017.zip"
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError) as error:
+        coco.read_split(coco_zips, "train")
+    assert "train2017.zip: truncated or damaged" in message(error)
+
+    middle = whole.index(b"JFIF") + 300
+    packed.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])  # one picture's CRC is wrong
+    with pytest.raises(UsageError, match="truncated or damaged"):
+        coco.read_split(coco_zips, "train")
+
+    packed.write_bytes(whole)
+    rewrite(packed, lambda name, data: (name.replace("000000000003", "../../escaped"), data))
+    with pytest.raises(UsageError, match="written outside"):
+        coco.read_split(coco_zips, "train")
+    assert not (coco_zips / "train2017").exists() and not list(coco_zips.parent.rglob("escaped*"))
+
+    packed.write_bytes(whole)
+    assert len(coco.read_split(coco_zips, "train")) == 48
+
+
+@pytest.mark.parametrize("missing", ["val2017.zip", "annotations_trainval2017.zip"])
+def test_a_missing_zip_is_named(coco_zips, missing):
+    (coco_zips / missing).unlink()
+    with pytest.raises(UsageError) as error:
+        coco.read_split(coco_zips, "val")
+    assert missing in message(error)
+
+
+@pytest.mark.parametrize(
+    "text, reason", [("{", "not valid JSON"), ('{"images": []}', "annotations"), ("[]", "captions")]
+)
+def test_a_bad_annotation_file_is_named(coco_zips, text, reason):
+    coco.read_split(coco_zips, "val")
+    file = coco_zips / "annotations/captions_val2017.json"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        coco.read_split(coco_zips, "val")
+    assert str(file) in message(error) and reason in message(error)
+    file.unlink()
+    with pytest.raises(UsageError, match="missing"):
+        coco.read_split(coco_zips, "val")
+
+
+def many_pictures(folder: Path, count: int) -> Pairs:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        (folder / f"{i}.jpg").write_bytes(draw(i)[0])
+    owner = np.repeat(np.arange(count), 2)
+    refs = [ImageRef(str(folder / f"{i}.jpg")) for i in range(count)]
+    return Pairs("train", refs, [draw(i)[1] for i in owner], owner)
+
+
+def test_unreadable_pictures_are_skipped_below_one_percent_and_stop_the_run_above(tmp_path, capsys):
+    pairs = many_pictures(tmp_path / "pictures", 200)
+    cut = tmp_path / "pictures/3.jpg"
+    cut.write_bytes(cut.read_bytes()[:-100])  # its header is fine
+    (tmp_path / "pictures/8.jpg").unlink()
+    bad = sources.check_images(pairs, 0, tmp_path / "cache")
+    assert sorted(bad) == [3, 8] and "8.jpg: No such file" in bad[8]
+    kept = sources.drop_unreadable(pairs, bad)
+    assert (len(kept.images), len(kept)) == (198, 396)
+    assert kept.captions[6] == draw(4)[1] and kept.images[kept.image_of_caption[6]].path.endswith("/4.jpg")
+    assert "2 pictures of 200 cannot be read" in capsys.readouterr().out
+
+    (tmp_path / "pictures/9.jpg").unlink()
+    with pytest.raises(UsageError, match="above 1%"):
+        sources.drop_unreadable(pairs, sources.check_images(pairs, 0, tmp_path / "cache"))
+
+
+def test_the_check_is_kept_until_a_file_changes(tmp_path, monkeypatch):
+    pairs = many_pictures(tmp_path / "pictures", 4)
+    assert sources.check_images(pairs, 0, tmp_path / "cache") == {}
+    monkeypatch.setattr(sources, "unreadable_images", lambda *a: pytest.fail("decoded again"))
+    assert sources.check_images(pairs, 0, tmp_path / "cache") == {}
+    (tmp_path / "pictures/1.jpg").write_bytes(b"")
+    monkeypatch.undo()
+    assert list(sources.check_images(pairs, 0, tmp_path / "cache")) == [1]
+
+
+TABLES = {
+    "t.csv": 'image_path,caption\na.jpg,None\na.jpg,null\n"sub/b, c.jpg","NA, ""quoted"""\n',
+    "t.tsv": 'image_path\tcaption\na.jpg\tNone\na.jpg\tnull\nsub/b, c.jpg\tNA, "quoted"\n',
+    "t.jsonl": "".join(
+        json.dumps({"image_path": image, "caption": caption}) + "\n"
+        for image, caption in [("a.jpg", "None"), ("a.jpg", "null"), ("sub/b, c.jpg", 'NA, "quoted"')]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_words_that_look_like_nothing_are_captions(name, tmp_path):
+    (tmp_path / name).write_text(TABLES[name])
+    pairs = sources.read_table(tmp_path / name, "image_path", "caption")
+    assert pairs.captions[:2] == ["None", "null"] and pairs.captions[2].startswith("NA, ")
+    assert pairs.image_of_caption.tolist() == [0, 0, 1]
+    assert pairs.images[1].path == str(tmp_path / "sub/b, c.jpg")
+
+
+@pytest.mark.parametrize(
+    "name, text, reason",
+    [
+        ("t.csv", "image,caption\na.jpg,b\n", "t.csv:2: no column 'image_path' (there are: image, caption)"),
+        ("t.csv", "image_path,caption\n", "no rows"),
+        ("t.csv", "image_path,caption\na.jpg,\n", "1 captions of 1 are empty"),
+        ("t.csv", "image_path,caption\n,text\n", "t.csv:2: column 'image_path' holds no file name"),
+        ("t.jsonl", '{"image_path": "a.jpg", "caption": null}\n', "1 captions of 1 are empty"),
+        ("t.jsonl", '{"image_path": "a.jpg", "caption": 3}\n', "the caption is not text but 3"),
+        ("t.jsonl", '{"image_path": "a.jpg"\n', "not valid JSON"),
+        ("t.parquet", "", "give a .csv, .tsv, .json or .jsonl"),
+        ("t.csv", "image_path,caption\na.jpg,caf\xe9\n", "UTF-8"),
+    ],
+)
+def test_a_bad_table_is_explained(name, text, reason, tmp_path):
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError) as error:
+        sources.read_table(tmp_path / name, "image_path", "caption")
+    assert reason in message(error)
+
+
+def write_shard(path: Path, samples: range, caption_of=lambda i: draw(i)[1]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i in samples:
+            for suffix, data in (("jpg", draw(i)[0]), ("txt", caption_of(i).encode()), ("json", b"{}")):
+                member = tarfile.TarInfo(f"part.one/{i:05d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_tars_on_several_disks_are_one_set(tmp_path):
+    (tmp_path / "other").mkdir()
+    for shard in range(3):
+        write_shard(tmp_path / f"s-{shard:04d}.tar", range(shard * 5, shard * 5 + 5))
+    write_shard(tmp_path / "other/x.tar", range(15, 17))
+    pairs = sources.read_shards(f"{tmp_path}/s-{{0000..0002}}.tar::{tmp_path}/other/*.tar")
+    assert pairs.captions == [draw(i)[1] for i in range(17)]
+    assert [ref.read() for ref in pairs.images] == [draw(i)[0] for i in range(17)]
+    assert torch.equal(DecodedImages(pairs.images, 32)[6], DecodedImages([pairs.images[6]], 32)[0])
+
+
+def test_bad_tars_are_named(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        sources.read_shards(f"{tmp_path}/s-{{0000..0001}}.tar")
+    (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(UsageError, match="bad.tar: not a readable"):
+        sources.read_shards(str(tmp_path / "bad.tar"))
+    write_shard(tmp_path / "empty.tar", range(2), caption_of=lambda i: " ")
+    with pytest.raises(UsageError, match="are empty"):
+        sources.read_shards(str(tmp_path / "empty.tar"))
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("world, batch", [(1, 8), (2, 4), (4, 2)])
+def test_the_global_batch_does_not_depend_on_the_ranks(world, batch, drop_last):
+    def global_batches(world: int, batch: int, epoch: int) -> list[list[int]]:
+        ranks = []
+        for rank in range(world):
+            sampler = GlobalBatchSampler(27, batch, seed=3, rank=rank, world=world, drop_last=drop_last)
+            sampler.set_epoch(epoch)
+            ranks.append(list(sampler))
+            assert len(ranks[-1]) == len(sampler)
+        return [sum(parts, []) for parts in zip(*ranks, strict=True)]
+
+    mine, single = global_batches(world, batch, 1), global_batches(1, 8, 1)
+    assert mine[:3] == single[:3] and mine != global_batches(world, batch, 0)
+    seen = sum(mine, [])
+    assert len(seen) == len(set(seen)) and len(seen) >= (24 if drop_last else 28 - world)
+
+
+def test_the_crop_cache_returns_what_decoding_would(tmp_path, monkeypatch):
+    pairs = many_pictures(tmp_path / "pictures", 6)
+    source = DecodedImages(pairs.images, 32)
+    want = [source[i] for i in range(6)]
+    cache = CropCache(tmp_path / "cache", "train", source)
+    assert all(torch.equal(cache[i], want[i]) for i in range(6))
+
+    monkeypatch.setattr(DecodedImages, "__getitem__", lambda *a: pytest.fail("decoded again"))
+    again = CropCache(tmp_path / "cache", "train", source)
+    assert all(torch.equal(again[i], want[i]) for i in range(6))
+    monkeypatch.undo()
+
+    (crops,) = (tmp_path / "cache").glob("*.crops")  # a record half written by a process that died
+    data = bytearray(crops.read_bytes())
+    data[3 * 32 * 32 + 5 : 3 * 32 * 32 + 50] = bytes(45)
+    crops.write_bytes(data)
+    (tmp_path / "pictures/4.jpg").write_bytes(draw(1)[0])  # and a picture that changed
+    third = CropCache(tmp_path / "cache", "train", source)
+    assert torch.equal(third[1], want[1]) and torch.equal(third[4], want[1]) and torch.equal(third[5], want[5])
+
+
+def test_a_full_disk_is_told_at_the_start(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    source = DecodedImages(many_pictures(tmp_path / "pictures", 2).images, 32)
+    with pytest.raises(UsageError, match="no room"):
+        CropCache(tmp_path / "cache", "train", source)
+
+
+def test_a_picture_that_goes_away_during_the_run_is_named(tmp_path):
+    pairs = many_pictures(tmp_path / "pictures", 1)
+    shutil.rmtree(tmp_path / "pictures")
+    with pytest.raises(ImageError, match="0.jpg: No such file"):
+        DecodedImages(pairs.images, 32)[0]

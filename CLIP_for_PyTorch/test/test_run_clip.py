@@ -1,0 +1,193 @@
+"""run_clip.py end to end: the README's options as typed, resume, ranks, chunks, both families, evaluation alone."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPModel, VisionTextDualEncoderModel
+
+import run_clip
+from common.result_file import read as read_result
+
+PROJECT = Path(run_clip.__file__).parent
+# the options of test/train_clip_full_1p.sh in the reference, as typed there
+README = (
+    "--num_train_epochs 2 --dataset_name ydshieh/coco_dataset_script --dataset_config_name=2017 "
+    "--dataloader_num_workers 1 --image_column image_path --caption_column caption --remove_unused_columns=False "
+    "--do_train --do_eval --fp16 --dataloader_drop_last --fp16_opt_level O2 --loss_scale 12800000 "
+    "--optim adamw_apex_fused_npu --use_combine_grad --per_device_train_batch_size=8 --per_device_eval_batch_size=8 "
+    "--learning_rate 5e-5 --warmup_steps 0 --weight_decay 0.1 --save_steps 150000 --skip_steps 4 "
+    "--overwrite_output_dir --local_rank 0 --device_id=0"
+).split()
+
+
+def run(output: Path, model: Path, *options: str) -> dict:
+    quick = ["--log_every", "1", "--skip_steps", "1", "--retrieval_picture", "False", "--device", "cpu"]
+    return run_clip.main(["--output_dir", str(output), "--model_name_or_path", str(model), *quick, *options])
+
+
+def train_options(table: Path, *more: str) -> list[str]:
+    batch = ["--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--save_every", "0"]
+    return ["--do_train", "--train_file", str(table), *batch, *more]
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_the_readme_command_runs_as_typed_on_zips(coco_zips, tiny_model, tmp_path, capsys, monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "0")
+    output = tmp_path / "clip-roberta-finetuned-npu-1p"
+    paths = ["--output_dir", str(output), "--model_name_or_path", str(tiny_model), "--data_dir", str(coco_zips)]
+    result = run_clip.main([*paths, *README])
+    printed = capsys.readouterr().out
+    for changed in ("fp16_opt_level", "loss_scale", "optim", "use_combine_grad"):
+        assert f"note: --{changed}" in printed
+    assert result["Status"] == "OK" and result["EvalBatchSize"] == 8
+    stored = read_result(output / "CLIP_for_PyTorch_bs8_1p_acc.log")
+    assert float(stored["EvalLoss"]) == pytest.approx(math.log(8), abs=0.5)
+    assert len((output / "train_CLIP_for_PyTorch_bs8_1p_acc_loss.txt").read_text().split()) == 2  # 12 steps, every 10
+    for name in ("retrieval.png", "loss.png", "eval_results.json", "train_results.json", "all_results.json"):
+        assert (output / name).stat().st_size > 0
+    evaluated = json.loads((output / "eval_results.json").read_text())
+    assert evaluated["eval_samples"] == 16 and evaluated["eval_images"] == 8  # a picture is encoded once, not twice
+    model = VisionTextDualEncoderModel.from_pretrained(output)  # and transformers loads the folder
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert model.get_text_features(**tokenizer(["a red box"], return_tensors="pt")).pooler_output.shape == (1, 64)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(pairs_table, tiny_model, tmp_path):
+    """Stopped in mid-epoch (3 steps each), with dropout, other workers and a checkpoint that was cut short."""
+    options = train_options(pairs_table, "--max_steps", "8", "--save_every", "4")
+    run(tmp_path / "whole", tiny_model, *options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    (tmp_path / "stopped/checkpoint-8/complete.json").unlink()
+    (tmp_path / "stopped/checkpoint-8/optimizer.pt").write_bytes(b"PK")
+    (tmp_path / "stopped/model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="checkpoint-8: cut short"):
+        run(tmp_path / "stopped", tiny_model, *options, "--num_workers", "1")
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses(tmp_path / "stopped")[-4:] == losses(tmp_path / "whole")[-4:]
+
+
+def test_a_different_run_is_not_resumed(pairs_table, tiny_model, tmp_path, capsys):
+    run(tmp_path, tiny_model, *train_options(pairs_table, "--max_steps", "2", "--save_every", "2"))
+    with pytest.raises(SystemExit):
+        run(tmp_path, tiny_model, *train_options(pairs_table, "--max_steps", "4", "--seed", "7"))
+    assert "seed was 42, is 7" in capsys.readouterr().err
+    run(tmp_path, tiny_model, *train_options(pairs_table, "--max_steps", "1", "--overwrite_output_dir"))
+    kept = [path.name for path in tmp_path.glob("earlier/*/*")]
+    assert "checkpoint-2" in kept and "model.safetensors" in kept  # nothing was lost
+
+
+@pytest.fixture(scope="module")
+def one_rank_losses(pairs_table, model_without_dropout, tmp_path_factory) -> list[float]:
+    output = tmp_path_factory.mktemp("one")
+    run(output, model_without_dropout, *train_options(pairs_table, "--max_steps", "20"))
+    return losses(output)
+
+
+def test_two_ranks_train_as_one(pairs_table, model_without_dropout, one_rank_losses, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run_clip.py"]
+    command += ["--output_dir", str(tmp_path), "--model_name_or_path", str(model_without_dropout), "--device", "cpu"]
+    command += train_options(pairs_table, "--max_steps", "20", "--per_device_train_batch_size", "4", "--log_every", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path) == pytest.approx(one_rank_losses, abs=1e-5)
+
+
+def test_accumulated_chunks_train_as_the_large_batch(pairs_table, model_without_dropout, one_rank_losses, tmp_path):
+    small = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--max_steps", "6"]
+    result = run(
+        tmp_path, model_without_dropout, *train_options(pairs_table, *small, "--lr_scheduler_type", "constant")
+    )
+    large = tmp_path / "large"
+    more = ["--max_steps", "6", "--lr_scheduler_type", "constant"]
+    run(large, model_without_dropout, *train_options(pairs_table, *more))
+    assert losses(tmp_path) == pytest.approx(losses(large), abs=1e-5)
+    assert result["BatchSize"] == 2
+
+
+def test_clip_model_with_the_sigmoid_loss_learns_and_keeps_its_bias(pairs_table, tiny_clip, tmp_path):
+    options = train_options(pairs_table, "--loss", "siglip", "--max_steps", "12")
+    run(tmp_path / "a", tiny_clip, *options)
+    assert losses(tmp_path / "a")[-1] < losses(tmp_path / "a")[0]
+    weights = load_file(tmp_path / "a/model.safetensors")
+    assert weights["logit_bias"].item() != -10.0
+    CLIPModel.from_pretrained(tmp_path / "a")
+    again = ["--do_eval", "--validation_file", str(pairs_table), "--loss", "siglip"]
+    result = run(tmp_path / "b", tmp_path / "a", *again)
+    assert result["EvalLoss"] == pytest.approx(losses(tmp_path / "a")[-1], rel=0.3)
+
+
+def test_training_from_a_configuration_alone_and_frozen_towers(pairs_table, tiny_clip, tmp_path):
+    options = ["--config_name", str(tiny_clip), "--output_dir", str(tmp_path), "--device", "cpu"]
+    run_clip.main([*options, *train_options(pairs_table, "--max_steps", "2", "--freeze_vision_model", "True")])
+    torch.manual_seed(42)
+    trained, start = load_file(tmp_path / "model.safetensors"), load_file(tiny_clip / "model.safetensors")
+    assert not torch.equal(trained["text_projection.weight"], start["text_projection.weight"])
+
+
+def test_frozen_means_unchanged(pairs_table, tiny_model, tmp_path):
+    run(tmp_path, tiny_model, *train_options(pairs_table, "--max_steps", "2", "--freeze_vision_model", "True"))
+    trained, start = load_file(tmp_path / "model.safetensors"), load_file(tiny_model / "model.safetensors")
+    for key in start:
+        if key.startswith("vision_model"):
+            assert torch.equal(trained[key], start[key]), key
+    assert not torch.equal(trained["visual_projection.weight"], start["visual_projection.weight"])
+
+
+def test_evaluation_does_not_depend_on_batches_and_keeps_the_best(pairs_table, tiny_model, tmp_path):
+    evaluation = ["--do_eval", "--validation_file", str(pairs_table), "--eval_strategy", "steps", "--eval_steps", "2"]
+    run(tmp_path, tiny_model, *train_options(pairs_table, "--max_steps", "4", *evaluation))
+    best = json.loads((tmp_path / "best/best.json").read_text())
+    alone = ["--do_eval", "--validation_file", str(pairs_table), "--per_device_eval_batch_size", "8"]
+    again = run(tmp_path / "again", tmp_path / "best", *alone)
+    assert again["EvalLoss"] == pytest.approx(best["eval_loss"], abs=1e-5)
+
+
+def test_logit_scale_is_kept_below_ln_100_unless_told_otherwise(pairs_table, tiny_model, tmp_path):
+    folder = tmp_path / "hot"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_scale"] = torch.tensor(5.0)
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for clamp, high in (("True", False), ("False", True)):
+        options = train_options(pairs_table, "--max_steps", "1", "--clamp_logit_scale", clamp)
+        run(tmp_path / clamp, folder, *options)
+        scale = load_file(tmp_path / clamp / "model.safetensors")["logit_scale"].item()
+        assert (scale > math.log(100) + 1e-6) == high
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pairs_table, tiny_model, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["text_projection.weight"][0, 0] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FloatingPointError, match="step 1"):
+        run(tmp_path / "out", folder, *train_options(pairs_table, "--max_steps", "2"))
+    stored = read_result(tmp_path / "out/CLIP_for_PyTorch_bs8_1p_acc.log")
+    assert stored["Status"] == "FAILED" and "ActualFPS" not in stored
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_is_really_mixed(precision, pairs_table, model_without_dropout, one_rank_losses, tmp_path):
+    run(tmp_path, model_without_dropout, *train_options(pairs_table, "--max_steps", "3", "--precision", precision))
+    first = losses(tmp_path)[0]
+    assert first != one_rank_losses[0] and first == pytest.approx(one_rank_losses[0], rel=2e-2)
