@@ -9,8 +9,7 @@ from timm.models.vision_transformer import Block
 
 import vit
 from vit import cpu_kernels
-
-CPU = torch.device("cpu")
+from vit import model as vit_model
 
 
 @pytest.fixture
@@ -21,15 +20,22 @@ def model():
     return model
 
 
-def loss_and_gradients(model, precision="fp32", context=None):
+def loss_and_gradients(model, precision="fp32"):
+    """Logits, loss and gradients of a fixed batch."""
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     model.zero_grad()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with autocast, context or contextlib.nullcontext():
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         logits = model(images)
     loss = F.cross_entropy(logits.float(), torch.arange(6) % 5)
     loss.backward()
     return logits, loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@contextlib.contextmanager
+def plain_kernels(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(vit_model, "cpu_kernels", contextlib.nullcontext)
+        yield
 
 
 def masked_forward(block, x, attn_mask=None, is_causal=False):
@@ -75,32 +81,45 @@ def test_evaluation_drops_nothing(model):
         torch.testing.assert_close(model(images), ours)
 
 
-def test_matmul_attention_equals_the_fused_kernel(model):
+def test_matmul_attention_equals_the_fused_kernel(model, monkeypatch):
     torch.manual_seed(3)
-    expected = loss_and_gradients(model)
-    torch.manual_seed(3)
-    ours = loss_and_gradients(model, context=cpu_kernels.cpu_kernels(CPU, "fp32"))
+    ours = loss_and_gradients(model)
+    with plain_kernels(monkeypatch):
+        torch.manual_seed(3)
+        expected = loss_and_gradients(model)
+    assert not torch.equal(ours[0], expected[0])  # really another kernel
     torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(ours[2], expected[2], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_gives_the_same_gradients(model, monkeypatch, precision):
+    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(3)
+        gradients.append(loss_and_gradients(model, precision)[2])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_masked_attention_is_left_to_torch():
     query = torch.randn(1, 2, 9, 8)
-    with cpu_kernels.cpu_kernels(CPU, "fp32"):
+    with cpu_kernels.cpu_kernels():
         causal = F.scaled_dot_product_attention(query, query, query, is_causal=True)
     torch.testing.assert_close(causal, F.scaled_dot_product_attention(query, query, query, is_causal=True))
 
 
-def test_emulated_bf16_equals_autocast(model, monkeypatch):
-    """Both are a bf16 rounding away from fp32; the emulation is not further, and its results are bf16."""
+def test_emulated_bf16_is_as_near_to_fp32_as_autocast(model, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
 
-    def run(precision, context=None):
+    def run(precision):
         torch.manual_seed(3)
-        return loss_and_gradients(model, precision, context)
+        return loss_and_gradients(model, precision)
 
-    exact, autocast = run("fp32"), run("bf16")
-    ours = run("bf16", cpu_kernels.cpu_kernels(CPU, "bf16"))
+    exact, ours = run("fp32"), run("bf16")
+    with plain_kernels(monkeypatch):
+        autocast = run("bf16")
     assert ours[0].dtype == autocast[0].dtype == torch.bfloat16
     torch.testing.assert_close(ours[0], autocast[0], rtol=0, atol=2e-2)
 
@@ -116,15 +135,15 @@ def test_one_emulated_product_equals_the_bf16_product(monkeypatch):
     x, weight, bias = torch.randn(40, 64), torch.randn(32, 64), torch.randn(32)
     with torch.autocast("cpu", torch.bfloat16):
         expected = F.linear(x, weight, bias)
-        with cpu_kernels.cpu_kernels(CPU, "bf16"):
+        with cpu_kernels.cpu_kernels():
             ours = F.linear(x, weight, bias)
     assert ours.dtype == torch.bfloat16
     assert (ours == expected).float().mean() > 0.98  # else the last bit, where the order of the sum decides
     torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_other_devices_and_native_bf16_are_left_alone(monkeypatch):
+def test_native_bf16_and_fp16_are_left_alone(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: True)
-    assert isinstance(cpu_kernels.cpu_kernels(CPU, "bf16"), contextlib.nullcontext)
-    assert isinstance(cpu_kernels.cpu_kernels(torch.device("cuda"), "fp32"), contextlib.nullcontext)
-    assert isinstance(cpu_kernels.cpu_kernels(CPU, "fp16"), contextlib.nullcontext)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert isinstance(cpu_kernels.cpu_kernels(), contextlib.nullcontext)

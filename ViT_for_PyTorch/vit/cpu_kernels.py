@@ -82,21 +82,13 @@ class _Replace(TorchFunctionMode):
         return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
-def cpu_kernels(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Context for the forward pass (inside autocast) that brings these kernels in; does nothing off the CPU.
+def cpu_kernels() -> contextlib.AbstractContextManager:
+    """Context that brings these kernels in for what runs on the CPU, by the autocast in force. Not for compiled code.
 
-    Leave it out around a compiled model: there the compiler chooses.
+    It belongs inside the blocks and not around the model, since gradient checkpointing runs a block again by itself.
     """
-    if device.type != "cpu" or precision not in ("fp32", "bf16"):
-        return contextlib.nullcontext()
-    if precision == "fp32":
+    if not torch.is_autocast_enabled("cpu"):
         return _Replace({F.scaled_dot_product_attention: _attention})
-    if has_bf16_instructions():
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or has_bf16_instructions():
         return contextlib.nullcontext()
-    return _Replace(
-        {
-            F.linear: _wide(F.linear),
-            F.conv2d: _wide(F.conv2d),
-            F.scaled_dot_product_attention: _wide(_attention),
-        }
-    )
+    return _Replace({F.linear: _wide(F.linear), F.scaled_dot_product_attention: _wide(_attention)})

@@ -9,6 +9,8 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from vit.cpu_kernels import cpu_kernels
+
 HEAD_INIT_STD = 2e-5  # main_finetune.py; a fresh head starts at uniform predictions and does not disturb the encoder
 
 # img_size, patch_size, embed_dim, depth, num_heads
@@ -21,18 +23,20 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class SkippingBlock(Block):
-    """timm's block; on the CPU, stochastic depth computes a branch only for the pictures that keep it.
+class VitBlock(Block):
+    """timm's block; on the CPU with the kernels of `cpu_kernels`, and a branch skipped for the pictures that drop it.
 
-    The same distribution and the same numbers for the kept pictures, less work: on average the drop rate of it. On
-    accelerators and under torch.compile, where a batch size that changes costs more than it saves, timm's way is taken.
+    Stochastic depth has the same distribution and the kept pictures the same numbers, for less work: on average by the
+    drop rate. On accelerators and under torch.compile, where batch sizes that change cost more than they save, this is
+    timm's block.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not x.is_cpu or torch.compiler.is_compiling():
             return super().forward(x, attn_mask, is_causal)
-        x = _add_branch(x, lambda kept: self.attn(self.norm1(kept), attn_mask, is_causal), self.drop_path1)  # [B, N, C]
-        return _add_branch(x, lambda kept: self.mlp(self.norm2(kept)), self.drop_path2)  # [B, N, C]
+        with cpu_kernels():
+            x = _add_branch(x, lambda kept: self.attn(self.norm1(kept), attn_mask, is_causal), self.drop_path1)
+            return _add_branch(x, lambda kept: self.mlp(self.norm2(kept)), self.drop_path2)  # [B, N, C]
 
 
 def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: nn.Module) -> Tensor:
@@ -89,7 +93,7 @@ def build_model(
         drop_path_rate=drop_path,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         act_layer=nn.GELU,
-        block_fn=SkippingBlock,
+        block_fn=VitBlock,
     )
     reset_head(model)
     return model

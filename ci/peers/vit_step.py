@@ -30,7 +30,6 @@ from transformers import ViTConfig, ViTForImageClassification
 from ci.peers import paired_timing
 from common import device as devices
 from vit import optim
-from vit.cpu_kernels import cpu_kernels
 from vit.metrics import soft_target_cross_entropy
 from vit.mixup import MixupConfig, apply_mix, draw_mix
 from vit.model import create_model
@@ -58,7 +57,7 @@ def our_step(images: Tensor, target: Tensor, precision: str) -> Callable[[], Non
         mix = draw_mix(config, *images.shape[2:], seed=0, step=number, rank=0)
         mixed, soft = apply_mix(images.clone(), target, mix, CLASSES, config.smoothing)
         devices.seeded(0, number)
-        with devices.autocast(CPU, precision), cpu_kernels(CPU, precision):
+        with devices.autocast(CPU, precision):
             logits = model(mixed)
         soft_target_cross_entropy(logits, soft).backward()
         nn.utils.get_total_norm([p.grad for p in model.parameters()])  # logged by the loop; the peers do not do it
