@@ -22,7 +22,7 @@ _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hc
 
 
 # Groups that have been torn down, kept until the process ends. A DDP module that outlives the `with` block would
-# otherwise own the last reference, and gloo's destructor, called with Python's lock held, can wait forever for its threads.
+# otherwise own the last reference, and gloo's destructor, called with Python's lock held, can wait for ever.
 _ended_groups: list[dist.ProcessGroup] = []
 
 
