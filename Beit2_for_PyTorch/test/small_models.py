@@ -16,6 +16,7 @@ SHAPE = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8}
 model_names.PRETRAINING_MODELS["beit_test_cls_pt"] = SHAPE | {"cls_pt": True}
 model_names.PRETRAINING_MODELS["beit_test"] = SHAPE | {"cls_pt": False}
 model_names.FINETUNING_MODELS["beit_test_classifier"] = SHAPE
+model_names.FINETUNING_MODELS["beit_test_encoder"] = SHAPE | {"depth": 1}  # the small tokenizer's
 model_names.TOKENIZERS["vqkd_test_clip"] = {"dim": 32, "depth": 1, "heads": 2, "patch_size": 8, "decoder_depth": 1}
 # what makes run_beitv2_pretraining.py use them
 OPTIONS = (

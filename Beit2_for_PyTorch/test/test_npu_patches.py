@@ -1,0 +1,70 @@
+"""What differs on an NPU, against the CPU path. The kernel itself is stood in for by its documented formula."""
+
+import types
+
+import pytest
+import torch
+
+import beit2
+from beit2 import npu_patches
+from beit2.blocks import Attention, attend
+from beit2.pretraining_model import masked_rows
+
+NPU = types.SimpleNamespace(type="npu")  # torch knows the name only where torch_npu is
+SCHEMA = (
+    "npu_fusion_attention(Tensor query, Tensor key, Tensor value, int head_num, str input_layout, Tensor? pse=None, "
+    "Tensor? padding_mask=None, Tensor? atten_mask=None, float scale=1., float keep_prob=1.) -> (Tensor, Tensor)"
+)
+
+
+@pytest.fixture
+def npu_kernel():
+    """npu_fusion_attention by its formula, in fp32 and rounded: softmax(scale * q k^T + pse) v."""
+    library = torch.library.Library("npu", "FRAGMENT")
+    library.define(SCHEMA)
+
+    def kernel(q, k, v, head_num, layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, keep_prob=1.0):
+        assert layout == "BNSD" and head_num == q.shape[1] and keep_prob == 1.0
+        assert q.dtype in (torch.float16, torch.bfloat16) and (pse is None or pse.dtype == q.dtype)
+        weights = q.float() @ k.float().transpose(-2, -1) * scale
+        weights = weights if pse is None else weights + pse.float()
+        return (weights.softmax(-1) @ v.float()).to(q.dtype), weights
+
+    library.impl("npu_fusion_attention", kernel, "CompositeExplicitAutograd")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows", [5, 9])
+def test_fused_attention_equals_plain(npu_kernel, with_bias, rows):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16).bfloat16() for n in (rows, 9, 9))
+    bias = torch.randn(1, 3, rows, 9) if with_bias else None
+    fused = npu_patches.fused_attend(q, k, v, bias, 0.25)
+    plain = attend(q.float(), k.float(), v.float(), bias, 0.25)
+    torch.testing.assert_close(fused.float(), plain, rtol=2e-2, atol=2e-2)
+
+
+def test_only_frozen_attention_is_patched():
+    config = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "vocab_size": 8}
+    model = beit2.build_pretraining_model(**config)
+    tokenizer = beit2.build_tokenizer(img_size=16, patch_size=8, dim=16, depth=1, heads=2, decoder_depth=1, n_code=8)
+
+    def patched(module):
+        return [m.attend is npu_patches.fused_attend for m in module.modules() if isinstance(m, Attention)]
+
+    npu_patches.apply(model, tokenizer, torch.device("cpu"))
+    assert not any(patched(model) + patched(tokenizer))
+    npu_patches.apply(model, tokenizer, NPU)
+    assert not any(patched(model)) and all(patched(tokenizer))
+    npu_patches.apply(model, None, NPU, trainable_bias=True)
+    assert all(patched(model))
+
+
+def test_masked_rows_have_a_fixed_shape_and_the_order_of_boolean_indexing():
+    torch.manual_seed(0)
+    mask = torch.stack([torch.randperm(20) < 7 for _ in range(50)])
+    x = torch.randn(50, 20, 3)
+    rows = masked_rows(mask, 7)
+    assert torch.equal(x.gather(1, rows.unsqueeze(-1).expand(-1, -1, 3)).flatten(0, 1), x[mask])

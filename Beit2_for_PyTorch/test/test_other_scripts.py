@@ -1,0 +1,182 @@
+"""run_vqkd_training.py, run_class_finetuning.py and run_linear_eval.py: training, exact resume, files, errors."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+import beit2
+import run_class_finetuning
+import run_linear_eval
+import run_vqkd_training
+from beit2.labelled_data import CentreCrop, find_classes
+from beit2.weight_files import read_checkpoint
+from common.device import UsageError
+
+TOKENIZER = (
+    "--model vqkd_test_clip --input_size 32 --codebook_n_emd 32 --codebook_emd_dim 8 --quantize_kmeans_init --epochs 2 "
+    "--batch_size 4 --warmup_epochs 1 --num_workers 0 --device cpu --log_every 1 --opt_betas 0.9 0.99"
+).split()
+CLASSIFIER = (
+    "--model beit_test_classifier --input_size 32 --epochs 2 --batch_size 4 --warmup_epochs 1 --num_workers 0 "
+    "--device cpu --log_every 1 --aa rand-m9-mstd0.5-inc1 --lr 1e-3"
+).split()
+
+
+PROBE = (
+    "--model beit_test_classifier --input_size 32 --batch_size 8 --epochs 6 --lr 1e-2 --num_workers 0 --device cpu"
+).split()
+
+
+def data_of(pictures):
+    return ["--data_path", str(pictures / "train"), "--eval_data_path", str(pictures / "val")]
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    from beit2.teachers import build_teacher
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "clip.pt"
+    teacher = build_teacher({"width": 64, "layers": 1, "heads": 1, "output_dim": 12, "patch": 8, "res": 32})
+    torch.save(teacher.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pth"
+    model = beit2.create_model("beit_test_cls_pt", img_size=32, vocab_size=32, early_layers=2, head_layers=1)
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def losses(folder):
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def same_weights(a, b):
+    a, b = (read_checkpoint(folder / "checkpoint.pth")["model"] for folder in (a, b))
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_tokenizer_training_and_resume(pictures, teacher_file, tmp_path):
+    def run(name, *extra):
+        output = ["--teacher_weight", str(teacher_file), "--output_dir", str(tmp_path / name)]
+        return run_vqkd_training.main([*TOKENIZER, *data_of(pictures), *output, *extra])
+
+    result = run("whole")
+    assert 0 <= result["unused_code"] <= 32 and result["total_loss"] > 0
+    assert result["TrainAccuracy"] == pytest.approx(100 * (1 - result["rec_loss"]), abs=1e-2)
+    run("cut", "--max_steps", "3")
+    run("cut")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    log = [json.loads(text) for text in (tmp_path / "cut/log.txt").read_text().splitlines()]
+    assert {"train_Unused_code", "train_rec_loss", "test_unused_code", "epoch"} <= set(log[1])
+
+    # the file is a tokenizer for pretraining; --eval changes nothing in it
+    tokenizer = beit2.create_tokenizer(
+        "vqkd_test_clip", tmp_path / "whole/checkpoint.pth", img_size=32, n_code=32, code_dim=8, decoder_out_dim=12
+    )
+    norms = tokenizer.quantize.embedding.weight.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(32))
+    checked = run("eval", "--eval", "--resume", str(tmp_path / "whole/checkpoint.pth"))
+    assert checked["rec_loss"] == pytest.approx(result["rec_loss"], abs=1e-6)
+
+
+def test_tokenizer_training_errors(pictures, teacher_file, tmp_path, pretrained):
+    data = ["--data_path", str(pictures / "train"), "--output_dir", str(tmp_path)]
+    with pytest.raises(UsageError) as caught:
+        run_vqkd_training.main([*TOKENIZER, *data])
+    assert "--teacher_weight is missing" in caught.value.message
+    with pytest.raises(UsageError) as caught:
+        run_vqkd_training.main([*TOKENIZER, *data, "--teacher_weight", str(pretrained)])
+    assert "no CLIP vision tower" in caught.value.message
+    with pytest.raises(UsageError) as caught:
+        run_vqkd_training.main([*TOKENIZER, *data, "--teacher_weight", str(teacher_file), "--input_size", "48"])
+    assert "sees 16 patches, the tokenizer 6 x 6" in caught.value.message
+    with pytest.raises(UsageError) as caught:
+        run_vqkd_training.main([*TOKENIZER, *data, "--teacher_weight", str(teacher_file), "--eval"])
+    assert "need --resume" in caught.value.message
+
+
+def test_finetuning_and_resume(pictures, pretrained, tmp_path):
+    extra = ["--mixup", "0.8", "--cutmix", "1.0", "--model_ema", "--layer_decay", "0.65", "--finetune", str(pretrained)]
+
+    def run(name, *more):
+        return run_class_finetuning.main(
+            [*CLASSIFIER, *data_of(pictures), *extra, "--output_dir", str(tmp_path / name), *more]
+        )
+
+    result = run("whole")
+    assert 0 <= result["TrainAccuracy"] <= 100 and result["BestAccuracy"] >= result["TrainAccuracy"]
+    run("cut", "--max_steps", "3")
+    run("cut", "--num_workers", "1")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    checkpoint = read_checkpoint(tmp_path / "whole/checkpoint.pth")
+    assert {"model", "optimizer", "epoch", "scaler", "args", "model_ema"} <= set(checkpoint)
+    assert not torch.equal(checkpoint["model"]["head.weight"], checkpoint["model_ema"]["head.weight"])
+    log = [json.loads(text) for text in (tmp_path / "cut/log.txt").read_text().splitlines()]
+    assert {"train_loss", "test_acc1", "test_acc5", "test_loss", "epoch", "n_parameters"} <= set(log[1])
+    evaluated = run("eval", "--eval", "--resume", str(tmp_path / "whole/checkpoint-best.pth"))
+    assert evaluated["TrainAccuracy"] == pytest.approx(result["BestAccuracy"])
+
+
+def test_plain_augmentation_learns_two_colours(pictures, tmp_path):
+    """From scratch, crop and flip only: red and blue are told apart in a few epochs."""
+    result = run_class_finetuning.main([
+        *CLASSIFIER, "--aa", "none", "--reprob", "0", "--color_jitter", "0", "--epochs", "12", "--use_cls",
+        "--layer_decay", "1.0", "--drop_path", "0", "--init_scale", "1", "--smoothing", "0", "--lr", "3e-3",
+        *data_of(pictures), "--output_dir", str(tmp_path),
+    ])  # fmt: skip
+    assert result["BestAccuracy"] == 100
+
+
+def test_tokenizer_encoder_can_be_finetuned(pictures, tokenizer_file, tmp_path):
+    result = run_class_finetuning.main([
+        *CLASSIFIER, "--disable_rel_pos_bias", "--abs_pos_emb", "--layer_scale_init_value", "0", "--max_steps", "1",
+        "--model", "beit_test_encoder", "--model_filter_name", "encoder", "--finetune", str(tokenizer_file),
+        "--data_path", str(pictures / "train"), "--output_dir", str(tmp_path),
+    ])  # fmt: skip
+    assert result["Status"] == "OK"
+
+
+def test_finetuning_errors(pictures, pretrained, tokenizer_file, tmp_path):
+    data = ["--data_path", str(pictures / "train"), "--output_dir", str(tmp_path)]
+    for extra, message in (
+        (["--finetune", str(tokenizer_file)], "weights of the blocks are missing"),
+        (["--nb_classes", "5"], "--nb_classes 5: .* has 2 class folders"),
+        (["--mixup", "0.5", "--batch_size", "3"], "give an even number"),
+        (["--model", "beit_test"], "not a fine-tuning model"),
+        (["--eval"], "--eval needs"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            run_class_finetuning.main([*CLASSIFIER, *data, *extra])
+        assert re.search(message, caught.value.message), caught.value.message
+
+
+def test_linear_probe(pictures, pretrained, tmp_path):
+    result = run_linear_eval.main([
+        *PROBE, *data_of(pictures), "--pretrained_weights", str(pretrained), "--output_dir", str(tmp_path),
+    ])  # fmt: skip
+    assert result["TrainAccuracy"] == 100  # the colours are in the features of any encoder
+    assert {f"acc1_block{i}" for i in range(1, 5)} <= set(result)
+    with pytest.raises(UsageError) as caught:
+        run_linear_eval.main([*PROBE, *data_of(pictures), "--output_dir", str(tmp_path)])
+    assert "--pretrained_weights is missing" in caught.value.message
+
+
+def test_classes_and_centre_crop(pictures, tmp_path):
+    paths, labels, names = find_classes(pictures / "train")
+    assert names == ["blue", "red"] and sorted(set(labels)) == [0, 1] and len(paths) == 16
+    with pytest.raises(UsageError) as caught:
+        find_classes(pictures / "train", ["red"])
+    assert "blue does not exist in the training set" in caught.value.message
+    image = Image.new("RGB", (60, 40), (10, 20, 30))
+    assert CentreCrop(32)(image).shape == (32, 32, 3) and CentreCrop(384)(image).shape == (384, 384, 3)

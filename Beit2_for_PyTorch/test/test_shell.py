@@ -1,0 +1,59 @@
+"""The test/*.sh scripts: what they start, and one whole run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def shell(script, *flags, cwd=PROJECT, **environment):
+    command = ["bash", str(PROJECT / script), *flags]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the scripts call python3
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path} | environment
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=500)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("test/train_full_1p.sh", "run_beitv2_pretraining.py"),
+        ("test/train_full_8p.sh", "--nproc_per_node 8"),
+        ("test/train_performance_1p.sh", "--random_tokenizer"),
+        ("test/train_performance_8p.sh", "--case_kind perf"),
+        ("test/train_eval_1p.sh", "run_class_finetuning.py"),
+        ("pretraining.sh", "beit_huge_5B_cls_pt --fsdp --activation_checkpointing"),
+    ],
+)
+def test_every_script_starts_its_program(pictures, script, expected, tmp_path):
+    flags = [f"--data_path={pictures}", f"--output_dir={tmp_path}", "--dry_run"]
+    if "eval" in script:
+        flags.append(f"--ckpt_path={pictures}")
+    done = shell(script, *flags)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout and str(pictures) in done.stdout
+
+
+def test_a_whole_run_from_the_test_folder(pictures, tmp_path):
+    done = shell(
+        "test/train_performance_1p.sh", f"--data_path={pictures / 'train'}", "--batch_size", "4", "--max_steps=2",
+        "--model=beit_tiny_patch16_224_8k_vocab", "--tokenizer_model=vqkd_encoder_tiny_decoder_1x192x3_clip",
+        "--device=cpu", f"--output_dir={tmp_path / 'out put'}", "--", "--num_workers", "0", "--input_size", "32",
+        "--second_input_size", "32", "--num_mask_patches", "2", "--codebook_size", "16",
+        cwd=PROJECT / "test",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = (tmp_path / "out put/Beit2_for_PyTorch_bs4_1p_perf.log").read_text()
+    assert "Status = OK" in result and "ActualFPS" in result
+    assert not list((tmp_path / "out put").glob("*.pth"))
+
+
+def test_a_failed_run_keeps_its_exit_code(pictures, tmp_path):
+    flags = (f"--data_path={pictures / 'train'}", "--device=cpu", f"--output_dir={tmp_path}", "--model=beit_typo")
+    done = shell("test/train_performance_1p.sh", *flags)
+    assert done.returncode == 2
+    assert "--model beit_typo: unknown" in done.stderr
+    assert "Status = FAILED" in (tmp_path / "Beit2_for_PyTorch_bs128_1p_perf.log").read_text()

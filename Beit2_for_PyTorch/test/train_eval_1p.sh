@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Fine-tunes a pretrained checkpoint on classes and reports its accuracy.
+# Usage: bash test/train_eval_1p.sh --data_path=DIR --ckpt_path=FILE [--epochs=N ...]; DIR has train/ and val/
+Network=Beit2_for_PyTorch; CaseKind=acc; RankSize=1
+ExtraFlags="model"
+data_path=""; ckpt_path=""; batch_size=64; epochs=100; model=beit_base_patch16_224
+source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+require data_path ckpt_path
+launch run_class_finetuning.py --data_path "$data_path/train" --eval_data_path "$data_path/val" --finetune "$ckpt_path" \
+  --model "$model" --batch_size "$batch_size" --epochs "$epochs" --warmup_epochs 20 --layer_decay 0.6 --drop_path 0.2 \
+  --mixup 0.8 --cutmix 1.0 --imagenet_default_mean_and_std
