@@ -28,6 +28,8 @@ from common.run_log import RunLog
 from data2vec import build_model, npu_patches
 from data2vec.checkpoint import load_training_state, load_weights, save_checkpoints
 from data2vec.command_line import choose_precision, parse, start_ranks
+from data2vec.dictionary import MASK
+from data2vec.huggingface import load_huggingface
 from data2vec.pretraining_data import PretrainingData
 from data2vec.report import Report
 from data2vec.training import TrainState, make_state, train_update, validate
@@ -90,8 +92,9 @@ def resume(state: TrainState, config: DictConfig, save_dir: Path, world: World) 
         if name not in (None, "none", "", "checkpoint_last.pt"):
             raise UsageError(f"checkpoint.restore_file={name}: {path} does not exist")
         if config.checkpoint.finetune_from_model:
-            weights = config.checkpoint.finetune_from_model
-            load_weights(state.model, load(weights), weights)
+            weights = Path(config.checkpoint.finetune_from_model)
+            saved = load_huggingface(weights) if weights.is_dir() else load(weights)
+            load_weights(state.model, saved, weights)
     except CheckpointError as error:
         raise UsageError(str(error)) from None
     return None
@@ -106,7 +109,7 @@ def text_forward(mask_idx: int):
 
 def train(state, config, data, world, precision, report, save_dir, limit) -> None:
     """Epochs until `limit` updates (or optimization.max_epoch, or stop_time_hours)."""
-    forward = text_forward(data.vocab.index("<mask>"))
+    forward = text_forward(data.vocab.index(MASK))
     stop = state.num_updates >= limit
     while not stop:
         epoch = state.epoch

@@ -87,6 +87,8 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> No
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
     """Student, head and teacher from a pretraining checkpoint (which may hold a bare state_dict).
 
+    A fine-tuned or converted checkpoint has no regression head: the model then keeps its own.
+
     Raises:
         CheckpointError: keys or shapes are another model's; names what differs.
     """
@@ -95,7 +97,10 @@ def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str |
     if teacher is not None:  # old checkpoints of fp16 runs hold it in fp16
         weights["encoder._ema"] = {name: value.float() for name, value in teacher.items()}
     try:
-        model.load_state_dict(weights)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if not name.startswith("encoder.regression_head.")]
+        if missing or unexpected:
+            raise RuntimeError(f"missing {missing[:3]}, not known here {unexpected[:3]}")
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(

@@ -13,35 +13,7 @@ import yaml
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-TINY = """
-common: {log_interval: 2}
-task: {_name: masked_lm, sample_break_mode: complete_doc, tokens_per_sample: 64, include_target_tokens: true,
-  random_token_prob: 0, leave_unmasked_prob: 0, mask_prob: 0.35, mask_multiple_length: 4}
-criterion: {_name: model}
-dataset: {max_tokens: 256, num_workers: 0, ignore_unused_valid_subsets: true, skip_invalid_size_inputs_valid_test: true}
-optimizer: {_name: adam, weight_decay: 0.01, adam_betas: "(0.9,0.98)", adam_eps: 1.0e-6}
-lr_scheduler: {_name: cosine, warmup_updates: 4}
-optimization: {clip_norm: 5, lr: [0.002], max_update: 12}
-checkpoint: {no_epoch_checkpoints: true}
-model:
-  _name: data2vec_text
-  head_layers: 2
-  average_top_k_layers: 3
-  layer_norm_target_layer: true
-  loss_scale: 1
-  loss_beta: 4
-  ema_decay: 0.999
-  ema_end_decay: 0.9999
-  ema_anneal_end_step: 10
-  transformer:
-    dropout: 0.0
-    attention_dropout: 0.0
-    layernorm_embedding: true
-    no_scale_embedding: true
-    max_source_positions: 64
-    encoder: {embed_dim: 32, ffn_embed_dim: 64, layers: 4, attention_heads: 4, normalize_before: false,
-      learned_pos: true}
-"""
+TINY = (PROJECT / "test" / "tiny.yaml").read_text()
 
 
 @pytest.fixture

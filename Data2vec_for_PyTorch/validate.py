@@ -1,0 +1,67 @@
+"""Loss of a checkpoint on a split: the pretraining loss, as fairseq's hydra_validate prints it.
+
+    python validate.py --config-dir configs/text/pretraining --config-name base task.data=DIR \
+        common_eval.path=checkpoint_best.pt dataset.valid_subset=valid
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
+
+from common import distributed
+from common.checkpoint_file import CheckpointError, load
+from common.device import UsageError, print_usage_errors
+from common.run_log import RunLog
+from data2vec import npu_patches
+from data2vec.checkpoint import load_weights
+from data2vec.command_line import choose_precision, parse, start_ranks
+from data2vec.dictionary import MASK
+from data2vec.pretraining_data import PretrainingData
+from data2vec.report import Report
+from data2vec.training import make_state, validate
+from train import build, text_forward
+
+
+@print_usage_errors
+def main(argv: list[str] | None = None) -> None:
+    options, config, _ = parse(argv, __doc__.splitlines()[0])
+    path = config.common_eval.path
+    if not path:
+        raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
+    config.distributed_training.distributed_world_size = 1  # torchrun may say more
+    start_ranks(config, options.device)
+    with distributed.process_group(options.device) as world:
+        precision, _ = choose_precision(options, config, world.device)
+        data = PretrainingData(config, world.rank, world.size)
+        model = build(config, data).to(world.device)
+        state = make_state(model, config, precision, world.size)
+        try:
+            checkpoint = load(path)
+            load_weights(model, checkpoint, path)
+        except CheckpointError as error:
+            raise UsageError(str(error)) from None
+        state.num_updates = int((checkpoint.get("optimizer_history") or [{}])[-1].get("num_updates", 0))
+        npu_patches.apply(model, world.device)
+        names = config.dataset.valid_subset.split(",")
+        batches = {name: data.valid_batches(name) for name in names}  # a missing split stops here
+        size = config.dataset.batch_size or config.dataset.max_tokens
+        # resume: an evaluation adds to a folder and moves nothing of a training run aside
+        with RunLog(
+            options.output_dir, world, "Data2vec_for_PyTorch_eval", size, options.case_kind, resume=True
+        ) as log:
+            report = Report(log, config, updates_per_epoch=1)
+            forward = text_forward(data.vocab.index(MASK))
+            for name in names:
+                began = time.perf_counter()
+                loader = batches[name].loader(config.dataset.num_workers)
+                sums = validate(model, loader, world, precision, forward)
+                loss = report.validation(state, 1, name, sums, began)
+            log.finish(loss=loss)
+
+
+if __name__ == "__main__":
+    main()
