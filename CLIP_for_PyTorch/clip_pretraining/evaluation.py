@@ -81,6 +81,7 @@ def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
     return torch.addcmul((-mean / std).view(1, 3, 1, 1), pixels.float(), scale)  # [B, 3, S, S]
 
 
+@torch.no_grad()
 def in_batch_loss(
     image: torch.Tensor, text: torch.Tensor, model: PreTrainedModel, batch_size: int, drop_last: bool
 ) -> float:

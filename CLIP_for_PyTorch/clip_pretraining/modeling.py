@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -78,7 +78,7 @@ def _load_weights(family, name_or_path: str, config: PretrainedConfig, hub_kwarg
         model, info = family.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, output_loading_info=True, **hub_kwargs
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{name_or_path}: the weights cannot be loaded: {first_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:
