@@ -1,4 +1,4 @@
-"""The CPU shortcuts compute what they replace: skipped pictures, matmul attention, bf16 without bf16 instructions."""
+"""The CPU shortcuts compute what they replace: skipped pictures, and bf16 without bf16 instructions."""
 
 import contextlib
 
@@ -81,17 +81,6 @@ def test_evaluation_drops_nothing(model):
         torch.testing.assert_close(model(images), ours)
 
 
-def test_matmul_attention_equals_the_fused_kernel(model, monkeypatch):
-    torch.manual_seed(3)
-    ours = loss_and_gradients(model)
-    with plain_kernels(monkeypatch):
-        torch.manual_seed(3)
-        expected = loss_and_gradients(model)
-    assert not torch.equal(ours[0], expected[0])  # really another kernel
-    torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(ours[2], expected[2], rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradient_checkpointing_gives_the_same_gradients(model, monkeypatch, precision):
     monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
@@ -101,13 +90,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, monkeypatch, pre
         torch.manual_seed(3)
         gradients.append(loss_and_gradients(model, precision)[2])
     torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_masked_attention_is_left_to_torch():
-    query = torch.randn(1, 2, 9, 8)
-    with cpu_kernels.cpu_kernels():
-        causal = F.scaled_dot_product_attention(query, query, query, is_causal=True)
-    torch.testing.assert_close(causal, F.scaled_dot_product_attention(query, query, query, is_causal=True))
 
 
 def test_emulated_bf16_is_as_near_to_fp32_as_autocast(model, monkeypatch):
@@ -142,7 +124,8 @@ def test_one_emulated_product_equals_the_bf16_product(monkeypatch):
     torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_native_bf16_and_fp16_are_left_alone(monkeypatch):
+def test_fp32_fp16_and_native_bf16_are_left_alone(monkeypatch):
+    assert isinstance(cpu_kernels.cpu_kernels(), contextlib.nullcontext)
     monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: True)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):

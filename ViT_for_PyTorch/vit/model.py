@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 class VitBlock(Block):
-    """timm's block; on the CPU with the kernels of `cpu_kernels`, and a branch skipped for the pictures that drop it.
+    """timm's block; on the CPU with `cpu_kernels`, and with a branch skipped for the pictures that drop it.
 
     Stochastic depth has the same distribution and the kept pictures the same numbers, for less work: on average by the
     drop rate. On accelerators and under torch.compile, where batch sizes that change cost more than they save, this is
@@ -40,16 +40,16 @@ class VitBlock(Block):
 
 
 def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: nn.Module) -> Tensor:
+    """x + branch(x) [B, N, C] with stochastic depth per picture; draws one number per picture where it applies."""
     rate = getattr(drop_path, "drop_prob", 0.0)
     if rate == 0.0 or not drop_path.training:
         return x + branch(x)
     kept = (torch.rand(len(x)) >= rate).nonzero().squeeze(1)  # indices of pictures
     scale = 1.0 / (1.0 - rate)
-    if len(kept) == len(x):
-        return x + branch(x) * scale
-    if len(kept) == 0:  # still part of the graph: every rank must have a gradient for every weight
-        return x + branch(x) * 0.0
-    return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
+    if 0 < len(kept) < len(x):
+        return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
+    # with none kept the branch stays in the graph: every rank must have a gradient for every weight
+    return x.add(branch(x), alpha=scale if len(kept) else 0.0)
 
 
 def model_names() -> list[str]:
