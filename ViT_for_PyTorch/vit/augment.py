@@ -64,12 +64,12 @@ class TrainTransform:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         top, left, height, width = random_crop(pixels.shape[0], pixels.shape[1], self.scale, CROP_RATIO)
-        pixels = resize(pixels[top : top + height, left : left + width], self.size)  # [S, S, 3]
+        image = Image.fromarray(resize(pixels[top : top + height, left : left + width], self.size))
         if random.random() < self.flip:
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # reversing the NumPy array takes ten times as long
         if self.auto_augment is not None:
-            pixels = np.asarray(self.auto_augment(Image.fromarray(pixels)))
-        return pixels, random_erasing_box(self.size, self.erasing)
+            image = self.auto_augment(image)
+        return np.asarray(image), random_erasing_box(self.size, self.erasing)  # [S, S, 3]
 
 
 def rand_augment(text: str, settings: dict[str, Any]) -> timm_auto_augment.RandAugment:
