@@ -22,10 +22,9 @@ _OPEN_CLIP_BLOCK = {
 
 
 def to_transformers(model: PreTrainedModel, settings: ImageSettings, folder: Path) -> str:
-    """A folder that `CLIPVisionModelWithProjection.from_pretrained` loads; its `image_embeds` are our image features."""
-    config = CLIPVisionConfig.from_dict(
-        {**_vision_config(model).to_dict(), "projection_dim": model.config.projection_dim}
-    )
+    """A folder for `CLIPVisionModelWithProjection.from_pretrained`; its `image_embeds` are our image features."""
+    values = {**_vision_config(model).to_dict(), "projection_dim": model.config.projection_dim}
+    config = CLIPVisionConfig.from_dict(values)
     tower = CLIPVisionModelWithProjection(config)
     tower.vision_model.load_state_dict(model.vision_model.state_dict())
     tower.visual_projection.load_state_dict(model.visual_projection.state_dict())

@@ -8,9 +8,9 @@ output=$PWD/test/output/demo
 
 python3 save_clip_roberta.py --tiny --image_size 48 --captions "$coco/annotations/captions_train2017.json" \
   --output_dir "$output/clip-roberta" --overwrite
-bash test/train_full_1p.sh --data_path="$coco" --model_path="$output/clip-roberta" --batch_size=128 --epochs=10 \
-  --precision=fp32 --workers=1 --output_dir="$output" -- --learning_rate 2e-3 --warmup_steps 60 \
-  --lr_scheduler_type cosine --eval_strategy no --crop_cache "$output/crops" --log_every 100
+bash test/train_full_1p.sh --data_path="$coco" --model_path="$output/clip-roberta" --batch_size=128 --epochs=4 \
+  --precision=fp32 --workers=1 --output_dir="$output" -- --learning_rate 2e-3 --warmup_steps 40 \
+  --lr_scheduler_type cosine --eval_strategy no --crop_cache "$output/crops" --log_every 50
 
 echo
 python3 - "$output/eval_results.json" <<'PYTHON'

@@ -173,10 +173,7 @@ def test_a_folder_of_transformers_4_is_the_same_model(tiny_model, tmp_path):
 
 
 def test_two_local_folders_are_joined_with_seeded_projections(tiny_model, tiny_clip, tmp_path):
-    from transformers import RobertaModel
-
     dual = load_model(str(tiny_model))
-    RobertaModel.from_pretrained  # noqa: B018  the text half is a RobertaModel
     dual.text_model.save_pretrained(tmp_path / "text")
     load_tokenizer(str(tiny_model)).save_pretrained(tmp_path / "text")
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
