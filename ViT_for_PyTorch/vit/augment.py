@@ -66,7 +66,7 @@ class TrainTransform:
         top, left, height, width = random_crop(pixels.shape[0], pixels.shape[1], self.scale, CROP_RATIO)
         image = Image.fromarray(resize(pixels[top : top + height, left : left + width], self.size))
         if random.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # reversing the NumPy array takes ten times as long
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # ten times as fast as in NumPy
         if self.auto_augment is not None:
             image = self.auto_augment(image)
         return np.asarray(image), random_erasing_box(self.size, self.erasing)  # [S, S, 3]
