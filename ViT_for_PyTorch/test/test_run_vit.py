@@ -136,6 +136,18 @@ def test_evaluation_counts_every_picture_once_on_any_number_of_ranks(pictures, t
     assert float(one["ActualLoss"]) == pytest.approx(float(three["ActualLoss"]), abs=2e-6)
 
 
+def test_a_run_with_a_weight_average_is_evaluated_with_it(pictures, tmp_path):
+    train(pictures, tmp_path, "--epochs", "2", "optimizer.ema_decay=0.9", "optimizer.warmup_epochs=0")
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    best = max((line for line in lines if line["kind"] == "eval"), key=lambda line: line["top1"])
+    options = ["--run_mode", "eval", "--load_checkpoint", str(tmp_path / "checkpoints" / "best.pt"), "--device", "cpu"]
+    options += [*TINY, "--eval_dataset_dir", str(pictures / "val"), "--output_dir", str(tmp_path / "eval")]
+    run_vit.main(options)
+    result = result_file.read(next((tmp_path / "eval").glob("*.log")))
+    assert float(result["TrainAccuracy"]) == best["top1"]
+    assert float(result["ActualLoss"]) == pytest.approx(best["loss"], abs=2e-6)
+
+
 def test_a_changed_global_batch_is_not_resumed(pictures, tmp_path):
     train(pictures, tmp_path, "--epochs", "2")
     with pytest.raises(UsageError, match="global_batch was 4, is now 8.*raise accumulate"):

@@ -29,7 +29,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             raise checkpoint_file.CheckpointError(f"{path}: {error}") from error
     content = checkpoint_file.load(path)
     if isinstance(content, dict):
-        content = content.get("model", content.get("state_dict", content))
+        # a run with a weight average was scored with it: evaluation and prediction must use the same weights
+        content = content.get("ema") or content.get("model", content.get("state_dict", content))
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise checkpoint_file.CheckpointError(
             f"{path}: holds no model weights: expected names -> tensors, at the top or under 'model' or 'state_dict'"
