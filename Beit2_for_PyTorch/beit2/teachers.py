@@ -128,7 +128,8 @@ def load_teacher(path: str | Path, kind: str, heads: int | None = None) -> nn.Mo
 
     Args:
         path: for clip: a transformers CLIP folder or file, or an OpenAI / open_clip state dict; for dino: a DINO or
-            timm ViT state dict.
+            timm ViT state dict, or a classifier of run_class_finetuning.py that is such a ViT (--use_cls --abs_pos_emb
+            --disable_rel_pos_bias --layer_scale_init_value 0).
         kind: "clip" or "dino".
         heads: attention heads; by default the width over 64, as in all published CLIP and DINO models. A transformers
             folder says so itself (config.json).
@@ -175,6 +176,10 @@ def _dino_state(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     state = {name.removeprefix("module.").removeprefix("backbone."): tensor for name, tensor in state.items()}
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         raise ValueError(f"{path}: not a DINO or timm ViT state dict (no patch_embed.proj.weight or pos_embed)")
+    for number in range(_count(state, "blocks.")):  # our own classifier (--use_cls): timm has one bias for q, k and v
+        q, v = (state.pop(f"blocks.{number}.attn.{name}_bias", None) for name in "qv")
+        if q is not None:
+            state[f"blocks.{number}.attn.qkv.bias"] = torch.cat((q, torch.zeros_like(q), v))
     return state
 
 

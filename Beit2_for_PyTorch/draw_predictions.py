@@ -1,0 +1,55 @@
+"""Draws pictures, masked inputs and what the predicted visual tokens stand for (PCA colours of the codes).
+
+python draw_predictions.py --checkpoint output/checkpoint.pth --tokenizer_weight FILE --data_path DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+
+from beit2 import pretraining_options as setup
+from beit2.image_data import Normalizer, collate
+from beit2.prediction_figure import draw, prediction_rows
+from beit2.training_files import load_model
+from beit2.weight_files import read_checkpoint
+from common import device as devices
+
+
+@devices.print_usage_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("draw_predictions.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of run_beitv2_pretraining.py")
+    parser.add_argument("--tokenizer_weight", required=True)
+    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--output", type=Path, default=Path("predictions.png"))
+    parser.add_argument("--count", type=int, default=8, help="pictures")
+    options = parser.parse_args(argv)
+
+    checkpoint = read_checkpoint(options.checkpoint)
+    if "args" not in checkpoint:
+        raise devices.UsageError(f"{options.checkpoint}: not written by run_beitv2_pretraining.py (no args in it)")
+    trained = checkpoint["args"]
+    trained.tokenizer_weight, trained.data_path = options.tokenizer_weight, options.data_path
+    model = setup.build_model(trained).eval()
+    load_model(model, checkpoint["model"], options.checkpoint)
+    tokenizer = setup.load_tokenizer(trained, "fp32")
+    dataset = setup.build_dataset(trained, model.window_size)
+    apart = range(0, len(dataset), max(1, len(dataset) // options.count))
+    batch = collate([dataset[(0, index)] for index in list(apart)[: options.count]])
+    normalizer = Normalizer(*setup.mean_and_std(trained), torch.device("cpu"))
+    normalized, visual = normalizer.views(batch)
+    draw(
+        prediction_rows(model, tokenizer, normalizer.unit(batch.views), normalized, visual, batch.mask), options.output
+    )
+    print(f"drawn: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
