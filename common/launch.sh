@@ -15,7 +15,7 @@ launcher_script=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/$(basename "${BASH
 project_dir=$(cd "$(dirname "$launcher_script")/.." && pwd)
 
 house_flags="data_path batch_size epochs max_steps device device_id nproc precision ckpt_path output_dir
-  nnodes node_rank master_addr master_port cpu_bind"
+  nnodes node_rank master_addr master_port rank_table_file hostfile cpu_bind"
 switches="dry_run help" # flags without a value
 pass_through=()
 
@@ -83,10 +83,24 @@ check_flags() {
   [[ ${device:=auto} =~ ^(auto|npu|cuda|cpu)$ ]] || die "--device=$device: choose auto, npu, cuda or cpu"
   [[ -z $precision || $precision =~ ^(fp32|bf16|fp16)$ ]] || die "--precision=$precision: choose fp32, bf16 or fp16"
   [[ ${cpu_bind:=auto} =~ ^(auto|off)$ ]] || die "--cpu_bind=$cpu_bind: choose auto or off"
-  : "${nproc:=${RankSize:-1}}" "${nnodes:=1}" "${node_rank:=0}" "${master_port:=29500}"
-  ((nproc > 0 && nnodes > 0)) || die "--nproc=$nproc --nnodes=$nnodes: both must be at least 1"
-  ((node_rank < nnodes)) || die "--node_rank=$node_rank: must be below --nnodes=$nnodes"
-  ((nnodes == 1)) || [[ -n $master_addr ]] || die "--nnodes=$nnodes needs --master_addr, the address of node 0"
+  find_world
+}
+
+# Sets nnodes node_rank nproc world_size master_addr master_port, the arrays node_addresses node_nproc node_devices,
+# and rank_variables where the user starts every rank himself: see launch_world.py.
+find_world() {
+  if npu_is_meant && [[ -n ${RANK_TABLE_FILE:-} ]] && { ((${RankSize:-1} > 1)) || [[ -n ${RANK_ID:-} ]]; }; then
+    [[ ${rank_table_file:=$RANK_TABLE_FILE} == "$RANK_TABLE_FILE" || $rank_table_file -ef $RANK_TABLE_FILE ]] ||
+      die "--rank_table_file=$rank_table_file, but RANK_TABLE_FILE=$RANK_TABLE_FILE: give one file"
+    rank_table_file=$(realpath -m "$rank_table_file")
+  fi
+  [[ -z $rank_table_file || -z $device_id ]] || die "--device_id=$device_id: the rank table says which devices are used"
+  local world
+  world=$(cd "$common_dir/.." && python3 -m common.launch_world --rank_table_file="$rank_table_file" \
+    --hostfile="$hostfile" --nnodes="$nnodes" --node_rank="$node_rank" --nproc="$nproc" --master_addr="$master_addr" \
+    --master_port="$master_port" --default_nproc="${RankSize:-1}" --dry_run="$dry_run") || exit 2
+  eval "$world"
+  nproc=${node_nproc[node_rank]}
 }
 
 # Usage: require FLAG... ; stops when one has no value.
@@ -97,15 +111,14 @@ require() {
   done
 }
 
-# One device by number: the other cards of the host stay invisible to the run.
-select_device() {
+# Usage: show_devices LIST FLAG ; adds to `variables` what leaves only these cards visible to the run, in this order.
+show_devices() {
   local kind variable
   for kind in npu:ASCEND_RT_VISIBLE_DEVICES cuda:CUDA_VISIBLE_DEVICES; do
     variable=${kind#*:}
-    [[ $device == "${kind%%:*}" || $device == auto ]] || continue
-    [[ -z ${!variable:-} || ${!variable} == "$device_id" ]] ||
-      die "--device_id=$device_id, but $variable=${!variable}: set only one of them"
-    export "$variable=$device_id"
+    [[ -n $1 ]] && [[ $device == "${kind%%:*}" || $device == auto ]] || continue
+    [[ -z ${!variable:-} || ${!variable} == "$1" ]] || die "$2, but $variable=${!variable}: set only one of them"
+    variables+=("$variable=$1")
   done
 }
 
@@ -114,13 +127,16 @@ npu_is_meant() {
 }
 
 prepare() {
-  [[ -z $device_id ]] || ((nproc > 1)) || select_device
   export ASCEND_DEVICE_ID=${device_id:-${ASCEND_DEVICE_ID:-0}}
   : "${output_dir:=$project_dir/test/output/$ASCEND_DEVICE_ID}"
   [[ $output_dir == /* ]] || output_dir=$PWD/$output_dir
   mkdir -p "$output_dir" || die "--output_dir=$output_dir: cannot be created"
   if npu_is_meant && [[ ${etp_running_flag:-} != true ]]; then
     source "$common_dir/env_npu.sh"
+  fi
+  if [[ -n $node_interface && -z ${GLOO_SOCKET_IFNAME:-} ]]; then # gloo would go by the host name, often 127.0.1.1
+    export GLOO_SOCKET_IFNAME=$node_interface
+    echo "GLOO_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME, the interface of ${node_addresses[node_rank]}"
   fi
   if [[ -z ${OMP_NUM_THREADS:-} ]] && ((nproc > 1)); then
     local cores
@@ -149,6 +165,35 @@ descendants() {
   done
 }
 
+# Usage: node_command NODE COMMAND... ; sets `run`, the command line that starts the ranks of that node.
+node_command() {
+  local node=$1 meeting=(--standalone) variables=()
+  shift
+  show_devices "${node_devices[node]}" "the rank table has devices ${node_devices[node]}"
+  [[ -z $device_id ]] || ((nproc > 1)) || show_devices "$device_id" "--device_id=$device_id"
+  if [[ -n $rank_table_file ]] && npu_is_meant; then variables+=("RANK_TABLE_FILE=$rank_table_file"); fi
+  variables+=("${rank_variables[@]}")
+  run=("$@")
+  if ((world_size > 1 && ${#rank_variables[@]} == 0)); then
+    ((nnodes == 1)) || meeting=(--nnodes "$nnodes" --node_rank "$node" --master_addr "$master_addr" --master_port "$master_port")
+    run=(python3 -m torch.distributed.run "${meeting[@]}" --nproc_per_node "${node_nproc[node]}" --no_python "$@")
+  fi
+  ((${#variables[@]} == 0)) || run=(env "${variables[@]}" "${run[@]}")
+}
+
+# What would run, on every node; of a rank that the user starts himself, that one.
+print_commands() {
+  local node
+  for node in "${!node_nproc[@]}"; do
+    ((${#rank_variables[@]} == 0 || node == node_rank)) || continue
+    ((nnodes == 1)) || echo "# node $node${node_addresses[node]:+, ${node_addresses[node]}}"
+    node_command "$node" "$@"
+    printf 'cd %q && ' "$project_dir"
+    printf '%q ' "${run[@]}"
+    echo
+  done
+}
+
 # Usage: launch SCRIPT.py ARGS... ; runs it on all ranks of this node and exits with its exit code.
 launch() {
   prepare
@@ -161,19 +206,13 @@ launch() {
   LAUNCH_STATUS_DIR=$(mktemp -d)
   export LAUNCH_STATUS_DIR
   if [[ -t 2 ]]; then export PROGRESS_BAR=1; fi
-  local run=(bash "$common_dir/run_rank.sh" "${command[@]}")
-  if ((nproc * nnodes > 1)); then
-    local meeting=(--standalone)
-    ((nnodes == 1)) || meeting=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "$master_addr" --master_port "$master_port")
-    run=(python3 -m torch.distributed.run "${meeting[@]}" --nproc_per_node "$nproc" --no_python "${run[@]}")
-  fi
+  command=(bash "$common_dir/run_rank.sh" "${command[@]}")
   if [[ $dry_run == true ]]; then
-    printf 'cd %q && ' "$project_dir"
-    printf '%q ' "${run[@]}"
-    echo
+    print_commands "${command[@]}"
     return 0
   fi
 
+  node_command "$node_rank" "${command[@]}"
   cd "$project_dir"
   set -m # the run gets a process group of its own, which a signal then ends as a whole
   "${run[@]}" </dev/null &
@@ -212,7 +251,7 @@ report_failure() {
     echo "error: the run ended with exit code $failed_code; logs: $output_dir/train_*.log" >&2
   fi
   (cd "$common_dir/.." && python3 -m common.result_file failed --output_dir "$output_dir" --network "$Network" \
-    --batch_size "${batch_size:-0}" --ranks "$((nproc * nnodes))" --case_kind "$CaseKind" \
+    --batch_size "${batch_size:-0}" --ranks "$world_size" --case_kind "$CaseKind" \
     --error "exit code $failed_code, see train_*.log") || true
 }
 

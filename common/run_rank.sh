@@ -6,6 +6,7 @@ set -uo pipefail
 local_rank=${LOCAL_RANK:-0}
 local_size=${LOCAL_WORLD_SIZE:-1}
 log_id=$((${ASCEND_DEVICE_ID:-0} + local_rank))
+((${GROUP_WORLD_SIZE:-1} == 1)) || log_id=$RANK # several nodes may write to one shared folder
 log=$LAUNCH_LOG_DIR/train_$log_id.log
 echo "==== $(date '+%F %T') rank ${RANK:-0} of ${WORLD_SIZE:-1}: $*" >>"$log"
 
