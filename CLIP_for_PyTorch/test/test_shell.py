@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import run_clip
 from common.result_file import read as read_result
 
 TEST = Path(__file__).parent
@@ -62,27 +63,42 @@ def test_missing_and_misspelt_flags_are_named(tmp_path):
     assert done.returncode == 2 and "did you mean --model_path" in done.stderr
 
 
-def test_two_ranks_through_the_script_and_evaluation_of_what_they_trained(coco_zips, tiny_model, tmp_path):
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_two_ranks_train_as_one_and_evaluate_as_one(coco_zips, model_without_dropout, tmp_path):
+    """20 steps of the same global batch through the 8p script on two processes and in this one."""
     output = tmp_path / "out put"
-    flags = ["--device=cpu", "--precision=fp32", "--workers", "0", "--batch_size=4", f"--output_dir={output}"]
-    done = bash(
-        "train_clip_performance_8p.sh",
-        f"--data_path={coco_zips}",
-        f"--model_path={tiny_model}",
-        "--nproc=2",
-        "--max_steps=3",
-        *flags,
-        cwd=TEST,
-    )
+    data, model = f"--data_path={coco_zips}", f"--model_path={model_without_dropout}"
+    flags = [data, model, "--device=cpu", "--precision=fp32", "--workers", "0", "--batch_size=4"]
+    steps = ["--nproc=2", "--max_steps=20", f"--output_dir={output}"]
+    done = bash("train_clip_performance_8p.sh", *flags, *steps, "--", "--log_every", "1", cwd=TEST)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     stored = read_result(output / "CLIP_for_PyTorch_bs4_2p_perf.log")
-    assert stored["Status"] == "OK" and stored["RankSize"] == "2"
+    assert stored["Status"] == "OK" and stored["RankSize"] == "2" and float(stored["ActualFPS"]) > 0
     assert (output / "train_0.log").exists() and (output / "train_1.log").exists()
     assert "------------------ Final result ------------------" in done.stdout
 
-    flags[-1] = f"--output_dir={tmp_path / 'eval'}"
-    done = bash("train_eval_1p.sh", f"--data_path={coco_zips}", f"--ckpt_path={output}", *flags)
+    alone = ["--output_dir", str(tmp_path / "one"), "--device", "cpu", "--max_steps", "20", "--log_every", "1"]
+    alone += [
+        "--model_name_or_path",
+        str(model_without_dropout),
+        "--data_dir",
+        str(coco_zips),
+        "--do_train",
+        "--do_eval",
+    ]
+    alone += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "4", "--save_every", "0"]
+    alone += ["--learning_rate", "5e-5", "--weight_decay", "0.1", "--dataloader_drop_last"]
+    one = run_clip.main(alone)
+    assert losses(output) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert float(stored["EvalLoss"]) == pytest.approx(one["EvalLoss"], abs=1e-5)
+
+
+def test_evaluation_through_the_script(coco_zips, tiny_model, tmp_path):
+    flags = ["--device=cpu", "--precision=fp32", "--workers=0", "--batch_size=4", f"--output_dir={tmp_path / 'eval'}"]
+    done = bash("train_eval_1p.sh", f"--data_path={coco_zips}", f"--ckpt_path={tiny_model}", *flags)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    evaluated = json.loads((tmp_path / "eval/eval_results.json").read_text())
-    trained = json.loads((output / "eval_results.json").read_text())
-    assert evaluated["eval_loss"] == pytest.approx(trained["eval_loss"], abs=1e-5)  # one rank or two
+    assert json.loads((tmp_path / "eval/eval_results.json").read_text())["eval_samples"] == 16
