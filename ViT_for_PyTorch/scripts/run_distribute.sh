@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Starts this server's ranks of a run that a rank table describes; the arguments are those of the reference's script.
+# Usage: bash run_distribute.sh RANK_TABLE CONFIG [a,b] MODE [RANK_SIZE] [PREDICT_DATA] [--device=... -- KEY=VALUE ...]
+#   [a,b]  b is left out. Without RANK_SIZE: the devices of the only server. With it: this server's ranks of RANK_SIZE.
+#   MODE   train, finetune, eval or predict, which rank 0 does alone.
+#   It waits for the training and ends with its exit code; logs are in test/output/, as of the scripts in test/.
+Network=ViT_for_PyTorch; CaseKind=acc; RankSize=1
+positional=()
+while (($#)) && [[ $1 != --* ]]; do
+  positional+=("$1")
+  shift
+done
+if [[ ${1:-} != --help ]]; then
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+  share=$(PYTHONPATH=$root python3 -m common.rank_range "${positional[@]}") || exit 2
+  eval "$share"
+  if [[ -n $starts_nothing ]]; then
+    echo "$starts_nothing"
+    exit 0
+  fi
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+launch run_vit.py --config "$config" --run_mode "$run_mode" ${ckpt_path:+--load_checkpoint "$ckpt_path"} \
+  ${predict_data:+--predict_data "$predict_data"} ${batch_size:+--batch_size "$batch_size"} ${epochs:+--epochs "$epochs"}
