@@ -2,8 +2,8 @@
 # Encodes Shakespeare's text, pretrains a small data2vec on it, and shows that its representations got better.
 # Usage: bash test/demo.sh SAMPLE_DATA_DIR ; called by `make demo`.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 text=$(realpath "$1")/text
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output=$PWD/test/output/demo
 corpus=$(mktemp -d)
 trap 'rm -rf "$corpus"' EXIT
@@ -13,9 +13,8 @@ python3 bpe_encode.py --learn 4000 --encoder-json "$corpus/encoder.json" --vocab
 python3 preprocess.py --only-source --trainpref "$corpus/train.bpe" --validpref "$corpus/valid.bpe" \
   --destdir "$corpus/data-bin" --workers 2
 
-rm -rf "$output/checkpoints" # the demo always starts afresh
 bash test/train_full_1p.sh --data_path="$corpus/data-bin" --config_name=demo --max_update="${MAX_UPDATE:-600}" \
-  --output_dir="$output"
+  --output_dir="$output" -- --resume none # an earlier demo is kept aside
 
 echo
 python3 probe.py --config-name demo "task.data=$corpus/data-bin" "common_eval.path=$output/checkpoints/checkpoint_last.pt" |
