@@ -16,18 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from beit2 import npu_patches, parameter_groups
 from beit2 import pretraining_options as setup
-from beit2.image_data import EpochBatches, Normalizer, collate, make_loader, steps_per_epoch
+from beit2.image_data import Normalizer, collate, run_batches, steps_per_epoch
 from beit2.memory_plan import plan_memory
 from beit2.optimizers import create_optimizer, lr_range, set_step
 from beit2.options import due, pick_precision
 from beit2.parallel import Replica
 from beit2.pretraining_step import TrainState, Watch, gradient_step
-from beit2.training_files import append_epoch_log, find_checkpoint
+from beit2.training_files import append_epoch_log, find_checkpoint, open_log
 from common import device as devices
 from common.distributed import World, process_group
-from common.run_log import RunLog
-
-NETWORK = "Beit2_for_PyTorch"
 
 
 @devices.print_usage_errors
@@ -66,17 +63,13 @@ def train(options: argparse.Namespace, world: World) -> dict:
         state = TrainState(**replica.load(path, optimizer, scaler, steps))
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
 
-    log = RunLog(
-        options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
-        resume=path is not None,
-    )  # fmt: skip
-    with log:
+    with open_log(options, world, last, path is not None) as log:
         batch = f"{options.batch_size} x {options.update_freq} x {world.size} ranks"
         log.info(f"{options.model}: {replica.parameter_count:,} parameters, {precision} on {world.device.type}")
         log.info(
             f"{len(dataset)} pictures, {steps} steps an epoch of {batch}; from step {state.step} ({path or 'new'})"
         )
-        batches = make_batches(dataset, options, world, steps, state.step, last)
+        batches = run_batches(dataset, options, world, steps, state.step, last, collate)
         watch, means = Watch(), {}
         for step in range(state.step, last):
             with log.data_wait():
@@ -105,22 +98,6 @@ def train(options: argparse.Namespace, world: World) -> dict:
                     replica.save(options, optimizer, scaler, state.plain(), steps, numbered)
         accuracy = means.get("mlm_acc", means.get("mlm_acc_1"))
         return log.finish(accuracy=None if accuracy is None else round(100 * accuracy, 3))
-
-
-def make_batches(dataset, options: argparse.Namespace, world: World, steps: int, start: int, stop: int):
-    """Micro-batches of this rank from optimizer step `start` on."""
-    count = options.update_freq
-    sampler = EpochBatches(
-        len(dataset),
-        options.batch_size,
-        world,
-        steps * count,
-        options.seed,
-        start * count,
-        stop * count,
-    )
-    pin_memory = options.pin_mem and world.device.type != "cpu"
-    return iter(make_loader(dataset, sampler, options.num_workers, pin_memory, collate))
 
 
 def end_epoch(options, state: TrainState, means: dict, steps: int, parameters: int, world: World) -> None:

@@ -22,21 +22,26 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from beit2 import cosine_schedule, npu_patches
 from beit2 import finetuning_options as setup
-from beit2.image_data import EpochBatches, Normalizer, check_images, make_loader, steps_per_epoch
+from beit2.image_data import Normalizer, check_images, run_batches, steps_per_epoch
 from beit2.optimizers import create_optimizer, lr_range, set_step
 from beit2.options import due, pick_precision, schedule
 from beit2.parallel import data_parallel
 from beit2.pretraining_options import mean_and_std
 from beit2.pretraining_step import TrainState, Watch, gradients_stay_local, update
-from beit2.training_files import append_epoch_log, find_checkpoint, load_model, load_training_state, save_whole
+from beit2.training_files import (
+    append_epoch_log,
+    find_checkpoint,
+    load_model,
+    load_training_state,
+    open_log,
+    save_whole,
+)
 from beit2.weight_files import read_checkpoint
 from common import checkpoint_file, distributed
 from common import device as devices
 from common.device import UsageError, mix_seed
 from common.distributed import World, process_group
 from common.run_log import RunLog
-
-NETWORK = "Beit2_for_PyTorch"
 
 
 @devices.print_usage_errors
@@ -77,12 +82,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
         return evaluate_only(options, model, test, normalizer, world, path)
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
 
-    log = RunLog(
-        options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
-        resume=path is not None,
-    )  # fmt: skip
-    with log:
-        batches = make_batches(training, options, world, steps, state.step, last)
+    with open_log(options, world, last, path is not None) as log:
+        batches = run_batches(training, options, world, steps, state.step, last)
         watch, results = Watch(), {}
         for step in range(state.step, last):
             with log.data_wait():
@@ -134,14 +135,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     devices.seeded(seed, step, rank)
     np.random.seed(mix_seed(seed, step, rank) % 2**32)
     random.seed(mix_seed(seed, step, rank))
-
-
-def make_batches(dataset: Dataset, options: argparse.Namespace, world: World, steps: int, start: int, stop: int):
-    """Micro-batches of this rank from optimizer step `start` on."""
-    count = options.update_freq
-    limits = (start * count, stop * count)
-    sampler = EpochBatches(len(dataset), options.batch_size, world, steps * count, options.seed, *limits)
-    return iter(make_loader(dataset, sampler, options.num_workers, options.pin_mem and world.device.type != "cpu"))
 
 
 def pictures_on_device(pictures: torch.Tensor, normalizer: Normalizer) -> torch.Tensor:
@@ -198,7 +191,7 @@ def evaluate(model: nn.Module, test: Dataset, options, normalizer: Normalizer, w
 def evaluate_only(options, model, test, normalizer, world: World, path: Path | None) -> dict:
     if test is None or path is None:
         raise UsageError("--eval needs --eval_data_path DIR and --resume CHECKPOINT")
-    with RunLog(options.output_dir, world, NETWORK, options.batch_size, options.case_kind) as log:
+    with open_log(options, world, 0, False) as log:
         results = evaluate(model, test, options, normalizer, world)
         log.record(0, "eval", **results)
         return log.finish(accuracy=round(results["acc1"], 3), loss=results["loss"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from beit2 import create_model
-from beit2.image_data import EpochBatches, Normalizer, check_images, make_loader, steps_per_epoch
+from beit2.image_data import Normalizer, check_images, run_batches, steps_per_epoch
 from beit2.labelled_data import CentreCrop, CropAndFlip, LabelledImages, find_classes
 from beit2.model_names import FINETUNING_MODELS
 from beit2.optimizers import create_optimizer, set_step
@@ -27,16 +27,13 @@ from beit2.options import add_optimizer_options, add_run_options, due, parse, pi
 from beit2.parallel import data_parallel
 from beit2.pretraining_options import mean_and_std
 from beit2.pretraining_step import TrainState, Watch, update
-from beit2.training_files import append_epoch_log, find_checkpoint, load_training_state, save_whole
+from beit2.training_files import append_epoch_log, find_checkpoint, load_training_state, open_log, save_whole
 from beit2.vision_transformer import VisionTransformer
 from beit2.weight_files import local_file, read_state_dict
 from common import device as devices
 from common import distributed
 from common.device import UsageError
 from common.distributed import World, process_group
-from common.run_log import RunLog
-
-NETWORK = "Beit2_for_PyTorch"
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:
@@ -137,13 +134,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
         state = TrainState(**load_training_state(path, probe, optimizer, scaler, steps))
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
 
-    log = RunLog(
-        options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
-        resume=path is not None,
-    )  # fmt: skip
-    with log:
-        sampler = EpochBatches(len(dataset), options.batch_size, world, steps, options.seed, state.step, last)
-        batches = iter(make_loader(dataset, sampler, options.num_workers, world.device.type != "cpu"))
+    with open_log(options, world, last, path is not None) as log:
+        batches = run_batches(dataset, options, world, steps, state.step, last)
         watch, results = Watch(), {}
         for step in range(state.step, last):
             with log.data_wait():

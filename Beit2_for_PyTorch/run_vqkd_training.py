@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from beit2 import npu_patches, parameter_groups
-from beit2.image_data import EpochBatches, Normalizer, check_images, find_images, make_loader, steps_per_epoch
+from beit2.image_data import Normalizer, check_images, find_images, run_batches, steps_per_epoch
 from beit2.labelled_data import CentreCrop, CropAndFlip, LabelledImages
 from beit2.optimizers import create_optimizer, lr_range, set_step
 from beit2.options import due, pick_precision, schedule
@@ -24,14 +24,13 @@ from beit2.parallel import data_parallel
 from beit2.pretraining_step import TrainState, Watch, gradients_stay_local, update
 from beit2.tokenizer import VQKD
 from beit2.tokenizer_options import build_tokenizer, read_options
-from beit2.training_files import append_epoch_log, find_checkpoint, load_training_state, save_whole
+from beit2.training_files import append_epoch_log, find_checkpoint, load_training_state, open_log, save_whole
 from common import device as devices
 from common import distributed
 from common.device import UsageError
 from common.distributed import World, process_group
 from common.run_log import RunLog
 
-NETWORK = "Beit2_for_PyTorch"
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -73,12 +72,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
             raise UsageError("--eval and --calculate_codebook_usage need --resume FILE")
         last = state.step
 
-    log = RunLog(
-        options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
-        resume=path is not None,
-    )  # fmt: skip
-    with log:
-        batches = make_batches(dataset, options, world, steps, state.step, last)
+    with open_log(options, world, last, path is not None) as log:
+        batches = run_batches(dataset, options, world, steps, state.step, last)
         watch, results = Watch(), {}
         for step in range(state.step, last):
             with log.data_wait():
@@ -109,14 +104,6 @@ def train(options: argparse.Namespace, world: World) -> dict:
         # the mean cosine similarity of reconstruction and teacher, in percent
         similarity = 100 * (1 - results["rec_loss"]) if "rec_loss" in results else None
         return log.finish(accuracy=None if similarity is None else round(similarity, 3), **results)
-
-
-def make_batches(dataset, options: argparse.Namespace, world: World, steps: int, start: int, stop: int):
-    """Micro-batches of this rank from optimizer step `start` on."""
-    count = options.update_freq
-    limits = (start * count, stop * count)
-    sampler = EpochBatches(len(dataset), options.batch_size, world, steps * count, options.seed, *limits)
-    return iter(make_loader(dataset, sampler, options.num_workers, options.pin_mem and world.device.type != "cpu"))
 
 
 def tokenizer_step(model, world: World, optimizer, scaler, precision, clip_grad, batches: list[torch.Tensor]) -> dict:

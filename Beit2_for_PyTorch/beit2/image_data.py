@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 from collections.abc import Iterator
@@ -166,19 +167,26 @@ def steps_per_epoch(count: int, batch_size: int, size: int, update_freq: int = 1
     return count // samples
 
 
-def make_loader(
-    dataset: Dataset, batches: EpochBatches, num_workers: int, pin_memory: bool, collate_fn=None
-) -> DataLoader:
-    """One loader for the whole run: its workers live through all epochs and fetch across their borders."""
-    workers = {"persistent_workers": True, "prefetch_factor": 4} if num_workers > 0 else {}
-    return DataLoader(
+def run_batches(
+    dataset: Dataset, options: argparse.Namespace, world: World, steps: int, start: int, stop: int, collate_fn=None
+) -> Iterator:
+    """Micro-batches of this rank from optimizer step `start` to `stop`, epochs having `steps` of them.
+
+    One loader for the whole run: its workers live through all epochs and fetch across their borders.
+    """
+    count = options.update_freq
+    limits = (start * count, stop * count)
+    sampler = EpochBatches(len(dataset), options.batch_size, world, steps * count, options.seed, *limits)
+    workers = {"persistent_workers": True, "prefetch_factor": 4} if options.num_workers > 0 else {}
+    loader = DataLoader(
         dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+        batch_sampler=sampler,
+        num_workers=options.num_workers,
+        pin_memory=options.pin_mem and world.device.type != "cpu",
         collate_fn=collate_fn,
         **workers,
     )
+    return iter(loader)
 
 
 class Normalizer:

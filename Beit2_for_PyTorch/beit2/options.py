@@ -36,16 +36,15 @@ def truth(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r}: give on, true, 1 or off, false, 0")
 
 
+class _DeadOption(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        warnings.warn(f"{option_string} has no effect: {DEAD[option_string.lstrip('-')]}", stacklevel=2)
+
+
 def add_dead_options(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Options that are accepted and warned about."""
+    """Options that are accepted, with a warning, and do nothing."""
     for name in names:
-        parser.add_argument(f"--{name}", nargs="?", default=None, const="", help=argparse.SUPPRESS)
-
-
-def warn_of_dead_options(options: argparse.Namespace) -> None:
-    for name, reason in DEAD.items():
-        if getattr(options, name.replace("-", "_"), None) is not None:
-            warnings.warn(f"--{name} has no effect: {reason}", stacklevel=2)
+        parser.add_argument(f"--{name}", action=_DeadOption, nargs="?", help=argparse.SUPPRESS)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +77,7 @@ def add_optimizer_options(parser: argparse.ArgumentParser, *, lr: float, min_lr:
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight_decay", type=float, default=weight_decay)
     group.add_argument("--lr", type=float, default=lr)
-    group.add_argument("--warmup_lr", default=None, help=argparse.SUPPRESS)
+    add_dead_options(parser, "warmup_lr")
     group.add_argument("--min_lr", type=float, default=min_lr)
     group.add_argument("--warmup_epochs", type=int, default=5)
     group.add_argument("--warmup_steps", type=int, default=-1, help="above 0: counts instead of --warmup_epochs")
@@ -91,7 +90,6 @@ def check_common(options: argparse.Namespace) -> None:
     Raises:
         UsageError: a number out of range, with the option's name.
     """
-    warn_of_dead_options(options)
     for name in ("batch_size", "epochs", "update_freq", "log_every"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} {getattr(options, name)}: must be at least 1")

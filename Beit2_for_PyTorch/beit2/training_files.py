@@ -16,7 +16,9 @@ from beit2.weight_files import local_file, read_checkpoint
 from common import checkpoint_file, distributed
 from common.device import UsageError
 from common.distributed import World
+from common.run_log import RunLog
 
+NETWORK = "Beit2_for_PyTorch"
 LATEST = "checkpoint.pth"
 SHARDED = "checkpoint-sharded"  # a folder, of FSDP2 runs
 # What the reference's GradScaler starts from. Its resume needs an entry even where nothing was scaled.
@@ -169,6 +171,13 @@ def save_whole(
         if numbered:
             checkpoint_file.save(state, folder / f"checkpoint-{state['epoch']}.pth")
     distributed.barrier()
+
+
+def open_log(options: argparse.Namespace, world: World, last: int, continued: bool) -> RunLog:
+    """The log of a run that ends at step `last`."""
+    kind = options.case_kind
+    folder = options.output_dir
+    return RunLog(folder, world, NETWORK, options.batch_size, kind, last, options.log_every, resume=continued)
 
 
 def append_epoch_log(output_dir: str | Path, line: dict[str, Any]) -> None:

@@ -192,3 +192,20 @@ def test_dino_teacher_is_timm_s_vit(tmp_path):
     assert not tokenizer.teacher_model.training
     with pytest.raises(ValueError, match="sees 4 patches, the tokenizer 4 x 4"):
         beit2.build_tokenizer(teacher, img_size=32, patch_size=8, decoder_out_dim=192, dim=16, depth=1, heads=1)
+
+
+def test_own_classifier_is_a_teacher(tmp_path):
+    """A classifier without relative positions and layer scale is a ViT as timm has it."""
+    torch.manual_seed(0)
+    classifier = beit2.build_classifier(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=3, use_mean_pooling=False
+    ).eval()
+    for name, parameter in classifier.named_parameters():
+        if name.endswith("_bias"):
+            torch.nn.init.normal_(parameter)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
+    teacher = load_teacher(tmp_path / "classifier.pth", "dino")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = classifier.forward_features(images, return_patch_tokens=True)
+        torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-5)
