@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         if world.device.type == "cpu":
             keep_freed_memory()
         devices.seed_everything(config.common.seed)
+        notes += [note, npu_patches.use_length_buckets(config, world.device)]
         data = PretrainingData(config, world.rank, world.size)
         data.open_splits()
         model = build(config, data).to(world.device)
-        npu_patches.apply(model, world.device)
         state = make_state(model, config, precision, world.size)
         save_dir = Path(options.output_dir) / config.checkpoint.save_dir
         resumed = resume(state, config, save_dir, world)
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
             fps_unit="sequences/sec",
         )
         with log:
-            for text in [*notes, note, resumed]:
+            for text in [*notes, resumed]:
                 if text:
                     log.info(text)
             report = Report(log, config, -(-data.batches_per_epoch() // config.optimization.update_freq[0]))

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     start_ranks(config, options.device)
     with distributed.process_group(options.device) as world:
         precision, _ = choose_precision(options, config, world.device)
+        npu_patches.use_length_buckets(config, world.device)
         data = PretrainingData(config, world.rank, world.size)
         model = build(config, data).to(world.device)
         state = make_state(model, config, precision, world.size)
@@ -45,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
         except CheckpointError as error:
             raise UsageError(str(error)) from None
         state.num_updates = int((checkpoint.get("optimizer_history") or [{}])[-1].get("num_updates", 0))
-        npu_patches.apply(model, world.device)
         names = config.dataset.valid_subset.split(",")
         batches = {name: data.valid_batches(name) for name in names}  # a missing split stops here
         size = config.dataset.batch_size or config.dataset.max_tokens

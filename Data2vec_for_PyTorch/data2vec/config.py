@@ -63,7 +63,6 @@ ONLY_DEFAULT: dict[str, Any] = {
     "checkpoint.patience": -1,
     "checkpoint.reset_meters": False,
     "dataset.curriculum": 0,
-    "dataset.required_seq_len_multiple": 1,
     "dataset.num_shards": 1,
     "dataset.shard_id": 0,
     "dataset.grouped_shuffling": False,

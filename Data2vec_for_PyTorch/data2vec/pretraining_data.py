@@ -16,7 +16,7 @@ from data2vec.batching import batch_by_size, epoch_batches, filter_by_size, orde
 from data2vec.dictionary import MASK, Dictionary
 from data2vec.indexed_dataset import IndexedDataset
 from data2vec.masking import mask_tokens
-from data2vec.text_model import BatchPlan, plan_batch
+from data2vec.text_model import BatchPlan, plan_batch, target_config
 from data2vec.token_blocks import TokenBlockDataset
 
 VALID_EPOCH = 1  # validation masks are those of epoch 1, always
@@ -31,6 +31,7 @@ class MaskOptions:
     vocab: Dictionary
     teacher_input: str = "masked_only"
     compact: bool = True
+    length_multiple: int = 1
     mask: dict[str, Any] = field(default_factory=dict)  # keyword arguments of mask_tokens
 
 
@@ -101,7 +102,8 @@ class MaskedBlocks:
         """Masks the samples and pads them on the right to the longest."""
         options = self.options
         pad, mask_idx = options.vocab.pad_index, options.vocab.index(MASK)
-        width = int(self.sizes[indices].max()) if len(indices) else 0
+        multiple = options.length_multiple
+        width = -(-int(self.sizes[indices].max()) // multiple) * multiple if len(indices) else 0
         source = np.full((len(indices), width), pad)
         target = np.full((len(indices), width), pad)
         for row, index in enumerate(indices):
@@ -112,7 +114,7 @@ class MaskedBlocks:
         source, target = torch.from_numpy(source), torch.from_numpy(target)
         plan = None
         if len(indices):
-            plan = plan_batch(source, target, mask_idx, pad, options.teacher_input, options.compact)
+            plan = plan_batch(source, target, mask_idx, pad, options.teacher_input, options.compact, multiple)
         lengths = torch.from_numpy(self.sizes[indices])
         return TextBatch(torch.from_numpy(np.asarray(indices)), source, target, lengths, plan)
 
@@ -143,7 +145,7 @@ class PretrainingData:
         UsageError: missing folder, vocabulary or split; damaged files; ids without a token; nothing to train on.
     """
 
-    def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1, compact: bool = True):
+    def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1):
         self.config = config
         self.rank, self.world_size = rank, world_size
         self.folder = Path(config.task.data)
@@ -160,11 +162,14 @@ class PretrainingData:
         except (OSError, ValueError) as error:
             raise UsageError(f"the vocabulary cannot be read: {error}") from None
         self.vocab.add_symbol(MASK)
+        # with these targets padding counts, so it has to be the reference's
+        whole_sequence = target_config(config.model).uses_whole_sequence
         self.options = MaskOptions(
             config.common.seed,
             self.vocab,
             config.model.teacher_input,
-            compact,
+            not whole_sequence,
+            1 if whole_sequence else config.dataset.required_seq_len_multiple,
             {name: task[name] for name in mask_names},
         )
         self._splits: dict[str, tuple[MaskedBlocks, list[np.ndarray]]] = {}

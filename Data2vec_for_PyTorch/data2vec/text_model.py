@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ def plan_batch(
     pad_idx: int = 1,
     teacher_input: str = "masked_only",
     compact: bool = True,
+    length_multiple: int = 1,
 ) -> BatchPlan:
     """Finds the masked tokens of a batch and lays out the teacher's input.
 
@@ -65,7 +67,7 @@ def plan_batch(
     do not count in positions, so a compact input without them gives the same result at the masked tokens.
     """
     masked = src_tokens.eq(mask_idx)  # [B, T]
-    rows = _rows_of(masked, masked)
+    rows = _rows_of(masked, masked, length_multiple)
     has_padding = bool(src_tokens.eq(pad_idx).any())
     if teacher_input == "full":
         tokens = torch.where(target_tokens.ne(pad_idx), target_tokens, src_tokens)
@@ -73,18 +75,18 @@ def plan_batch(
     given = target_tokens.ne(pad_idx)
     if not compact or bool(given.all()):
         return BatchPlan(rows, has_padding, target_tokens, rows, not bool(given.all()))
-    kept = _rows_of(given, given)
+    kept = _rows_of(given, given, length_multiple)
     tokens = target_tokens.new_full((len(src_tokens), kept.width), pad_idx)
     tokens.view(-1)[kept.slot] = target_tokens.flatten()[kept.flat]
-    within = _rows_of(masked, given)
+    within = _rows_of(masked, given, length_multiple)
     return BatchPlan(
         rows, has_padding, tokens, Rows(within.slot, rows.slot, rows.width), bool(tokens.eq(pad_idx).any())
     )
 
 
-def _rows_of(chosen: torch.Tensor, counted: torch.Tensor) -> Rows:
+def _rows_of(chosen: torch.Tensor, counted: torch.Tensor, multiple: int) -> Rows:
     """Rows of the chosen tokens; their slots count the tokens in `counted` (which holds the chosen) before them."""
-    width = max(1, int(counted.sum(dim=1).max()))
+    width = -(-max(1, int(counted.sum(dim=1).max())) // multiple) * multiple
     rank = counted.cumsum(dim=1) - 1
     slot = torch.arange(len(chosen), device=chosen.device)[:, None] * width + rank
     flat = chosen.flatten().nonzero().squeeze(1)
@@ -229,12 +231,15 @@ def build_model(model_config: dict[str, Any], vocab_size: int) -> Data2VecText:
             f"model.transformer.encoder: embed_dim {encoder.embed_dim} is no multiple of attention_heads "
             f"{encoder.attention_heads}"
         )
-    return Data2VecText(
-        encoder, Data2VecConfig(**_known(Data2VecConfig, config)), TargetConfig(**_known(TargetConfig, config))
-    )
+    return Data2VecText(encoder, Data2VecConfig(**_known(Data2VecConfig, config)), target_config(config))
 
 
-def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def target_config(model_config: Mapping[str, Any]) -> TargetConfig:
+    """The target options of a fairseq `model` config."""
+    return TargetConfig(**_known(TargetConfig, model_config))
+
+
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     fields = cls.__dataclass_fields__
     return {key: value for key, value in values.items() if key in fields and key != "vocab_size"}
 

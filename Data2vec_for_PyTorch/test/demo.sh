@@ -13,7 +13,7 @@ python3 bpe_encode.py --learn 4000 --encoder-json "$corpus/encoder.json" --vocab
 python3 preprocess.py --only-source --trainpref "$corpus/train.bpe" --validpref "$corpus/valid.bpe" \
   --destdir "$corpus/data-bin" --workers 2
 
-bash test/train_full_1p.sh --data_path="$corpus/data-bin" --config_name=demo --max_update="${MAX_UPDATE:-600}" \
+bash test/train_full_1p.sh --data_path="$corpus/data-bin" --config_name=demo --max_update=300 \
   --output_dir="$output" -- --resume none # an earlier demo is kept aside
 
 echo

@@ -322,3 +322,55 @@ def test_loss_scaler_rules():
         low.update(float("nan"))
     with pytest.raises(FloatingPointError, match="learning rate"):
         LossScaler(False).update(float("inf"))
+
+
+@pytest.mark.parametrize("norm", ["layer_norm_target_layer", "batch_norm_target_layer", "instance_norm_targets"])
+def test_loader_plans_what_the_model_needs(corpus, golden, norm):
+    """The same loss as with the plan the model makes itself, also for targets whose statistics include padding."""
+    from omegaconf import OmegaConf
+
+    from data2vec import build_model
+    from data2vec.config import load_config
+    from data2vec.pretraining_data import PretrainingData
+
+    settings = [f"task.data={corpus}", "model.layer_norm_target_layer=false", f"model.{norm}=true"]
+    config, _ = load_config(PROJECT / "test", "tiny", settings)
+    data = PretrainingData(config)
+    model = build_model(OmegaConf.to_container(config.model), len(data.vocab)).eval()
+    batch = next(b for b in data.train_batches(1).loader(0) if b.plan.has_padding)
+    planned = model(batch.src_tokens, batch.target_tokens, 168, batch.plan)
+    torch.testing.assert_close(planned["loss_sum"], model(batch.src_tokens, batch.target_tokens, 168)["loss_sum"])
+
+
+def test_length_buckets_change_no_result(corpus):
+    from types import SimpleNamespace
+
+    from omegaconf import OmegaConf
+
+    from data2vec import build_model, npu_patches
+    from data2vec.config import load_config
+    from data2vec.pretraining_data import PretrainingData
+
+    config, _ = load_config(PROJECT / "test", "tiny", [f"task.data={corpus}"])
+    plain = PretrainingData(config)
+    assert npu_patches.use_length_buckets(config, torch.device("cpu")) is None
+    assert "64" in npu_patches.use_length_buckets(config, SimpleNamespace(type="npu"))
+    bucketed = PretrainingData(config)
+    model = build_model(OmegaConf.to_container(config.model), len(plain.vocab)).eval()
+    for a, b, _ in zip(plain.train_batches(1).loader(0), bucketed.train_batches(1).loader(0), range(4), strict=False):
+        assert b.src_tokens.shape[1] == b.plan.teacher_tokens.shape[1] == b.plan.rows.width == 64
+        first, second = (model(x.src_tokens, x.target_tokens, 168, x.plan)["loss_sum"] for x in (a, b))
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_collated_batch_equals_golden(corpus, golden):
+    from data2vec.config import load_config
+    from data2vec.pretraining_data import PretrainingData
+
+    expected = np.load(golden / "collate.npz")
+    config, _ = load_config(PROJECT / "test", "tiny", [f"task.data={corpus}"])
+    samples, _ = PretrainingData(config).split("train", training=True)
+    batch = samples.collate(expected["ids"], epoch=1)
+    for key in ("src_tokens", "target_tokens", "src_lengths"):
+        np.testing.assert_array_equal(getattr(batch, key).numpy(), expected[key])
+    assert batch.num_tokens == expected["ntokens"]
