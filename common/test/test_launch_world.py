@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common import launch_world
+from common import launch_world, rank_table
 from common.launch_world import LaunchError, Node, nodes_of_hostfile, nodes_of_table, own_node, own_rank
 
 GOLDEN = Path(__file__).parent / "golden" / "ranktable"
@@ -97,14 +98,9 @@ def test_a_machine_finds_itself_by_address_and_by_name():
         own_node([Node("127.0.0.1", 1), Node("127.0.0.2", 1)])
 
 
-def test_the_interface_of_an_address_is_found_and_loopback_is_none():
+def test_loopback_and_foreign_addresses_name_no_interface():
     assert launch_world.interface_of("127.0.0.1") is None
     assert launch_world.interface_of("198.51.100.1") is None
-    addresses = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True).stdout.split("\n")
-    for line in filter(None, addresses):
-        _, name, _, address, *_ = line.split()
-        if name != "lo" and "secondary" not in line:
-            assert launch_world.interface_of(address.split("/")[0]) == name
 
 
 def test_ascends_names_of_a_rank_become_torchs():
@@ -211,4 +207,45 @@ def test_two_nodes_meet_and_share_a_folder_of_logs(project):
     for rank, node in enumerate(nodes):
         _, errors = node.communicate()
         assert node.returncode == 0, errors
+        assert f"TOTAL 3 rank {rank} local 0" in (project / f"test/output/0/train_{rank}.log").read_text()
+
+
+@pytest.fixture
+def two_servers():
+    """Two network namespaces, joined by a virtual cable, and their addresses: as good as two machines for sockets."""
+    if shutil.which("ip") is None:
+        pytest.skip("the ip command is not installed")
+    names = [f"rank{os.getpid()}{letter}" for letter in "ab"]
+    addresses = ["10.213.7.1", "10.213.7.2"]
+    steps = [f"ip netns add {name}" for name in names]
+    steps.append(f"ip link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}")
+    for name, address in zip(names, addresses, strict=True):
+        steps += [f"ip -n {name} addr add {address}/24 dev eth0", f"ip -n {name} link set eth0 up"]
+        steps.append(f"ip -n {name} link set lo up")
+    try:
+        for step in steps:
+            try:
+                subprocess.run(step.split(), check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"network namespaces are not permitted here: {step}: {error}")
+        yield list(zip(names, addresses, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_servers_find_themselves_in_a_rank_table_and_meet(project, two_servers):
+    (project / "run.py").write_text(SUM_OF_RANKS)
+    tables = [rank_table.generate(address, {0: f"192.168.{n}.1"}) for n, (_, address) in enumerate(two_servers)]
+    table = rank_table.write(rank_table.merge(tables), project / "table.json")
+    command = ["bash", "test/trial.sh", "--data_path=.", "--device=cpu", f"--rank_table_file={table}"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    servers = []
+    for name, _ in two_servers:
+        inside = ["ip", "netns", "exec", name, *command]
+        servers.append(subprocess.Popen(inside, cwd=project, env=environment(), **streams))
+    for rank, (server, (_, address)) in enumerate(zip(servers, two_servers, strict=True)):
+        output, errors = server.communicate()
+        assert server.returncode == 0, errors
+        assert f"GLOO_SOCKET_IFNAME=eth0, the interface of {address}" in output
         assert f"TOTAL 3 rank {rank} local 0" in (project / f"test/output/0/train_{rank}.log").read_text()
