@@ -53,6 +53,9 @@ class DataArguments:
     train_shards: str | None = field(default=None, metadata={"help": "WebDataset tars: a-{0000..0100}.tar::b.tar"})
     validation_shards: str | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
     max_seq_length: int = field(default=128, metadata={"help": "Longest caption in tokens; more is cut off."})
+    clean_captions: bool = field(
+        default=False, metadata={"help": "OpenAI's cleaning before tokenising: broken Unicode, HTML entities, case."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training pairs."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N validation pairs."})
     check_images: bool = field(default=True, metadata={"help": "Decode every picture once before training."})

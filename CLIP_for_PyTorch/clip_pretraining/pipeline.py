@@ -18,7 +18,7 @@ from clip_pretraining.crop_cache import CropCache
 from clip_pretraining.evaluation import Encoder, evaluate_split
 from clip_pretraining.modeling import ImageSettings
 from clip_pretraining.pairs import Collate, DecodedImages, GlobalBatchSampler, ImageSource, PairDataset, Pairs
-from clip_pretraining.tokenization import PackedCaptions, load_tokenizer
+from clip_pretraining.tokenization import PackedCaptions, clean_caption, load_tokenizer
 from common import distributed
 from common.device import UsageError
 from common.distributed import World
@@ -112,7 +112,8 @@ def _pairs(
 
 
 def _dataset(pairs: Pairs, setup: Setup, data: DataArguments) -> PairDataset:
-    tokens = PackedCaptions.tokenise(pairs.captions, setup.tokenizer, setup.collate.max_length)
+    captions = [clean_caption(caption) for caption in pairs.captions] if data.clean_captions else pairs.captions
+    tokens = PackedCaptions.tokenise(captions, setup.tokenizer, setup.collate.max_length)
     size = setup.settings.size
     images: ImageSource = DecodedImages(pairs.images, size)
     if data.crop_cache:

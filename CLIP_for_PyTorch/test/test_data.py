@@ -1,16 +1,14 @@
 """Where pairs come from: COCO in its three layouts, tables, tars; and every way they can be wrong."""
 
-import io
 import json
 import shutil
-import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from clip_sample import draw, write_coco_zips
+from clip_sample import draw, write_coco_zips, write_shard
 
 from clip_pretraining import coco, sources
 from clip_pretraining.crop_cache import CropCache
@@ -187,15 +185,6 @@ def test_a_bad_table_is_explained(name, text, reason, tmp_path):
     with pytest.raises(UsageError) as error:
         sources.read_table(tmp_path / name, "image_path", "caption")
     assert reason in message(error)
-
-
-def write_shard(path: Path, samples: range, caption_of=lambda i: draw(i)[1]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for i in samples:
-            for suffix, data in (("jpg", draw(i)[0]), ("txt", caption_of(i).encode()), ("json", b"{}")):
-                member = tarfile.TarInfo(f"part.one/{i:05d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
 
 
 def test_tars_on_several_disks_are_one_set(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_sample import draw, write_shard
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel, VisionTextDualEncoderModel
 
@@ -108,6 +109,25 @@ def test_clip_model_with_the_sigmoid_loss_learns_and_keeps_its_bias(pairs_table,
     again = ["--do_eval", "--validation_file", str(pairs_table), "--loss", "siglip"]
     result = run(tmp_path / "b", tmp_path / "a", *again)
     assert result["EvalLoss"] == pytest.approx(losses(tmp_path / "a")[-1], rel=0.3)
+
+
+def test_tars_json_lines_crop_cache_and_zero_shot_in_one_run(tiny_clip, tmp_path):
+    write_shard(tmp_path / "a.tar", range(12))
+    write_shard(tmp_path / "b.tar", range(12, 24))
+    rows = []
+    for i in range(8):
+        picture = tmp_path / "classes" / f"class_{i % 2}" / f"{i}.jpg"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(draw(i)[0])
+        rows.append(json.dumps({"picture": str(picture), "text": draw(i)[1] + " &amp; <b>"}))
+    (tmp_path / "val.jsonl").write_text("\n".join(rows))
+    options = ["--do_train", "--train_shards", f"{tmp_path}/a.tar::{tmp_path}/b.tar", "--max_steps", "2"]
+    options += ["--do_eval", "--validation_file", str(tmp_path / "val.jsonl"), "--save_every", "0"]
+    options += ["--image_column", "picture", "--caption_column", "text", "--crop_cache", str(tmp_path / "crops")]
+    options += ["--zero_shot_dir", str(tmp_path / "classes")]
+    result = run(tmp_path / "out", tiny_clip, *options, "--clean_captions", "True", "--num_workers", "1")
+    assert result["zero_shot_images"] == 8 and 0 <= result["zero_shot_top1"] <= 1
+    assert len(list((tmp_path / "crops").glob("*.crops"))) == 2
 
 
 def test_training_from_a_configuration_alone_and_frozen_towers(pairs_table, tiny_clip, tmp_path):
