@@ -116,9 +116,9 @@ def train(options: argparse.Namespace, world: World) -> dict:
                     numbered = epoch_ends and due(state.step // steps, options.save_ckpt_freq)
                     extra = {"best_acc1": best} | ({"model_ema": average.state_dict()} if average is not None else {})
                     save_whole(world, options, model, optimizer, scaler, state.plain(), steps, numbered, **extra)
-        return log.finish(
-            accuracy=round(results["acc1"], 3) if "acc1" in results else None, BestAccuracy=round(best, 3)
-        )
+        if "acc1" not in results:  # nothing was evaluated
+            return log.finish()
+        return log.finish(accuracy=round(results["acc1"], 3), BestAccuracy=round(best, 3))
 
 
 def resume(path: Path, model, average, optimizer, scaler, steps: int) -> tuple[TrainState, float]:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,14 +45,14 @@ class Replica:
         self.world, self.sharded = world, fsdp
         self.parameter_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         model.activation_checkpointing = recompute
-        self.model = self.wrapped = model.to(world.device)
+        self.model = self.wrapped = model
         if fsdp:
             if not distributed.is_distributed():
                 raise UsageError("--fsdp shards over ranks: start with torchrun, e.g. --nproc_per_node 8")
-            shard(model, precision)
+            shard(model, world, precision)
         else:
             # every parameter gets a gradient in every step, in the same order
-            self.wrapped = data_parallel(model, world, static_graph=update_freq == 1)
+            self.wrapped = data_parallel(model.to(world.device), world, static_graph=update_freq == 1)
 
     def save(
         self,
@@ -106,12 +107,16 @@ def data_parallel(model: nn.Module, world: World, static_graph: bool = False) ->
     )
 
 
-def shard(model: MaskedImageModel, precision: str) -> None:
-    """FSDP2: every block a unit, the rest the root unit; fp32 masters and gradient sums, compute in `precision`."""
+def shard(model: MaskedImageModel, world: World, precision: str) -> None:
+    """FSDP2: every block a unit, the rest the root unit; fp32 masters and gradient sums, compute in `precision`.
+
+    The model comes from the host; a unit goes to the device as it is sharded, so no card ever holds all of it.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[precision], reduce_dtype=torch.float32)
     for block in (*model.blocks, *getattr(model, "cls_pt_layers", ())):
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def save_shards(model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], folder: Path) -> None:

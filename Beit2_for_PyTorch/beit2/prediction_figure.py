@@ -54,7 +54,7 @@ def draw(rows: list[np.ndarray], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    titles = ("picture", "masked", "tokens", "masked tokens predicted")
+    titles = ("picture", "masked", "tokens", "with predicted")
     count = len(rows[0])
     figure, axes = pyplot.subplots(len(rows), count, figsize=(1.6 * count, 6.6), layout="constrained", squeeze=False)
     for row, title, line in zip(rows, titles, axes, strict=True):
