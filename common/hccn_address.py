@@ -65,6 +65,16 @@ def own_address(report: Callable[[str], None] = print) -> str:
     raise RankTableError(["cannot find this server's address; give it with --server_ip"])
 
 
+def address_towards(host: str) -> str | None:
+    """The local IPv4 address that a packet to `host` would carry, None without a route; nothing is sent."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
 def _from_tool(tool: str, device_id: int) -> str | None:
     command = [tool, "-i", str(device_id), "-ip", "-g"]
     try:
@@ -84,11 +94,5 @@ def _from_conf(conf: Path) -> dict[int, str]:
 
 
 def _default_route_address() -> str | None:
-    """The local address a packet to the outside would carry; nothing is sent."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # an address reserved for documentation (RFC 5737)
-            address = probe.getsockname()[0]
-    except OSError:
-        return None
-    return None if ip_address(address).is_loopback else address
+    address = address_towards("192.0.2.1")  # an address reserved for documentation (RFC 5737)
+    return None if address is None or ip_address(address).is_loopback else address

@@ -136,7 +136,7 @@ prepare() {
   fi
   if [[ -n $node_interface && -z ${GLOO_SOCKET_IFNAME:-} ]]; then # gloo would go by the host name, often 127.0.1.1
     export GLOO_SOCKET_IFNAME=$node_interface
-    echo "GLOO_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME, the interface of ${node_addresses[node_rank]}"
+    echo "GLOO_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME, the interface of ${node_addresses[node_rank]:-the way to $master_addr}"
   fi
   if [[ -z ${OMP_NUM_THREADS:-} ]] && ((nproc > 1)); then
     local cores

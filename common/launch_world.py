@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import rank_table
+from common.hccn_address import address_towards
 from common.rank_table_check import RankTableError, ip_address, is_host, warnings
 
 MASTER_PORT = 29500
@@ -221,7 +222,8 @@ def shell_assignments(options: argparse.Namespace, environ: Mapping[str, str]) -
     master_port = options.master_port or (environ.get("MASTER_PORT") if variables else None) or MASTER_PORT
     if variables:
         variables |= {"MASTER_ADDR": master_addr or "127.0.0.1", "MASTER_PORT": str(master_port)}
-    interface = interface_of(nodes[int(node_rank)].address) if listed and len(nodes) > 1 else None
+    own_address = nodes[int(node_rank)].address or address_towards(master_addr)
+    interface = interface_of(own_address) if len(nodes) > 1 and own_address else None
     return {
         "nnodes": str(len(nodes)),
         "node_rank": str(node_rank),

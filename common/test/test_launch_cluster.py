@@ -192,3 +192,15 @@ def test_the_volcano_job_starts_all_pods_and_names_a_script_and_flags_that_exist
     hosts = tmp_path / "worker.host"
     hosts.write_text("vit-train-worker-0.vit-train\nvit-train-worker-1.vit-train\n")
     assert [node.nproc for node in nodes_of_hostfile(str(hosts), 8, 1)] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    "script", sorted(COMMON.parent.glob("*_for_PyTorch/test/train_cluster.sh")), ids=lambda path: path.parts[-3]
+)
+def test_the_cluster_script_of_a_project_needs_a_cluster_and_shows_every_node(folder, script):
+    words = ["bash", script, f"--data_path={folder}", f"--output_dir={folder}", "--device=cpu", "--dry_run"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment(folder))
+    assert done.returncode == 2 and "give --rank_table_file, --hostfile or --nnodes" in done.stderr
+    words.append(f"--rank_table_file={DUAL}")
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment(folder))
+    assert done.returncode == 0 and "# node 1, 10.90.43.22" in done.stdout and "--nnodes 2" in done.stdout, done.stderr

@@ -234,18 +234,23 @@ def two_servers():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_servers_find_themselves_in_a_rank_table_and_meet(project, two_servers):
+@pytest.mark.parametrize("way", ["rank table", "flags"])
+def test_two_servers_find_themselves_and_meet(project, two_servers, way):
     (project / "run.py").write_text(SUM_OF_RANKS)
     tables = [rank_table.generate(address, {0: f"192.168.{n}.1"}) for n, (_, address) in enumerate(two_servers)]
     table = rank_table.write(rank_table.merge(tables), project / "table.json")
-    command = ["bash", "test/trial.sh", "--data_path=.", "--device=cpu", f"--rank_table_file={table}"]
+    command = ["bash", "test/trial.sh", "--data_path=.", "--device=cpu"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     servers = []
-    for name, _ in two_servers:
-        inside = ["ip", "netns", "exec", name, *command]
+    for rank, (name, _) in enumerate(two_servers):
+        flags = [f"--rank_table_file={table}"]
+        if way == "flags":
+            flags = ["--nnodes=2", f"--node_rank={rank}", f"--master_addr={two_servers[0][1]}"]
+        inside = ["ip", "netns", "exec", name, *command, *flags]
         servers.append(subprocess.Popen(inside, cwd=project, env=environment(), **streams))
     for rank, (server, (_, address)) in enumerate(zip(servers, two_servers, strict=True)):
         output, errors = server.communicate()
         assert server.returncode == 0, errors
-        assert f"GLOO_SOCKET_IFNAME=eth0, the interface of {address}" in output
+        expected = address if way == "rank table" else f"the way to {two_servers[0][1]}"
+        assert f"GLOO_SOCKET_IFNAME=eth0, the interface of {expected}" in output
         assert f"TOTAL 3 rank {rank} local 0" in (project / f"test/output/0/train_{rank}.log").read_text()
