@@ -220,8 +220,10 @@ def shell_assignments(options: argparse.Namespace, environ: Mapping[str, str]) -
         ranks = f"RANK_ID and RANK_SIZE={world_size} are set: this" if variables else f"--nnodes={len(nodes)}"
         raise LaunchError(f"{ranks} needs --master_addr, the address of node 0")
     master_port = options.master_port or (environ.get("MASTER_PORT") if variables else None) or MASTER_PORT
-    if variables:
-        variables |= {"MASTER_ADDR": master_addr or "127.0.0.1", "MASTER_PORT": str(master_port)}
+    if variables and world_size > 1:
+        variables |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port)}
+    elif variables:  # one rank needs no group, only its device
+        variables = {"LOCAL_RANK": variables["LOCAL_RANK"]}
     own_address = nodes[int(node_rank)].address or address_towards(master_addr)
     interface = interface_of(own_address) if len(nodes) > 1 and own_address else None
     return {

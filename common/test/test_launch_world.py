@@ -119,6 +119,13 @@ def test_ascends_names_of_a_rank_become_torchs():
     assert own_rank(single, [Node("", 1)], None, False) == {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "5"}
 
 
+def test_a_run_of_one_rank_takes_only_its_device_from_ascends_names(monkeypatch, capsys):
+    for name, value in {"RANK_ID": "0", "RANK_SIZE": "1", "DEVICE_ID": "2"}.items():
+        monkeypatch.setenv(name, value)
+    launch_world.main([])
+    assert "rank_variables=(LOCAL_RANK=2)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
