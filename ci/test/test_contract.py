@@ -1,0 +1,81 @@
+"""The contract that every project keeps: its files, its scripts and their flags, and its independence of the others."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECTS = {
+    "ViT_for_PyTorch": "vit",
+    "Beit2_for_PyTorch": "beit2",
+    "CLIP_for_PyTorch": "clip_pretraining",
+    "Data2vec_for_PyTorch": "data2vec",
+}
+SCRIPTS = ("train_full_1p", "train_full_8p", "train_performance_1p", "train_performance_8p", "train_eval_1p")
+
+each_project = pytest.mark.parametrize("project", PROJECTS)
+
+
+@each_project
+def test_has_the_files_that_users_look_for(project):
+    names = ["README.md", "UPSTREAM.md", "requirements.txt", "test/env_npu.sh", "test/demo.sh"]
+    names += [f"test/{script}.sh" for script in SCRIPTS]
+    names += [f"{PROJECTS[project]}/__init__.py", f"{PROJECTS[project]}/npu_patches.py"]
+    assert [name for name in names if not (ROOT / project / name).is_file()] == []
+
+
+@each_project
+def test_requirements_use_the_one_version_table(project):
+    lines = (ROOT / project / "requirements.txt").read_text().split("\n")
+    assert lines[0] == "-c ../constraints.txt"
+    constrained = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    required = {line.strip().lower() for line in lines[1:] if line.strip() and not line.startswith("#")}
+    assert required <= constrained, "every requirement is pinned in constraints.txt, and pinned only there"
+    assert "apex" not in required  # PyPI's apex is an unrelated package
+
+
+@each_project
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_share_the_launcher_and_its_flags(project, script):
+    path = ROOT / project / "test" / f"{script}.sh"
+    usage = subprocess.run(["bash", path, "--help"], capture_output=True, text=True)
+    assert usage.returncode == 0 and "Usage: bash test/" in usage.stdout, usage.stderr
+    for flag in ("data_path", "batch_size", "epochs", "max_steps", "device", "nproc", "precision", "output_dir"):
+        assert f"--{flag}=" in usage.stdout
+    wrong = subprocess.run(["bash", path, "--data_pth=x"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "did you mean --data_path?" in wrong.stderr
+
+
+@each_project
+def test_no_project_imports_another(project):
+    others = {*PROJECTS.values()} - {PROJECTS[project]}
+    for path in (ROOT / project).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & others, f"{path} imports another project"
+
+
+def test_common_imports_no_project():
+    for path in (ROOT / "common").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {*PROJECTS.values()}, path
+
+
+@each_project
+def test_goldens_stay_small(project):
+    golden = ROOT / project / "test" / "golden"
+    assert sum(path.stat().st_size for path in golden.rglob("*") if path.is_file()) < 5 << 20  # bytes
+
+
+def test_torch_is_never_loaded_with_full_pickle():
+    for folder in ("common", "ci", *PROJECTS):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    assert options.get("weights_only") == "True", f"{path}:{node.lineno}"
