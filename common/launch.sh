@@ -201,17 +201,16 @@ launch() {
   [[ -z $precision ]] || command+=(--precision "$precision")
   [[ -z $max_steps ]] || command+=(--max_steps "$max_steps")
   command+=("${pass_through[@]}")
-
-  export LAUNCH_LOG_DIR=$output_dir LAUNCH_CPU_BIND=$cpu_bind
-  LAUNCH_STATUS_DIR=$(mktemp -d)
-  export LAUNCH_STATUS_DIR
-  if [[ -t 2 ]]; then export PROGRESS_BAR=1; fi
   command=(bash "$common_dir/run_rank.sh" "${command[@]}")
   if [[ $dry_run == true ]]; then
     print_commands "${command[@]}"
     return 0
   fi
 
+  export LAUNCH_LOG_DIR=$output_dir LAUNCH_CPU_BIND=$cpu_bind
+  LAUNCH_STATUS_DIR=$(mktemp -d)
+  export LAUNCH_STATUS_DIR
+  if [[ -t 2 ]]; then export PROGRESS_BAR=1; fi
   node_command "$node_rank" "${command[@]}"
   cd "$project_dir"
   set -m # the run gets a process group of its own, which a signal then ends as a whole
