@@ -28,7 +28,6 @@ from common.run_log import RunLog
 from data2vec import build_model, npu_patches
 from data2vec.checkpoint import load_training_state, load_weights, save_checkpoints
 from data2vec.command_line import choose_precision, parse, start_ranks
-from data2vec.cpu_memory import keep_freed_memory
 from data2vec.dictionary import MASK
 from data2vec.huggingface import load_huggingface
 from data2vec.pretraining_data import PretrainingData
@@ -42,8 +41,6 @@ def main(argv: list[str] | None = None) -> None:
     start_ranks(config, options.device)
     with distributed.process_group(options.device) as world:
         precision, note = choose_precision(options, config, world.device)
-        if world.device.type == "cpu":
-            keep_freed_memory()
         devices.seed_everything(config.common.seed)
         notes += [note, npu_patches.use_length_buckets(config, world.device)]
         data = PretrainingData(config, world.rank, world.size)

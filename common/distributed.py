@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from common import device as devices
+from common.cpu_memory import keep_freed_memory
 
 # Backend by device. The pair for npu lets CPU tensors (counters, objects, checkpoints' metadata) use gloo beside hccl.
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
@@ -54,6 +55,8 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
     """
     rank, size, local_rank, local_size = _ranks_from_environment()
     device = devices.resolve(device_name, local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     world = World(device, rank, size, local_rank, local_size)
     if "RANK" not in os.environ:
         yield world

@@ -7,6 +7,6 @@ config_name=base; max_update=1000000
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
 require data_path
 launch train.py -m --config-dir configs/text/pretraining --config-name "$config_name" "task.data=$data_path" \
-  "distributed_training.distributed_world_size=$((nproc * nnodes))" "optimization.max_update=$max_update" \
+  "distributed_training.distributed_world_size=$world_size" "optimization.max_update=$max_update" \
   common.threshold_loss_scale=0.001 ${batch_size:+"dataset.batch_size=$batch_size"} \
   ${epochs:+"optimization.max_epoch=$epochs"} ${ckpt_path:+--resume "$ckpt_path"}
