@@ -14,7 +14,6 @@ import platform
 import random
 import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -225,17 +224,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Runs a block with that many intra-op threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 _torchvision_schemas: torch.library.Library | None = None  # kept alive: the ops vanish with the object

@@ -85,6 +85,12 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
 def _ranks_from_environment() -> tuple[int, int, int, int]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "RANK" not in os.environ:
+        if os.environ.get("RANK_SIZE", "1") != "1" and "RANK_ID" in os.environ:
+            # else each rank would train a copy of its own, and overwrite the others' files
+            raise devices.UsageError(
+                f"RANK_ID={os.environ['RANK_ID']} RANK_SIZE={os.environ['RANK_SIZE']} are set but torch's RANK is not: "
+                "start through bash test/*.sh, which translates them, or with torchrun"
+            )
         return 0, 1, int(os.environ.get("LOCAL_RANK", 0)), 1
     missing = [name for name in (*names[:3], "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

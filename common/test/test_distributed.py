@@ -124,6 +124,7 @@ def test_without_torchrun_there_is_one_rank_and_no_group(monkeypatch):
     ("variables", "message"),
     [
         ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"RANK_ID": "1", "RANK_SIZE": "8"}, "RANK_ID=1 RANK_SIZE=8 .*torchrun"),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2"),
         ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "integers"),
     ],
