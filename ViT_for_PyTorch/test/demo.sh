@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Trains a small ViT from scratch on the sample pictures, then names a few pictures it has not seen.
-# Usage: bash test/demo.sh SAMPLE_DATA_DIR ; called by `make demo`.
+# Usage: bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]] ; called by `make demo` and `make outcomes`.
+# OUTPUT_DIR/demo.json holds the numbers that it ends with.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 pictures=$(realpath "$1")/images
-output=$PWD/test/output/demo
+output=$(realpath -m "${2:-$project/test/output/demo}")
+cd "$project"
+seed=${3:-0}
 
 bash test/train_full_1p.sh --data_path="$pictures" --config=configs/run_vit_demo.yaml \
-  --batch_size=64 --epochs=20 --output_dir="$output"
+  --batch_size=64 --epochs=20 --output_dir="$output" -- --seed "$seed"
 
 echo
 echo "Five pictures the model has not seen:"
@@ -22,11 +25,12 @@ largest=$(for class in "$pictures"/val/*/; do find "$class" -type f | wc -l; don
 all=$(find "$pictures/val" -type f | wc -l)
 accuracy=$(sed -n 's/^TrainAccuracy = //p' "$output/ViT_for_PyTorch_bs64_1p_acc.log")
 echo
-python3 - "$accuracy" "$largest" "$all" <<'PYTHON'
-import sys
-accuracy, largest, everything = map(float, sys.argv[1:])
+python3 - "$accuracy" "$largest" "$all" "$output/demo.json" <<'PYTHON'
+import json, sys
+accuracy, largest, everything = map(float, sys.argv[1:4])
 guess = 100 * largest / everything
 print(f"top-1 on held-out pictures: {accuracy:.1f} %; always guessing the largest class: {guess:.1f} %")
+json.dump({"top1": accuracy, "guessing": guess}, open(sys.argv[4], "w"))
 sys.exit(0 if accuracy >= 2 * guess else "error: the model should be at least twice as good as guessing")
 PYTHON
 echo "loss plot: $output/loss.png"
