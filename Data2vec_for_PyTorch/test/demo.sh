@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Encodes Shakespeare's text, pretrains a small data2vec on it, and shows that its representations got better.
-# Usage: bash test/demo.sh SAMPLE_DATA_DIR ; called by `make demo`.
+# Usage: bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]] ; called by `make demo` and `make outcomes`.
+# OUTPUT_DIR/demo.json holds the numbers that it ends with, in percent.
 set -euo pipefail
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 text=$(realpath "$1")/text
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-output=$PWD/test/output/demo
+output=$(realpath -m "${2:-$project/test/output/demo}")
+seed=${3:-1}
+cd "$project"
 corpus=$(mktemp -d)
 trap 'rm -rf "$corpus"' EXIT
 
@@ -14,10 +17,10 @@ python3 preprocess.py --only-source --trainpref "$corpus/train.bpe" --validpref 
   --destdir "$corpus/data-bin" --workers 2
 
 bash test/train_full_1p.sh --data_path="$corpus/data-bin" --config_name=demo --max_update=300 \
-  --output_dir="$output" -- --resume none # an earlier demo is kept aside
+  --output_dir="$output" -- --resume none "common.seed=$seed" # an earlier demo is kept aside
 
 echo
-python3 probe.py --config-name demo "task.data=$corpus/data-bin" "common_eval.path=$output/checkpoints/checkpoint_last.pt" |
+python3 probe.py --config-name demo "common.seed=$seed" "task.data=$corpus/data-bin" "common_eval.path=$output/checkpoints/checkpoint_last.pt" |
   tee "$output/probe.txt"
 python3 - "$output" <<'PYTHON'
 import json, sys
@@ -32,6 +35,7 @@ print(f"update {last['step']:4}: loss {last['loss']:.3f}, std of targets {last['
 table = {line[:22].strip(): [float(x) for x in line[22:].split()] for line in (output / "probe.txt").read_text().splitlines()[1:]}
 before, after = table["linear probe"]
 print(f"linear probe on held-out text: {before:.1f} % untrained, {after:.1f} % trained")
+(output / "demo.json").write_text(json.dumps({"probe": after, "untrained_probe": before, "probe_gain": after - before}))
 sys.exit(0 if after > before + 1 else "error: the trained model's probe should be better than the untrained one's")
 PYTHON
 echo "loss plot: $output/loss.png"
