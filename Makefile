@@ -7,7 +7,7 @@ PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor demo test lint format sample_data clean
+.PHONY: help install doctor npu-contract demo test lint format sample_data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ sample_data: $(STAMP) ## build the small real data sets in .sample_data/
 
 doctor: ## say what is wrong with this host's driver, CANN, torch and cards; DEVICE=npu|cuda|cpu
 	@$(PYTHON) -m common.doctor $(if $(DEVICE),--device $(DEVICE))
+
+npu-contract: $(STAMP) ## fetch the torch_npu wheels (170 MB, deleted again) and check what our code calls of them
+	python -m ci.npu_contract.update
 
 demo: sample_data ## train a small model on real pictures and show the result; PROJECT=X_for_PyTorch for another project
 	@test -f $(PROJECT)/test/demo.sh || { echo "error: PROJECT=$(PROJECT): choose one of $(PROJECTS)" >&2; exit 2; }

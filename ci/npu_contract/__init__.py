@@ -1,0 +1,1 @@
+"""What this repository calls of torch_npu, checked against the real wheels without importing them."""
