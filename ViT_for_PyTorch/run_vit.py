@@ -35,6 +35,7 @@ OPTION_KEYS = {
     "batch_size": "batch_size",
     "seed": "seed",
     "precision": "precision",
+    "parallel": "parallel",
     "max_steps": "max_steps",
     "save_every": "save_every",
     "log_every": "log_every",

@@ -150,7 +150,7 @@ def test_a_run_with_a_weight_average_is_evaluated_with_it(pictures, tmp_path):
 
 def test_a_changed_global_batch_is_not_resumed(pictures, tmp_path):
     train(pictures, tmp_path, "--epochs", "2")
-    with pytest.raises(UsageError, match="global_batch was 4, is now 8.*raise accumulate"):
+    with pytest.raises(UsageError, match="global_batch was 4, is now 8.*so that it stays"):
         train(pictures, tmp_path, "--epochs", "2", "--batch_size", "8", "--resume_training", "auto")
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from common import checkpoint_file
+from common.sharding import PROGRESS
 from vit import download
-from vit.checkpoint import folder_of
+from vit.checkpoint import folder_of, newest
 from vit.model import PRESETS, create_model
 from vit.weights import load_weights, read_state_dict
 
@@ -116,16 +117,16 @@ def weights_of(name_or_path: str | Path) -> Path:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """The checkpoint file itself, or the best (else the newest) of the output folder of a run."""
+    """The checkpoint itself, or the best (else the newest) of the output folder of a run."""
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or (path / PROGRESS).is_file():
         return path
     for folder in (path, folder_of(path)):
         if (folder / "best.pt").is_file():
             return folder / "best.pt"
-        if folder.is_dir() and (newest := checkpoint_file.newest(folder, "checkpoint-*.pt")):
-            return newest
-    raise ValueError(f"{path}: no best.pt or checkpoint-*.pt in it or in {folder_of(path)}")
+        if folder.is_dir() and (found := newest(folder)):
+            return found
+    raise ValueError(f"{path}: no best.pt or checkpoint-* in it or in {folder_of(path)}")
 
 
 def _preset_fields(name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What a training run keeps to go on from: one file a checkpoint, everything in it plain tensors and values."""
+"""What a training run keeps to go on from: a file, or of a sharded run a folder; plain tensors and values only."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import checkpoint_file
+from common import checkpoint_file, sharding
 from common.device import UsageError
 
 
@@ -34,7 +35,7 @@ class RunShape:
 
 
 def folder_of(output_dir: str | Path) -> Path:
-    """Where a run's checkpoints are: checkpoint-<step>.pt, best.pt and class_names.json."""
+    """Where a run's checkpoints are: checkpoint-<step>.pt (sharded: checkpoint-<step>/), best.pt, class_names.json."""
     return Path(output_dir) / "checkpoints"
 
 
@@ -49,33 +50,94 @@ def save(
     ema: nn.Module | None,
 ) -> None:
     """Writes a checkpoint atomically; `model` is the plain module, not its DDP or compiled wrapper."""
-    checkpoint_file.save(
-        {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "ema": ema.state_dict() if ema is not None else None,
-            "state": asdict(state),
-            "shape": asdict(shape),
-            "config": config,
-        },
-        path,
-    )
+    tensors = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": ema.state_dict() if ema is not None else None,
+    }
+    checkpoint_file.save(tensors | _values(state, shape, config, scaler), path)
+
+
+def save_sharded(
+    path: Path,
+    state: TrainState,
+    shape: RunShape,
+    config: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: nn.Module | None,
+) -> None:
+    """Writes the folder `path`, each rank its shards. All ranks call it."""
+    values = _values(state, shape, config, scaler) | {"has_ema": ema is not None}
+    sharding.save_shards(path, values, optimizer, model, **({} if ema is None else {"ema": ema}))
+
+
+def save_whole(
+    path: Path, state: TrainState, shape: RunShape, config: dict[str, Any], model: nn.Module, ema: nn.Module | None
+) -> None:
+    """Writes the weights of a sharded run as one plain file, without the optimizer. All ranks call it."""
+    tensors = {"model": sharding.whole_state(model), "ema": None if ema is None else sharding.whole_state(ema)}
+    if tensors["model"]:  # the main rank
+        values = {"state": asdict(state), "shape": asdict(shape), "config": config}
+        checkpoint_file.save(tensors | values, path)
+
+
+def _values(state: TrainState, shape: RunShape, config: dict[str, Any], scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    return {"scaler": scaler.state_dict(), "state": asdict(state), "shape": asdict(shape), "config": config}
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder that is whole, sharded or not; None when there is none."""
+    found = [checkpoint_file.newest(folder, "checkpoint-*.pt"), sharding.newest_shards(folder)]
+    return max((path for path in found if path is not None), key=_step_of, default=None)
+
+
+def _step_of(path: Path) -> int:
+    return int(re.findall(r"\d+", path.name)[-1])
 
 
 def find(resume_training: str, output_dir: str) -> Path | None:
-    """The checkpoint to continue from: a named file, or with "auto" the newest of the run's own folder.
+    """The checkpoint to continue from: a named one, or with "auto" the newest of the run's own folder.
 
     Raises:
-        UsageError: the named file does not exist.
+        UsageError: the named one does not exist, or is not whole.
     """
     if not resume_training:
         return None
     if resume_training == "auto":
-        return checkpoint_file.newest(folder_of(output_dir), "checkpoint-*.pt")
-    if not Path(resume_training).is_file():
-        raise UsageError(f"--resume_training {resume_training}: no such file; 'auto' takes the newest in --output_dir")
+        return newest(folder_of(output_dir))
+    if not Path(resume_training).is_file() and not (Path(resume_training) / sharding.PROGRESS).is_file():
+        raise UsageError(
+            f"--resume_training {resume_training}: no such file, nor a sharded checkpoint's folder; 'auto' takes the "
+            "newest in --output_dir"
+        )
     return Path(resume_training)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; of a sharded one all but the tensors.
+
+    Raises:
+        UsageError: not a training checkpoint of this project.
+    """
+    content = sharding.load_progress(path) if path.is_dir() else checkpoint_file.load(path)
+    wanted = {"state", "shape"} if path.is_dir() else {"model", "optimizer", "state", "shape"}
+    if not isinstance(content, dict) or not wanted <= content.keys():
+        raise UsageError(
+            f"{path}: holds weights but no training state; give it as --load_checkpoint to start a new run from it"
+        )
+    return content
+
+
+def accumulate_on(path: Path, batch_size: int, accumulate: int, ranks: int) -> int:
+    """How many micro-batches a step of the run at `path` takes on `ranks` ranks; else `accumulate` as it is."""
+    values = read_values(path)
+    total, before = values["shape"]["global_batch"], values["config"]
+    ranks_before = total // (before["batch_size"] * before["accumulate"])
+    if ranks == ranks_before or batch_size != before["batch_size"] or total % (batch_size * ranks):
+        return accumulate
+    return total // (batch_size * ranks)
 
 
 def restore(
@@ -86,16 +148,14 @@ def restore(
     scaler: torch.amp.GradScaler,
     ema: nn.Module | None,
 ) -> TrainState:
-    """Loads a checkpoint of this project into the objects of a run and returns where it was.
+    """Loads a checkpoint of this project into the objects of a run and returns where it was. All ranks call it.
+
+    The checkpoint may be sharded or not, and so may the run.
 
     Raises:
         UsageError: not a training checkpoint of this project, or one of a run of another shape.
     """
-    content = checkpoint_file.load(path)
-    if not isinstance(content, dict) or not {"model", "optimizer", "state", "shape"} <= content.keys():
-        raise UsageError(
-            f"{path}: holds weights but no training state; give it as --load_checkpoint to start a new run from it"
-        )
+    content = read_values(path)
     differences = [
         f"{key} was {content['shape'].get(key)}, is now {value}"
         for key, value in asdict(shape).items()
@@ -104,16 +164,19 @@ def restore(
     if differences:
         raise UsageError(
             f"{path}: cannot be continued by this run: {'; '.join(differences)}. The global batch is batch_size x "
-            "accumulate x ranks: with fewer ranks raise accumulate; the training folder and the seed must be the same"
+            "accumulate x ranks: choose them so that it stays; the training folder and the seed must be the same"
         )
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
+    has_ema = content["has_ema"] if path.is_dir() else content["ema"] is not None
+    if path.is_dir():
+        sharding.load_shards(path, optimizer, model, **({"ema": ema} if ema is not None and has_ema else {}))
+    else:
+        sharding.load_whole_model(model, content["model"])
+        sharding.load_whole_optimizer(optimizer, content["optimizer"])
+        if ema is not None and has_ema:
+            sharding.load_whole_model(ema, content["ema"])
     if content["scaler"]:
         scaler.load_state_dict(content["scaler"])
-    if ema is not None:
-        if content["ema"] is None:
-            warnings.warn(f"{path} has no weight average: it starts from the loaded weights", stacklevel=2)
-            ema.load_state_dict(content["model"])
-        else:
-            ema.load_state_dict(content["ema"])
+    if ema is not None and not has_ema:
+        warnings.warn(f"{path} has no weight average: it starts from the loaded weights", stacklevel=2)
+        ema.load_state_dict(model.state_dict())
     return TrainState(**content["state"])

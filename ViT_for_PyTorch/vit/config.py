@@ -79,6 +79,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     precision: str = "fp32"
+    parallel: str = "ddp"  # over several ranks: a replica each (ddp), or the model in shards (fsdp)
     loss_scale: str = "dynamic"  # fp16: dynamic, or a number
     load_checkpoint: str = ""  # weights to start from, to evaluate or to predict with
     resume_training: str = ""  # "auto" = the newest checkpoint in output_dir if there is one, or a file
@@ -169,6 +170,7 @@ def _check(config: Config) -> None:
         "device": (config.device, DEVICES),
         "precision": (config.precision, PRECISIONS),
         "case_kind": (config.case_kind, ("acc", "perf")),
+        "parallel": (config.parallel, ("ddp", "fsdp")),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:

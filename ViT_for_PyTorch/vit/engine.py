@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint_file
+from common import checkpoint_file, sharding
 from common import device as devices
 from common.device import UsageError
 from common.distributed import World, all_reduce_mean, barrier, broadcast_object, gather_objects, process_group
@@ -60,10 +60,12 @@ def train(config: Config) -> dict[str, Any]:
     """Trains, fine-tunes or resumes as configured; returns the keys of the result file."""
     with process_group(config.device) as world:
         devices.seed_everything(config.seed)
+        resumed_from, config = to_resume(config, world)
         data = open_training_data(config, world)
         model = build(config, len(data.class_names), world, head="new")
         run = prepare(config, world, data, model)
-        resumed_from = resume(run)
+        if resumed_from is not None:
+            resume(run, resumed_from)
         with open_log(run, resumed_from) as log:
             batches = training_batches(data.training, config.accumulate, run.state.step)
             score = None
@@ -100,6 +102,8 @@ def prepare(config: Config, world: World, data: Data, model: VisionTransformer) 
     options = config.optimizer
     if world.is_main and options.warmup_epochs >= config.epochs:
         print(f"warning: the run ends inside its warm-up ({config.epochs} of {options.warmup_epochs:g} epochs)")
+    ema = build_ema(model, options.ema_decay)
+    trained = over_ranks(config, world, model, ema)  # before the optimizer, which must see the shards
     optimizer = build_optimizer(
         model,
         weight_decay=options.weight_decay,
@@ -107,10 +111,6 @@ def prepare(config: Config, world: World, data: Data, model: VisionTransformer) 
         betas=(options.beta1, options.beta2),
         eps=options.eps,
     )
-    trained = torch.compile(model) if config.model.compile else model
-    if world.size > 1:
-        ids = None if world.device.type == "cpu" else [world.device.index]
-        trained = DistributedDataParallel(trained, device_ids=ids, gradient_as_bucket_view=True)
     steps = config.epochs * shape.steps_per_epoch
     return Run(
         config=config,
@@ -122,22 +122,47 @@ def prepare(config: Config, world: World, data: Data, model: VisionTransformer) 
         trained=trained,
         optimizer=optimizer,
         scaler=devices.grad_scaler(world.device, config.precision, config.loss_scale),
-        ema=build_ema(model, options.ema_decay),
+        ema=ema,
         guard=FiniteGuard(optimizer, world.device),
         state=TrainState(),
     )
 
 
-def resume(run: Run) -> Path | None:
-    """Puts the run where its checkpoint left off, if it is to be resumed; returns that checkpoint."""
-    config = run.config
-    found = checkpoint.find(config.resume_training, config.output_dir) if run.world.is_main else None
-    path = broadcast_object(found)  # all ranks must take the same one
-    if path is not None:
-        ema = run.ema.module if run.ema else None
-        run.state = checkpoint.restore(path, run.shape, run.model, run.optimizer, run.scaler, ema)
-        run.data.training.bad_files.load_state_dict(run.state.bad_files)
-    return path
+def over_ranks(config: Config, world: World, model: VisionTransformer, ema: ModelEmaV3 | None) -> nn.Module:
+    """The model as it is trained: with --parallel fsdp in shards, in place; on several ranks otherwise under DDP."""
+    if config.parallel == "fsdp":
+        for module in (model, ema.module) if ema else (model,):
+            sharding.shard(module, module.blocks, world, config.precision)
+        return torch.compile(model) if config.model.compile else model
+    trained = torch.compile(model) if config.model.compile else model
+    if world.size == 1:
+        return trained
+    ids = None if world.device.type == "cpu" else [world.device.index]
+    return DistributedDataParallel(trained, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def to_resume(config: Config, world: World) -> tuple[Path | None, Config]:
+    """The checkpoint to go on from, if any, and the configuration that keeps its global batch on these ranks.
+
+    On another number of ranks than before `accumulate` makes up for it, where the numbers allow; where they do not, and
+    where batch_size or accumulate were changed, `checkpoint.restore` refuses.
+    """
+    path, accumulate = None, config.accumulate
+    if world.is_main:
+        path = checkpoint.find(config.resume_training, config.output_dir)
+        if path is not None:
+            accumulate = checkpoint.accumulate_on(path, config.batch_size, config.accumulate, world.size)
+    path, accumulate = broadcast_object((path, accumulate))  # all ranks must take the same ones
+    if accumulate != config.accumulate and world.is_main:
+        print(f"note: accumulate is {accumulate}, not {config.accumulate}: that keeps the global batch of {path}")
+    return path, replace(config, accumulate=accumulate)
+
+
+def resume(run: Run, path: Path) -> None:
+    """Puts the run where its checkpoint left off."""
+    ema = run.ema.module if run.ema else None
+    run.state = checkpoint.restore(path, run.shape, run.model, run.optimizer, run.scaler, ema)
+    run.data.training.bad_files.load_state_dict(run.state.bad_files)
 
 
 def open_log(run: Run, resumed_from: Path | None) -> RunLog:
@@ -185,7 +210,7 @@ def forward_backward(run: Run, step: int, batches: Iterator[Batch], log: RunLog)
         images, target = to_model_input(batch, device)  # [B, 3, H, W], [B]
         images, target = mix(run, images, target, micro_step)  # [B, 3, H, W], [B, C]
         devices.seeded(config.seed, micro_step, run.world.rank)  # drop path
-        with no_gradient_exchange(run.trained, micro + 1 < config.accumulate):
+        with no_gradient_exchange(run, micro + 1 < config.accumulate):
             with devices.autocast(device, config.precision):
                 logits = run.trained(images)  # [B, C]
             loss = soft_target_cross_entropy(logits, target) / config.accumulate
@@ -204,9 +229,14 @@ def mix(run: Run, images: Tensor, target: Tensor, micro_step: int) -> tuple[Tens
     return apply_mix(images, target, draw, run.shape.num_classes, options.label_smoothing)
 
 
-def no_gradient_exchange(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def no_gradient_exchange(run: Run, wanted: bool) -> Iterator[None]:
     """Between accumulated micro-batches the ranks keep their gradients to themselves."""
-    return model.no_sync() if wanted and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+    if run.config.parallel == "fsdp":
+        run.model.set_requires_gradient_sync(not wanted)
+    ddp = isinstance(run.trained, DistributedDataParallel)
+    with run.trained.no_sync() if wanted and ddp else contextlib.nullcontext():
+        yield
 
 
 def update(run: Run, step: int, loss: Tensor) -> Tensor:
@@ -214,6 +244,8 @@ def update(run: Run, step: int, loss: Tensor) -> Tensor:
     run.scaler.unscale_(run.optimizer)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if sharding.is_sharded(grad_norm):
+        grad_norm = grad_norm.full_tensor()
     if run.config.optimizer.clip_grad > 0:
         nn.utils.clip_grads_with_norm_(parameters, run.config.optimizer.clip_grad, grad_norm)
     if run.scaler.is_enabled():
@@ -233,19 +265,27 @@ def is_due(run: Run, every: int) -> bool:
 
 
 def save(run: Run, log: RunLog, name: str = "") -> None:
-    """Writes checkpoint-<step>.pt (or `name`) on the main rank, never with non-finite weights, and drops old ones."""
+    """Writes the checkpoint of this step, or `name` for evaluation, never with non-finite weights; drops old ones."""
     run.guard.check()
     state = replace(run.state, bad_files=bad_files(run))
-    if not run.world.is_main:
+    sharded = run.config.parallel == "fsdp"
+    if not (sharded or run.world.is_main):
         return
     folder = checkpoint.folder_of(run.config.output_dir)
+    options = configuration.as_dict(run.config)
+    ema = run.ema.module if run.ema else None
     with log.pause("checkpoint"):
-        save_class_names(folder, run.data.class_names)
-        ema = run.ema.module if run.ema else None
-        path = folder / (name or f"checkpoint-{run.state.step}.pt")
-        options = configuration.as_dict(run.config)
-        checkpoint.save(path, state, run.shape, options, run.model, run.optimizer, run.scaler, ema)
-        checkpoint_file.keep_newest(folder, run.config.keep_checkpoints, "checkpoint-*.pt")
+        if run.world.is_main:
+            save_class_names(folder, run.data.class_names)
+        if sharded and name:
+            checkpoint.save_whole(folder / name, state, run.shape, options, run.model, ema)
+            return
+        path = folder / (name or f"checkpoint-{run.state.step}{'' if sharded else '.pt'}")
+        write = checkpoint.save_sharded if sharded else checkpoint.save
+        write(path, state, run.shape, options, run.model, run.optimizer, run.scaler, ema)
+        if run.world.is_main:
+            checkpoint_file.keep_newest(folder, run.config.keep_checkpoints, "checkpoint-*.pt")
+            sharding.keep_newest_shards(folder, run.config.keep_checkpoints)
 
 
 def bad_files(run: Run) -> dict[str, str]:
@@ -260,7 +300,10 @@ def evaluate_epoch(run: Run, log: RunLog) -> Score:
     """Scores the model (its weight average if there is one) and keeps it when it is the best so far."""
     with log.pause("evaluate"):
         model = run.ema.module if run.ema else run.model
-        score = evaluate_model(model, run.data.evaluation, run.world, run.config.precision)
+        batches = run.data.evaluation
+        if run.config.parallel == "fsdp":
+            batches = batches.of_equal_length()
+        score = evaluate_model(model, batches, run.world, run.config.precision)
     log.record(
         run.state.step,
         "eval",
@@ -323,7 +366,8 @@ def build(config: Config, num_classes: int, world: World, head: HeadPolicy) -> V
     elif head == "required":
         raise UsageError("--load_checkpoint is required: which weights are to be evaluated?")
     model.set_grad_checkpointing(config.model.gradient_checkpointing)
-    model.to(world.device)
+    if config.parallel == "ddp" or head == "required":  # else it goes to the device in shards
+        model.to(world.device)
     npu_patches.apply(model, world.device)
     return model
 

@@ -26,12 +26,13 @@ def save_class_names(folder: str | Path, names: Sequence[str]) -> Path:
 
 
 def load_class_names(checkpoint: str | Path) -> list[str] | None:
-    """The names saved in the folder of a checkpoint file (or in that folder itself); None when there are none.
+    """The names saved beside a checkpoint (or in that folder itself); None when there are none.
 
     ValueError naming the file when it is not a JSON list of strings.
     """
-    folder = Path(checkpoint)
-    path = (folder if folder.is_dir() else folder.parent) / CLASS_NAMES_FILE
+    path = Path(checkpoint) / CLASS_NAMES_FILE
+    if not path.is_file():
+        path = Path(checkpoint).parent / CLASS_NAMES_FILE
     if not path.is_file():
         return None
     try:

@@ -199,6 +199,8 @@ class EvalLoader:
     ):
         self.folder, self.batch_size = folder, batch_size
         self._indices = range(rank, len(folder), world_size)
+        self._most_steps = -(-len(range(0, len(folder), world_size)) // batch_size)  # rank 0 never has fewer
+        self._size = transform.size
         self._batches = _Batches(self._keys)
         self._batches.steps = -(-len(self._indices) // batch_size)
         self._loader = _data_loader(_EvalPictures(folder, transform), self._batches, num_workers, pin_memory)
@@ -211,6 +213,14 @@ class EvalLoader:
             if batch.bad_files:
                 raise BrokenImage(batch.bad_files[0][1])
             yield batch
+
+    def of_equal_length(self) -> Iterator[Batch]:
+        """As many batches on every rank, the last ones empty: the forward of a sharded model needs all ranks."""
+        yield from self
+        for _ in range(self._most_steps - len(self)):
+            yield Batch(
+                torch.zeros(0, 3, self._size, self._size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), (), ()
+            )
 
     def _keys(self, epoch: int, start_step: int) -> Iterator[list[Key]]:
         for first in range(0, len(self._indices), self.batch_size):

@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common import checkpoint_file
+from common import checkpoint_file, sharding
 from vit import mindspore_checkpoint
 from vit.model import reset_head
 
@@ -19,15 +19,15 @@ HeadPolicy = Literal["optional", "required", "new"]
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The model weights of a checkpoint file by MAE name; `CheckpointError` naming the file when it is none.
 
-    *.ckpt is MindSpore's format; everything else a torch file with the weights at the top or under "model" or
-    "state_dict". Nothing is unpickled but tensors and plain values.
+    *.ckpt is MindSpore's format, a folder a sharded checkpoint of ours; everything else a torch file with the weights
+    at the top or under "model" or "state_dict". Nothing is unpickled but tensors and plain values.
     """
     if Path(path).suffix == ".ckpt":
         try:
             return mindspore_checkpoint.from_mindspore(mindspore_checkpoint.read(path))
         except ValueError as error:
             raise checkpoint_file.CheckpointError(f"{path}: {error}") from error
-    content = checkpoint_file.load(path)
+    content = sharding.read_shards(path) if Path(path).is_dir() else checkpoint_file.load(path)
     if isinstance(content, dict):
         # a run with a weight average was scored with it: evaluation and prediction must use the same weights
         content = content.get("ema") or content.get("model", content.get("state_dict", content))
