@@ -16,7 +16,7 @@ project_dir=$(cd "$(dirname "$launcher_script")/.." && pwd)
 
 house_flags="data_path batch_size epochs max_steps device device_id nproc precision ckpt_path output_dir
   nnodes node_rank master_addr master_port rank_table_file hostfile cpu_bind"
-switches="dry_run help" # flags without a value
+switches="dry_run help profile" # flags without a value
 pass_through=()
 
 die() {
@@ -28,7 +28,7 @@ usage() {
   sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$launcher_script"
   local flags
   read -r -a flags <<<"$(echo $house_flags ${ExtraFlags:-})"
-  echo "Flags: $(printf -- '--%s= ' "${flags[@]}")--dry_run --help; after a lone --, arguments for the Python script"
+  echo "Flags: $(printf -- '--%s= ' "${flags[@]}")--profile --dry_run --help; after a lone --, arguments for the Python script"
 }
 
 unknown_flag() {
@@ -200,6 +200,7 @@ launch() {
   local command=(python3 "$@" --output_dir "$output_dir" --device "$device" --case_kind "$CaseKind")
   [[ -z $precision ]] || command+=(--precision "$precision")
   [[ -z $max_steps ]] || command+=(--max_steps "$max_steps")
+  [[ $profile != true ]] || command+=(--profile)
   command+=("${pass_through[@]}")
   command=(bash "$common_dir/run_rank.sh" "${command[@]}")
   if [[ $dry_run == true ]]; then

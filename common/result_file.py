@@ -74,6 +74,7 @@ def keep_aside(folder: Path) -> Path | None:
     patterns = (
         "metrics.jsonl",
         "tensorboard",
+        "profile*",
         "loss.png",
         "log.txt",
         "train_*_loss.txt",

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common import device as devices
 from common.distributed import World
+from common.profiling import StepProfiler
 from common.result_file import ResultFile, keep_aside
 from common.throughput import SteadyClock
 
@@ -46,6 +47,7 @@ class RunLog:
         resume: continue the files that are there.
         skip_steps: first steps that do not count in FPS.
         fps_unit: unit printed with the final performance.
+        profile: record a few steps (profiling.py) and write `profile/` in the folder.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RunLog:
         resume: bool = False,
         skip_steps: int = 10,
         fps_unit: str = "images/sec",
+        profile: bool = False,
     ):
         self.folder = Path(output_dir)
         self.world = world
@@ -71,6 +74,7 @@ class RunLog:
             self.folder, network, batch_size, world.size, case_kind, devices.describe(world.device)
         )
         self._clock = SteadyClock(world.device, skip_steps)
+        self._profiler = StepProfiler(self.folder, network, world, total_steps) if profile else None
         self._window = _Window()
         self._losses: dict[int, float] = {}  # by step: a resumed run goes over some steps again
         self._started = time.perf_counter()
@@ -117,6 +121,7 @@ class RunLog:
             What the result file says.
         """
         self._flush_window()
+        self._tell(self._profiler.finish() if self._profiler else None)
         duration = time.perf_counter() - self._started
         fps = self._clock.fps()
         if loss is None and self._losses:
@@ -147,7 +152,10 @@ class RunLog:
         """Around fetching a batch: counts the wait as `data_ms`."""
         begin = time.perf_counter()
         yield
-        self._window.data_seconds += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._window.data_seconds += seconds
+        if self._profiler:
+            self._profiler.data_wait(seconds)
 
     @contextlib.contextmanager
     def pause(self, name: str) -> Iterator[None]:
@@ -157,6 +165,8 @@ class RunLog:
         yield
         seconds = self._clock.go_on(begin)
         self._window.begin = time.perf_counter()
+        if self._profiler:
+            self._profiler.pause(name, seconds)
         self._write_metrics({"kind": "pause", "step": self._window.step, f"{name}_s": round(seconds, 3)})
 
     def step(
@@ -186,10 +196,12 @@ class RunLog:
         self.progress.update(step - self.progress.n)
         if step % self.log_every == 0 or step == self.total_steps:
             self._flush_window()
+        self._tell(self._profiler.step(step) if self._profiler else None)
 
     def count(self, samples: int) -> None:
         """Counts samples of work that is no training step, such as an evaluated batch, in FPS."""
         self._clock.tick(samples)
+        self._tell(self._profiler.step() if self._profiler else None)
 
     def record(self, step: int, kind: str, **scalars: Any) -> None:
         """Writes one line of another kind than training, e.g. `record(step, "eval", top1=81.2)`."""
@@ -207,6 +219,10 @@ class RunLog:
             self.progress.write(message)
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _tell(self, message: str | None) -> None:
+        if message:
+            self.info(message)
 
     def _flush_window(self) -> None:
         window = self._window

@@ -76,6 +76,8 @@ class WheelApi:
             found[public] = "value"
             for option in self._options(module, node):
                 found[f"{public}.{option}"] = "value"
+        else:  # of the compiled part, or a submodule
+            found[public] = "value"
 
     @staticmethod
     def _class_signature(node: ast.ClassDef) -> str:
@@ -130,9 +132,12 @@ class WheelApi:
         return next((node for star in stars if (node := self._resolve(star, name)) is not None), None)
 
     def _public_names(self, module: str) -> list[str]:
-        """Names without a leading underscore that a module defines or imports from its own package."""
+        """Names without a leading underscore that a module defines or imports from its own package, and its __all__."""
         names = set()
+        listed: set[str] = set()
         for node in _statements(self._tree(module)):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                listed |= {c.value for c in ast.walk(node.value) if isinstance(c, ast.Constant)}
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names.add(node.name)
             elif isinstance(node, ast.Assign):
@@ -142,7 +147,7 @@ class WheelApi:
                 if source.startswith("torch_npu") and self._file(source):
                     starred = node.names[0].name == "*"
                     names |= set(self._public_names(source)) if starred else {a.asname or a.name for a in node.names}
-        return sorted(name for name in names if not name.startswith("_"))
+        return sorted({name for name in names if not name.startswith("_")} | listed)
 
     def _absolute(self, module: str, node: ast.ImportFrom) -> str:
         if node.level == 0:
