@@ -43,6 +43,7 @@ OPTION_KEYS = {
     "output_dir": "output_dir",
     "case_kind": "case_kind",
     "do_eval": "do_eval",
+    "profile": "profile",
 }
 DEVICE_TARGETS = {"ascend": "npu", "gpu": "cuda", "cpu": "cpu"}
 # options of the reference that mean nothing here, and what to use instead
@@ -77,8 +78,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--device_target", choices=["Ascend", "GPU", "CPU"], help="the reference's name for --device")
     parser.add_argument("--options", nargs="+", default=[], metavar="key=value", help="overrides, as in the reference")
     for option in OPTION_KEYS:
-        # --do_eval and --resume_training may stand alone
-        alone = {"do_eval": "true", "resume_training": "auto"}.get(option)
+        # --do_eval, --profile and --resume_training may stand alone
+        alone = {"do_eval": "true", "profile": "true", "resume_training": "auto"}.get(option)
         parser.add_argument(f"--{option}", default=None, **({"nargs": "?", "const": alone} if alone else {}))
     for option, advice in DEAD_OPTIONS.items():
         parser.add_argument(

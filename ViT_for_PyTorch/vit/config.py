@@ -89,6 +89,7 @@ class Config:
     keep_checkpoints: int = 2
     output_dir: str = "output"
     case_kind: str = "acc"
+    profile: bool = False  # record steps 10 to 12: output_dir/profile
     log_every: int = 10
 
 

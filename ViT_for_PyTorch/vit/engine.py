@@ -185,6 +185,7 @@ def open_log(run: Run, resumed_from: Path | None) -> RunLog:
         total_steps=run.total_steps,
         log_every=config.log_every,
         resume=resumed_from is not None,
+        profile=config.profile,
     )
 
 
@@ -334,7 +335,9 @@ def evaluate(config: Config) -> dict[str, Any]:
         names = load_class_names(config.load_checkpoint) if Path(config.load_checkpoint).exists() else None
         data = open_evaluation_data(config, world, class_names=names)
         model = build(config, len(data.class_names), world, head="required")
-        with RunLog(config.output_dir, world, NETWORK, config.batch_size, config.case_kind, skip_steps=1) as log:
+        with RunLog(
+            config.output_dir, world, NETWORK, config.batch_size, config.case_kind, skip_steps=1, profile=config.profile
+        ) as log:
             score = evaluate_model(model, counted(data.evaluation, log, world), world, config.precision)
             log.info(f"ViT: Top1 Accuracy = {{'Top1 Accuracy': {score.top1 / score.count}}}; {score}")
             keys = {"Top1": score.top1, "Top5": score.top5, "Count": score.count, "Top5Accuracy": score.top5_percent}
