@@ -56,6 +56,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--max_steps", type=int, default=0, help="stop after that many steps in all; 0 = no limit")
     group.add_argument("--case_kind", choices=("acc", "perf"), default="acc", help="perf: speed only, nothing saved")
+    group.add_argument("--profile", action="store_true", help="record steps 10 to 12: OUTPUT_DIR/profile")
     group.add_argument("--log_every", type=int, default=10, help="steps between two lines of the log")
     group.add_argument("--save_every", type=int, default=0, help="steps between two saves inside an epoch; 0 = none")
     group.add_argument("--resume", default="", help="checkpoint file or URL, or 'auto'")

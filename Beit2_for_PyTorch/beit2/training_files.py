@@ -177,7 +177,10 @@ def open_log(options: argparse.Namespace, world: World, last: int, continued: bo
     """The log of a run that ends at step `last`."""
     kind = options.case_kind
     folder = options.output_dir
-    return RunLog(folder, world, NETWORK, options.batch_size, kind, last, options.log_every, resume=continued)
+    return RunLog(
+        folder, world, NETWORK, options.batch_size, kind, last, options.log_every, resume=continued,
+        profile=options.profile,
+    )  # fmt: skip
 
 
 def append_epoch_log(output_dir: str | Path, line: dict[str, Any]) -> None:
