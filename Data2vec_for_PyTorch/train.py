@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             log_every=config.common.log_interval,
             resume=resumed is not None,
             fps_unit="sequences/sec",
+            profile=options.profile,
         )
         with log:
             for text in [*notes, resumed]:

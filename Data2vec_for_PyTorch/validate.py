@@ -51,8 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         size = config.dataset.batch_size or config.dataset.max_tokens
         # resume: an evaluation adds to a folder and moves nothing of a training run aside
         with RunLog(
-            options.output_dir, world, "Data2vec_for_PyTorch_eval", size, options.case_kind, resume=True
-        ) as log:
+            options.output_dir, world, "Data2vec_for_PyTorch_eval", size, options.case_kind, resume=True,
+            profile=options.profile,
+        ) as log:  # fmt: skip
             report = Report(log, config, updates_per_epoch=1)
             forward = text_forward(data.vocab.index(MASK))
             for name in names:

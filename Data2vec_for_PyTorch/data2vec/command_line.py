@@ -31,6 +31,7 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     parser.add_argument("--seed", type=int, help="over common.seed")
     parser.add_argument("--max_steps", type=int, default=0, help="stop when this many updates are done; 0: no limit")
     parser.add_argument("--case_kind", choices=("acc", "perf"), default="acc")
+    parser.add_argument("--profile", action="store_true", help="record updates 10 to 12: OUTPUT_DIR/profile")
     parser.add_argument("--log_every", type=int, help="over common.log_interval")
     parser.add_argument("--save_every", type=int, help="over checkpoint.save_interval_updates")
     parser.add_argument("--num_workers", type=int, help="over dataset.num_workers")
