@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> dict:
             log_every=int(args.logging_steps),
             resume=checkpoint is not None or not args.do_train,
             skip_steps=args.skip_steps,
+            profile=args.profile,
         ) as log:
             callback = RunLogCallback(args.clamp_logit_scale)
             trainer = callback.trainer = ClipTrainer(

@@ -101,6 +101,7 @@ class ClipTrainingArguments(TrainingArguments):
     loss_scale: float | None = field(default=None, metadata={"help": "Initial fp16 loss scale; it adapts from there."})
     device_name: str = field(default="auto", metadata={"help": "auto, npu, cuda or cpu (--device)."})
     precision: str | None = field(default=None, metadata={"help": "fp32, bf16 or fp16 (also --bf16, --fp16)."})
+    profile: bool = field(default=False, metadata={"help": "Record steps 10 to 12: OUTPUT_DIR/profile."})
     case_kind: str = field(default="acc", metadata={"help": "acc or perf: the kind in the result file's name."})
 
     def __post_init__(self):
