@@ -7,7 +7,7 @@ PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor npu-contract demo test lint format sample_data clean
+.PHONY: help install doctor npu-contract demo test peers outcomes lint format sample_data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ demo: sample_data ## train a small model on real pictures and show the result; P
 
 test: sample_data ## run every test of the repo; PYTEST_ARGS="-k resume" for some
 	python -m pytest -q $(PYTEST_ARGS)
+
+peers: $(STAMP) ## benchmarks against other implementations, 45 minutes on one core; PEERS_ARGS="--only vit --quick" for some
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	python -m ci.peers $(PEERS_ARGS)
+
+outcomes: sample_data ## does every project still learn? all demos from three seeds; OUTCOMES_ARGS="--only CLIP_for_PyTorch" for some
+	python -m ci.outcomes $(OUTCOMES_ARGS)
 
 lint: $(STAMP) ## check style and format
 	ruff check .

@@ -5,6 +5,7 @@ disturbs both alike.
 """
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -65,11 +66,15 @@ def gemm_peak(dtype: torch.dtype, seconds: float = 2.0) -> float:
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Writes ci/baselines/cpu/<name>.json with the machine and the torch version beside the numbers, and prints it."""
-    BASELINES.mkdir(parents=True, exist_ok=True)
+    """Writes <name>.json with the machine and the torch version beside the numbers, and prints it.
+
+    Into ci/baselines/cpu, or where $PEERS_OUTPUT_DIR says (`python -m ci.peers --quick` sets it).
+    """
+    folder = Path(os.environ.get("PEERS_OUTPUT_DIR", BASELINES))
+    folder.mkdir(parents=True, exist_ok=True)
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     text = json.dumps({"cpu": cpu, "torch": torch.__version__, "threads": torch.get_num_threads(), **result}, indent=1)
-    path = BASELINES / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text(text + "\n")
     print(text)
     return path

@@ -1,0 +1,133 @@
+"""The Markdown table of all comparisons kept in ci/baselines/, between markers in the READMEs that show it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BASELINES = ROOT / "ci" / "baselines"
+SHOWN_IN = (ROOT / "README.md", ROOT / "ci" / "peers" / "README.md")  # where they have the markers
+BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+COLUMNS = ("benchmark", "peer", "peer's time / ours (range)", "our share of matmul peak", "memory, ours / peer", "on")
+# other files of ci/baselines/<device>/ are not comparisons with peers
+RESULTS = re.compile(r"(vit|beit2|clip|data2vec|device_step)_")
+# how a result's keys name the peer, where the path to the ratio does not
+_NAMELESS = {"versus", "ratio", "peer_over_ours"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One ratio of a result file."""
+
+    benchmark: str
+    peer: str
+    median: float
+    low: float
+    high: float
+    share: float | None  # of the matmul peak, ours
+    memory: tuple[int, int] | None  # MiB: ours, the peer's
+    device: str
+
+
+def comparisons(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
+    """The ratios of one result, wherever in it they stand.
+
+    A ratio is {"median" or "ratio", "low", "high"} or {"median", "range"}, or those keys at the top of the file with
+    "ratio_" before them; above 1 ours is faster.
+    """
+    for path, node in _dicts(result):
+        ratio = _ratio(node)
+        if ratio is None:
+            continue
+        parent = _parent(result, path)
+        labels = [label for label in path if label not in _NAMELESS]
+        peer = str(result.get("peer", "")) or re.sub(r"_over_ours$", "", ", ".join(labels)).replace("_", " ")
+        memory = _memory(result, parent)
+        device = result.get("cpu") or result.get("device", "")
+        yield Comparison(name, peer or "plain reference", *ratio, _share(result, parent, node), memory, device)
+
+
+def _dicts(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
+    if isinstance(node, dict):
+        yield path, node
+        for key, value in node.items():
+            yield from _dicts(value, (*path, key))
+
+
+def _parent(result: dict, path: tuple[str, ...]) -> dict:
+    for key in path[:-1]:
+        result = result[key]
+    return result
+
+
+def _ratio(node: dict) -> tuple[float, float, float] | None:
+    median = node.get("median", node.get("ratio"))
+    if not isinstance(median, int | float):
+        return None
+    low, high = (node.get(key, node.get(f"ratio_{key}")) for key in ("low", "high"))
+    if "range" in node:
+        low, high = node["range"]
+    return (median, low, high) if low is not None and high is not None else None
+
+
+def _share(result: dict, parent: dict, node: dict) -> float | None:
+    """Ours, under one of the names that the benchmarks give it."""
+    places = (node.get("our_gemm_peak_share"), result.get("share_of_gemm_peak"), result.get("ours_share_of_gemm_peak"))
+    places += ((result.get("share_of_fp32_gemm_peak") or {}).get("ours"),)
+    if isinstance(parent.get("ours"), dict):
+        places += (parent["ours"].get("share_of_matmul_peak"),)
+    return next((value for value in places if isinstance(value, float)), None)
+
+
+def _memory(result: dict, parent: dict) -> tuple[int, int] | None:
+    sides = (parent.get("ours"), parent.get("peer"))
+    if all(isinstance(side, dict) and "peak_memory_mib" in side for side in sides):
+        return sides[0]["peak_memory_mib"], sides[1]["peak_memory_mib"]
+    values = result.get("peak_memory_mib_ours_plain")
+    return (values[0], values[1]) if values else None
+
+
+def all_comparisons(baselines: Path = BASELINES) -> list[Comparison]:
+    """Of every result directly in ci/baselines/<device>/, in the order of the names."""
+    return [
+        comparison
+        for path in sorted(baselines.glob("*/*.json"))
+        if RESULTS.match(path.name) and path.parent.name not in ("counters", "outcomes")
+        for comparison in comparisons(path.stem, json.loads(path.read_text(encoding="utf-8")))
+    ]
+
+
+def markdown(rows: list[Comparison]) -> str:
+    text = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    for row in rows:
+        share = "" if row.share is None else f"{100 * row.share:.0f} %"
+        memory = "" if row.memory is None else f"{row.memory[0]} / {row.memory[1]} MiB"
+        ratio = f"{row.median:.2f} ({row.low:.2f} to {row.high:.2f})"
+        text += f"| {row.benchmark} | {row.peer} | {ratio} | {share} | {memory} | {row.device} |\n"
+    return text
+
+
+def with_table(text: str, table: str) -> str:
+    """The document with the table between its markers; unchanged without them."""
+    if BEGIN not in text:
+        return text
+    before, rest = text.split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    return f"{before}{BEGIN}\n{table}{END}{after}"
+
+
+def rewrite() -> list[Path]:
+    """Brings the documents' tables up to date; returns those that changed."""
+    table, changed = markdown(all_comparisons()), []
+    for path in SHOWN_IN:
+        old = path.read_text(encoding="utf-8")
+        new = with_table(old, table)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            changed.append(path)
+    return changed
