@@ -1,6 +1,9 @@
 """Fixtures and import paths that the tests of every project share."""
 
+import gzip
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,3 +24,22 @@ def sample_data() -> Path:
     from ci.sample_data.build import DEFAULT_OUTPUT, build
 
     return build(DEFAULT_OUTPUT)
+
+
+@pytest.fixture
+def check_profile() -> Callable[[Path, str, str], str]:
+    """Function (folder of a run with --profile, steps as in "10 to 12", an operator of every step) -> its summary."""
+
+    def check(output: Path, steps: str, operator: str) -> str:
+        first, last = map(int, steps.split(" to "))
+        text = (output / "profile" / "summary.txt").read_text()
+        assert f", steps {steps} of this run, rank 0 of 1, " in text and len(text.splitlines()) < 60
+        for line in ("time a step", "wait for data", "peak memory", "host syncs", "operators by host time"):
+            assert f"\n{line}" in text
+        with gzip.open(output / "profile" / "trace.json.gz") as file:
+            events = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "cpu_op"]
+        calls = events.count(operator)
+        assert calls and calls % (last - first + 1) == 0, "of whole steps"
+        return text
+
+    return check

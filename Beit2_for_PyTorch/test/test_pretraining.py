@@ -107,8 +107,9 @@ def test_resume_in_mid_epoch_is_the_same_run(pictures, tokenizer_file, tmp_path)
         run(pictures, tokenizer_file, tmp_path / "cut")
 
 
-def test_log_has_the_reference_s_keys(golden, pictures, tokenizer_file, tmp_path):
-    run(pictures, tokenizer_file, tmp_path, "--max_steps", "4")
+def test_log_has_the_reference_s_keys(golden, pictures, tokenizer_file, tmp_path, check_profile):
+    run(pictures, tokenizer_file, tmp_path, "--max_steps", "4", "--profile")
+    check_profile(tmp_path, "2 to 4", "aten::_fused_adamw_")
     ours = json.loads((tmp_path / "log.txt").read_text())
     theirs = json.loads((HERE / "golden/run_example_log.txt").read_text().splitlines()[0])
     assert set(ours) == set(theirs)

@@ -99,9 +99,10 @@ def test_accumulated_chunks_train_as_the_large_batch(pairs_table, model_without_
     assert result["BatchSize"] == 2
 
 
-def test_clip_model_with_the_sigmoid_loss_learns_and_keeps_its_bias(pairs_table, tiny_clip, tmp_path):
-    options = train_options(pairs_table, "--loss", "siglip", "--max_steps", "12")
+def test_clip_model_with_the_sigmoid_loss_learns_and_keeps_its_bias(pairs_table, tiny_clip, tmp_path, check_profile):
+    options = train_options(pairs_table, "--loss", "siglip", "--max_steps", "12", "--profile")
     run(tmp_path / "a", tiny_clip, *options)
+    check_profile(tmp_path / "a", "10 to 12", "aten::embedding_dense_backward")
     assert losses(tmp_path / "a")[-1] < losses(tmp_path / "a")[0]
     weights = load_file(tmp_path / "a/model.safetensors")
     assert weights["logit_bias"].item() != -10.0

@@ -53,8 +53,10 @@ def initial_weights(golden, tmp_path_factory):
     return path
 
 
-def test_twelve_updates_as_fairseq_logs_them(train_main, tiny, corpus, tmp_path, capsys, golden, initial_weights):
-    run(train_main, tiny, corpus, tmp_path / "out", f"checkpoint.finetune_from_model={initial_weights}")
+def test_twelve_updates_as_fairseq_logs_them(
+    train_main, tiny, corpus, tmp_path, capsys, golden, initial_weights, check_profile
+):
+    run(train_main, tiny, corpus, tmp_path / "out", f"checkpoint.finetune_from_model={initial_weights}", "--profile")
     ours = fairseq_lines(capsys.readouterr().out)
     expected = fairseq_lines((golden / "e2e_train_log.txt").read_text())
     timing = ("wps", "ups", "wall")
@@ -71,6 +73,7 @@ def test_twelve_updates_as_fairseq_logs_them(train_main, tiny, corpus, tmp_path,
     results = (tmp_path / "out" / "Data2vec_for_PyTorch_bs256_1p_acc.log").read_text()
     for key in ("Status = OK", "SequencesPerSecond", "UpdatesPerSecond", "TokensPerSecond", "ValidBestLoss"):
         assert key in results
+    check_profile(tmp_path / "out", "10 to 12", "aten::_fused_adamw_")
 
 
 def last(output):

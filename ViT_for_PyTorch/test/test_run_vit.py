@@ -61,8 +61,8 @@ def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_training_writes_everything_a_user_reads(pictures, tmp_path, capsys):
-    result = train(pictures, tmp_path, "--epochs", "2", "--log_every", "3", "optimizer.warmup_epochs=1")
+def test_training_writes_everything_a_user_reads(pictures, tmp_path, capsys, check_profile):
+    result = train(pictures, tmp_path, "--epochs", "2", "--log_every", "3", "optimizer.warmup_epochs=1", "--profile")
     assert result["Status"] == "OK" and result["BadImages"] == "0" and result["EvalCount"] == "13"
     assert set(result_file.KEYS) <= set(result)
     printed = capsys.readouterr().out
@@ -72,6 +72,7 @@ def test_training_writes_everything_a_user_reads(pictures, tmp_path, capsys):
     assert {"loss.png", "tensorboard", f"train_{CASE}_loss.txt", f"{CASE}.log"} <= names
     checkpoints = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert checkpoints == {"best.pt", "checkpoint-6.pt", "checkpoint-12.pt", "class_names.json"}
+    check_profile(tmp_path, "10 to 12", "aten::_fused_adamw_")
 
 
 def test_kill_9_and_resume_give_the_run_that_was_not_interrupted(pictures, tmp_path):
