@@ -1,0 +1,82 @@
+"""Says where and in which optimizer step the program did what costs time, or fails, on a card (csrc/observe.h).
+
+With FAKE_NPU_REPORT=FOLDER each process writes FOLDER/<pid>.json when it ends:
+
+    {"rank": 0, "program": "run_vit.py", "steps": 8, "operators": 4711,
+     "events": [{"step": 3, "kind": "host_wait", "operator": "aten::_local_scalar_dense",
+                 "place": "common/run_log.py:267 means", "count": 1}, ...]}
+
+`step` counts from 1: everything up to the first optimizer step, that step included, is 1.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+ROOT = Path(__file__).resolve().parents[4]
+_OWN = str(Path(__file__).resolve().parent)
+
+_events: Counter[tuple[int, str, str, str]] = Counter()
+_steps = 0
+
+
+def start(native) -> None:
+    """Begins to count, if a report was asked for."""
+    folder = os.environ.get("FAKE_NPU_REPORT")
+    if not folder:
+        return
+    native.observe(_note)
+    register_optimizer_step_post_hook(_count_step)
+    atexit.register(_finish, native, Path(folder), os.getpid())
+
+
+def _note(kind: str, operator: str) -> None:
+    _events[_steps + 1, kind, operator, _place()] += 1
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+def _place() -> str:
+    """The innermost line of this repository that led here, else of any code outside torch, else "backward"."""
+    outside = None
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        where = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
+        if name.startswith(str(ROOT)) and "/.venv/" not in name and not name.startswith(_OWN):
+            return where.removeprefix(f"{ROOT}/")
+        if outside is None and "/torch/" not in name and not name.startswith(("<", _OWN)):
+            outside = where.rpartition("site-packages/")[2]
+        frame = frame.f_back
+    return outside or "backward"
+
+
+def _finish(native, folder: Path, pid: int) -> None:
+    native.observe(None)
+    if os.getpid() != pid:
+        return
+    rows = [
+        {"step": step, "kind": kind, "operator": operator, "place": place, "count": count}
+        for (step, kind, operator, place), count in sorted(_events.items())
+    ]
+    report = {
+        "rank": int(os.environ.get("RANK", 0)),
+        "program": Path(sys.argv[0]).name if sys.argv else "",
+        "steps": _steps,
+        "operators": native.operators_run(),
+        "peak_bytes": torch.npu.max_memory_allocated(),
+        "events": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{pid}.json").write_text(json.dumps(report, indent=1) + "\n")

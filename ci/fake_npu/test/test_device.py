@@ -1,0 +1,193 @@
+"""The simulated device computes what the CPU does and refuses what a card refuses."""
+
+import copy
+import io
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NPU = torch.device("npu")
+
+
+def _indices(x, *values):
+    return torch.tensor(values, device=x.device)
+
+
+FUNCTIONS = {
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, stride=2), [(2, 3, 8, 8), (4, 3, 2, 2), (4,)]),
+    "grouped conv1d": (lambda x, w: F.conv1d(x, w, padding=1, groups=2), [(2, 4, 9), (4, 2, 3)]),
+    "linear": (F.linear, [(2, 3), (4, 3), (4,)]),
+    "attention": (F.scaled_dot_product_attention, [(2, 2, 5, 8)] * 3),
+    "causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), [(2, 2, 5, 8)] * 3),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (6,), w, b), [(3, 6), (6,), (6,)]),
+    "softmax": (lambda x: F.softmax(x, -1), [(3, 6)]),
+    "tanh gelu": (lambda x: F.gelu(x, approximate="tanh"), [(3, 6)]),
+    "cross_entropy": (lambda x: F.cross_entropy(x, _indices(x, 1, 2, 0), label_smoothing=0.1), [(3, 6)]),
+    "smooth_l1": (lambda x: F.smooth_l1_loss(x, torch.zeros_like(x), reduction="sum", beta=4.0), [(3, 6)]),
+    "batch_norm": (lambda x: F.batch_norm(x, None, None, training=True), [(4, 3, 5, 5)]),
+    "embedding": (lambda w: F.embedding(_indices(w, 1, 1, 3), w), [(5, 4)]),
+    "bicubic": (lambda x: F.interpolate(x, (9, 9), mode="bicubic"), [(1, 2, 5, 5)]),
+    "einsum": (lambda a, b: torch.einsum("bij,bkj->bik", a, b), [(2, 3, 4), (2, 5, 4)]),
+    "views": (lambda x: torch.cat(x.roll(1, 0).chunk(2, 1), 0)[1:, ::2], [(4, 6)]),
+    "index_select": (lambda x: x.index_select(0, _indices(x, 3, 1, 1)), [(4, 6)]),
+    "where": (lambda x: torch.where(x > 0, x.clamp(max=0.5), x / x.norm()), [(4, 6)]),
+    "std": (lambda x: x.cumsum(0) * x.std(1, keepdim=True), [(4, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_and_gradients_are_the_cpu_s(name):
+    function, shapes = FUNCTIONS[name]
+    host = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    npu = [x.detach().to(NPU).requires_grad_() for x in host]
+    on_host, on_npu = function(*host), function(*npu)
+    assert on_npu.device.type == "npu"
+    torch.testing.assert_close(on_npu.cpu(), on_host, atol=1e-6, rtol=1e-5)
+    on_host.square().sum().backward()
+    on_npu.square().sum().backward()
+    for a, b in zip(host, npu, strict=True):
+        assert b.grad.device.type == "npu"
+        torch.testing.assert_close(b.grad.cpu(), a.grad, atol=1e-5, rtol=1e-5)
+
+
+def x(*shape):
+    return torch.randn(shape or (2, 3), device=NPU)
+
+
+MIXTURES = {
+    "add": lambda: x() + torch.randn(2, 3),
+    "two cards": lambda: x() + torch.randn(2, 3, device="npu:1"),
+    "in place": lambda: x().mul_(torch.randn(2, 3)),
+    "input on the host": lambda: nn.Linear(3, 3).to(NPU)(torch.randn(2, 3)),
+    "weight on the host": lambda: nn.Linear(3, 3)(x()),
+    "embedding": lambda: nn.Embedding(5, 3).to(NPU)(torch.tensor([1, 2])),
+    "target": lambda: F.cross_entropy(x(), torch.tensor([0, 1])),
+    "cat": lambda: torch.cat([x(), torch.randn(2, 3)]),
+    "convolution": lambda: nn.Conv2d(3, 3, 1).to(NPU)(torch.randn(1, 3, 4, 4)),
+    "where": lambda: torch.where(torch.tensor([True, False]), x(2), x(2)),
+    "mask": lambda: x(3).masked_fill(torch.tensor([True, False, True]), 0.0),
+    "attention": lambda: F.scaled_dot_product_attention(x(1, 1, 4, 8), x(1, 1, 4, 8), torch.randn(1, 1, 4, 8)),
+    "generator": lambda: torch.randn(3, device=NPU, generator=torch.Generator()),
+    "numpy": lambda: x().numpy(),
+    "gelu gradient": lambda: torch.ops.aten.gelu_backward(torch.randn(2, 3), x()),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixed_devices_are_refused(name):
+    with pytest.raises((RuntimeError, TypeError), match="same device|two devices|for generator|device type tensor"):
+        MIXTURES[name]()
+
+
+def test_numbers_and_host_indices_are_no_mixture():
+    values = torch.arange(4.0, device=NPU)
+    assert (values * torch.tensor(2.0)).sum().item() == 12
+    assert values[torch.tensor([1, 2])].sum().item() == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adamw_updates_as_on_the_cpu(fused):
+    host = nn.Linear(4, 4)
+    npu = copy.deepcopy(host).to(NPU)
+    batch = torch.randn(8, 4)
+    pairs = [(m, torch.optim.AdamW(m.parameters(), lr=0.1, fused=fused)) for m in (host, npu)]
+    for _ in range(3):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            model(batch.to(model.weight.device)).square().sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    torch.testing.assert_close(npu.weight.cpu(), host.weight)
+
+
+def test_autocast_and_loss_scaling():
+    layer = nn.Linear(4, 4).to(NPU)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("npu", dtype=dtype):
+            y = layer(x(2, 4))
+            assert y.dtype == dtype and F.layer_norm(y, (4,)).dtype == torch.float32
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("npu", init_scale=1024.0)
+    before = layer.weight.detach().clone()
+    scaler.scale(layer(x(2, 4)).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(layer.weight, before) and scaler.get_scale() == 512
+
+
+def test_generators_are_the_device_s_own():
+    torch.manual_seed(3)
+    on_host = torch.rand(2)
+    torch.manual_seed(3)
+    drawn = torch.rand(4, device=NPU)
+    assert torch.equal(torch.rand(2), on_host)  # drawing on the device has not moved the host's
+    state = torch.npu.get_rng_state()
+    dropped = F.dropout(torch.ones(100, device=NPU), 0.5)
+    torch.npu.set_rng_state(state)
+    assert torch.equal(F.dropout(torch.ones(100, device=NPU), 0.5), dropped)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(4, device=NPU), drawn)
+
+
+def test_views_resizes_and_files():
+    a = torch.zeros(4, 4, device=NPU)
+    a.view(-1)[0] = 7
+    a.t().mul_(2)
+    assert a.sum().item() == 14
+    out = torch.empty(0, device=NPU)
+    torch.add(torch.ones(3, device=NPU), 1, out=out)
+    assert out.shape == (3,) and out.sum().item() == 6
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.data = parameter.data.to(NPU)
+    assert parameter.device.type == "npu"
+    file = io.BytesIO()
+    torch.save({"w": torch.arange(3.0, device="npu:1")}, file)
+    for where, device in ((None, "npu:1"), ("cpu", "cpu"), ("npu:0", "npu:0")):
+        file.seek(0)
+        assert str(torch.load(file, map_location=where, weights_only=True)["w"].device) == device
+
+
+def test_memory_is_counted_by_device():
+    before = torch.npu.memory_allocated(1)
+    held = torch.ones(1 << 20, device="npu:1")
+    assert torch.npu.memory_allocated(1) - before == 4 << 20
+    assert torch.accelerator.max_memory_allocated(1) >= 4 << 20
+    del held
+    assert torch.npu.memory_allocated(1) == before
+
+
+def test_a_forked_process_cannot_use_the_device():
+    x()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            x()
+        except RuntimeError as error:
+            os._exit(3 if "forked subprocess" in str(error) else 4)
+        os._exit(5)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+
+
+def test_options_are_torch_npu_s():
+    torch.npu.set_compile_mode(jit_compile=False)
+    torch.npu.config.allow_internal_format = False
+    with pytest.raises(AttributeError):
+        torch.npu.config.alow_internal_format = False
+    with pytest.raises(AttributeError):
+        torch.npu.config.allow_internal_format  # noqa: B018 - cannot be read back, as in torch_npu
+
+
+@pytest.mark.parametrize("name", ["mm", "linear", "layer_norm", "cross_entropy"])
+def test_float64_is_refused_where_the_card_has_none(name):
+    wide = torch.ones(3, 3, device=NPU, dtype=torch.float64)
+    calls = {
+        "mm": lambda: wide @ wide,
+        "linear": lambda: F.linear(wide, wide, wide[0]),
+        "layer_norm": lambda: F.layer_norm(wide, (3,)),
+        "cross_entropy": lambda: F.cross_entropy(wide, _indices(wide, 0, 1, 2)),
+    }
+    with pytest.raises(RuntimeError, match="float64 is not supported on npu"):
+        calls[name]()
