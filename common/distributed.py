@@ -5,8 +5,12 @@ Everything here also works in a single process without a group, so no caller ask
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
+import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  # else DDP imports it later, and its defaults hold the group for ever
 
 from common import device as devices
 from common.cpu_memory import keep_freed_memory
@@ -22,9 +27,10 @@ from common.cpu_memory import keep_freed_memory
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
 
-# Groups that have been torn down, kept until the process ends. A DDP module that outlives the `with` block would
-# otherwise own the last reference, and gloo's destructor, called with Python's lock held, can wait for ever.
+# Groups that have been torn down, kept until Python exits. A DDP module that outlives the `with` block would otherwise
+# own the last reference, and gloo's destructor, called with Python's lock held, can wait for ever.
 _ended_groups: list[dist.ProcessGroup] = []
+_failed_groups: list[dist.ProcessGroup] = []  # a thread of these may wait for a rank that is gone: never joined
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,32 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         timeout=timedelta(seconds=init_timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+    group, kept_in = dist.group.WORLD, _failed_groups
     try:
         barrier()
         _set_timeout(timedelta(seconds=train_timeout_s))
         yield world
+        kept_in = _ended_groups
     finally:
-        _ended_groups.append(dist.group.WORLD)
+        kept_in.append(group)
         # After an error the other ranks may never answer: destroy does not wait for them, and torchrun ends them all.
         with contextlib.suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
+
+
+@atexit.register
+def _end_collective_threads() -> None:
+    """Ends gloo's threads while Python still runs.
+
+    Such a thread needs Python's lock to let go of a finished collective's tensors; one that asks for it after the
+    interpreter has begun to shut down aborts the process, and with it a run that was done.
+    """
+    gc.collect()  # a DDP module is a cycle of references and holds its group until it is collected
+    remaining = [weakref.ref(group) for group in _ended_groups + _failed_groups]
+    _ended_groups.clear()  # the last reference: waits for the threads, without Python's lock
+    if any(group() is not None for group in remaining):
+        # held by FSDP2's caches, or failed: its threads cannot be joined, so they get the time to let go
+        time.sleep(0.2)
 
 
 def _ranks_from_environment() -> tuple[int, int, int, int]:
