@@ -106,9 +106,8 @@ def summary(headline: str, window: Window, costs: list[Cost], trace: Path) -> st
     lines.append(f"peak memory     {window.peak_memory / 2**20:10.1f} MiB since the start")
     syncs = host_syncs(costs)
     counts = ", ".join(f"{cost.name} {_each(cost.calls, steps)}" for cost in syncs)
-    lines.append(
-        f"host syncs      {_each(sum(cost.calls for cost in syncs), steps):>10} a step" + f": {counts}" * bool(syncs)
-    )
+    each = _each(sum(cost.calls for cost in syncs), steps)
+    lines.append(f"host syncs      {each:>10} a step" + f": {counts} (reads of tensors on the host, too)" * bool(syncs))
     if not costs:
         lines += ["", f"The profiler left no list of operators in {trace}: see its own messages above."]
     else:
