@@ -3,7 +3,7 @@
 oneDNN emulates bf16 products there at about a fifth of the fp32 rate. A product of two bf16 numbers is exact in fp32
 and both ways sum in fp32, so rounding the inputs to bf16, multiplying in fp32 and rounding the result gives the bf16
 result, up to the order of the sum. Weight gradients stay in fp32 instead of passing through bf16; attention
-probabilities are not rounded between its two products. Nothing else differs in precision.
+probabilities are not rounded inside the fused attention. Nothing else differs in precision.
 """
 
 import contextlib
@@ -24,6 +24,32 @@ def has_bf16_instructions() -> bool:
     return known["architecture"] != "x86_64" or known["avx512_bf16"] or known["amx_bf16"]
 
 
+class _Linear(torch.autograd.Function):
+    """x [..., in] -> bf16 [..., out]. Keeps x in bf16 and the weight as it is for the backward pass, and no fp32 copy
+    of either; autograd of the plain formula would keep both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rounded = x.bfloat16()
+        ctx.save_for_backward(rounded, weight)
+        ctx.types = x.dtype, bias.dtype if bias is not None else None
+        bias = None if bias is None else bias.bfloat16().float()
+        return F.linear(rounded.float(), weight.bfloat16().float(), bias).bfloat16()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        x_type, bias_type = ctx.types
+        grad = grad.float()
+        rows = grad.flatten(0, -2)  # [rows, out]
+        return (
+            (grad @ weight.bfloat16().float()).to(x_type) if need_x else None,
+            (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if need_weight else None,
+            rows.sum(0).to(bias_type) if need_bias else None,
+        )
+
+
 class _RoundToBf16(torch.autograd.Function):
     """fp32 -> nearest bf16 value, still as fp32; the gradient passes unchanged."""
 
@@ -36,7 +62,10 @@ class _RoundToBf16(torch.autograd.Function):
         return grad
 
 
-def _widened(value: Tensor) -> Tensor:
+def _widened(value: Any) -> Any:
+    """A floating-point tensor's bf16 values in fp32; anything else (sizes, boolean masks) as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
     return value.float() if value.dtype == torch.bfloat16 else _RoundToBf16.apply(value)
 
 
@@ -45,11 +74,22 @@ def _wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def call(*tensors: Any, **options: Any) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            tensors = tuple(_widened(t) if isinstance(t, Tensor) else t for t in tensors)
-            options = {name: _widened(t) if isinstance(t, Tensor) else t for name, t in options.items()}
+            tensors = tuple(_widened(t) for t in tensors)
+            options = {name: _widened(t) for name, t in options.items()}
             return function(*tensors, **options).bfloat16()
 
     return call
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return _Linear.apply(x, weight, bias)
+
+
+# `a @ b` and `a.matmul(b)` are the same function
+_REPLACEMENTS = {F.linear: _linear} | {
+    function: _wide(function) for function in (F.scaled_dot_product_attention, F.conv2d, torch.matmul, Tensor.matmul)
+}
 
 
 class _Replace(TorchFunctionMode):
@@ -71,4 +111,4 @@ def cpu_kernels() -> contextlib.AbstractContextManager:
     bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     if not bf16 or has_bf16_instructions():
         return contextlib.nullcontext()
-    return _Replace({function: _wide(function) for function in (F.linear, F.scaled_dot_product_attention)})
+    return _Replace(_REPLACEMENTS)
