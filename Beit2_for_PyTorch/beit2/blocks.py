@@ -14,6 +14,8 @@ from timm.layers import Mlp, drop_path, trunc_normal_
 from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
+from common.cpu_kernels import cpu_kernels
+
 NORM_EPS = 1e-6
 
 
@@ -194,10 +196,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shared_bias: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """x [B, N, C], shared_bias [1, H, N, N] -> [B, N, C]; with rows int64 [B, K] only those: [B, K, C]."""
         out = x if rows is None else take_rows(x, rows)
-        out = add_branch(
-            out, lambda y, y_rows: self._attention(y, y_rows, shared_bias), (x, rows), self.drop_prob, self.training
-        )
-        return add_branch(out, self._mlp, (out,), self.drop_prob, self.training)
+        with cpu_kernels():
+            out = add_branch(
+                out, lambda y, y_rows: self._attention(y, y_rows, shared_bias), (x, rows), self.drop_prob, self.training
+            )
+            return add_branch(out, self._mlp, (out,), self.drop_prob, self.training)
 
     def _attention(self, x: Tensor, rows: Tensor | None, shared_bias: Tensor | None) -> Tensor:
         y = self.attn(self.norm1(x), rows, shared_bias)

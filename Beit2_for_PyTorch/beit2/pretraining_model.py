@@ -16,6 +16,7 @@ from beit2.blocks import (
     scale_residual_outputs,
     take_rows,
 )
+from common.cpu_kernels import cpu_kernels
 
 
 class MaskedImageModel(nn.Module):
@@ -118,7 +119,8 @@ class MaskedImageModel(nn.Module):
 
     def embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """images [B, 3, H, W], mask bool [B, N] (True = replaced by the mask token) -> [B, 1 + N, C]."""
-        x = self.patch_embed(images)  # [B, N, C]
+        with cpu_kernels():
+            x = self.patch_embed(images)  # [B, N, C]
         if mask is not None:
             weight = mask.flatten(1).unsqueeze(-1).type_as(self.mask_token)  # [B, N, 1]
             x = x * (1 - weight) + self.mask_token * weight
@@ -219,10 +221,11 @@ class MaskedImageModel(nn.Module):
         return self._unlist(self._logits([s[filled] for s in states]))
 
     def _logits(self, states: list[Tensor]) -> list[Tensor]:
-        logits = [self.lm_head(states[0])]
+        heads = [self.lm_head]
         if self.cls_pt:
-            logits.append((self.lm_head if self.shared_lm_head else self.cls_pt_lm_head)(states[1]))
-        return logits
+            heads.append(self.lm_head if self.shared_lm_head else self.cls_pt_lm_head)
+        with cpu_kernels():
+            return [head(x) for head, x in zip(heads, states, strict=True)]
 
     def _unlist(self, outputs: list[Tensor]) -> Tensor | list[Tensor]:
         return outputs if self.cls_pt else outputs[0]

@@ -15,6 +15,7 @@ from beit2.quantizer import NormEMAQuantizer
 from beit2.teachers import ScalingLayer, build_teacher
 from beit2.vision_transformer import VisionTransformer
 from beit2.weight_files import read_state_dict
+from common.cpu_kernels import cpu_kernels
 from common.device import UsageError
 
 PROCESS_TYPES = ("default", "dall-e", "imagenet_norm")
@@ -143,7 +144,8 @@ class VQKD(nn.Module):
         """codes [B, N, code_dim] -> reconstructed features [B, N, decoder_out_dim]."""
         code_map = codes.transpose(1, 2).unflatten(2, self.window_size)  # [B, code_dim, h, w]
         features = self.decoder.forward_features(code_map, return_patch_tokens=True)
-        return self.decode_task_layer(features)
+        with cpu_kernels():
+            return self.decode_task_layer(features)
 
     @torch.no_grad()
     def get_codebook_indices(self, images: Tensor, patches: Tensor | None = None) -> Tensor:

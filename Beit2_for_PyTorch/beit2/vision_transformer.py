@@ -14,6 +14,7 @@ from beit2.blocks import (
     init_linear_and_norm,
     scale_residual_outputs,
 )
+from common.cpu_kernels import cpu_kernels
 
 
 class VisionTransformer(nn.Module):
@@ -91,7 +92,8 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, 1 + N, C] and the shared bias."""
-        x = self.patch_embed(images)  # [B, N, C]
+        with cpu_kernels():
+            x = self.patch_embed(images)  # [B, N, C]
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # [B, 1 + N, C]
         if self.pos_embed is not None:
             x = x + self.pos_embed
@@ -128,7 +130,9 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, return_patch_tokens: bool = False, return_all_tokens: bool = False) -> Tensor:
         """images [B, in_chans, H, W] -> logits [B, num_classes] (or of every token)."""
-        return self.head(self.forward_features(images, return_patch_tokens, return_all_tokens))
+        features = self.forward_features(images, return_patch_tokens, return_all_tokens)
+        with cpu_kernels():
+            return self.head(features)
 
     def get_intermediate_layers(self, images: Tensor) -> list[Tensor]:
         """The output of every block, [B, 1 + N, C] each, for the linear probe."""
