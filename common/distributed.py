@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  # else DDP imports it later, and its defaults hold the group for ever
 
 from common import device as devices
+from common import lost_ranks
 from common.cpu_memory import keep_freed_memory
 
 # Backend by device. The pair for npu lets CPU tensors (counters, objects, checkpoints' metadata) use gloo beside hccl.
@@ -54,16 +55,19 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
     """Resolves the device and, under torchrun, brings the process group up; takes it down on every path.
 
     The first meeting may take long (hosts start at different times, caches fill); after it each collective must be done
-    within `train_timeout_s`, so that a lost host ends the job in minutes and not in half an hour.
+    within `train_timeout_s` (or the user's COLLECTIVE_TIMEOUT_S), so that a lost host ends the job in minutes and not
+    in half an hour.
 
     Raises:
         devices.UsageError: absent device, or torchrun's variables missing or contradictory.
+        RanksLost: in place of torch's error, when a collective failed; it says which ranks and hosts are gone.
     """
     rank, size, local_rank, local_size = _ranks_from_environment()
     device = devices.resolve(device_name, local_rank)
     if device.type == "cpu":
         keep_freed_memory()
     world = World(device, rank, size, local_rank, local_size)
+    train_timeout_s = _timeout_of_user() or train_timeout_s
     if "RANK" not in os.environ:
         yield world
         return
@@ -78,13 +82,21 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         device_id=device if device.type == "cuda" else None,
     )
     group, kept_in = dist.group.WORLD, _failed_groups
+    watch = None
     try:
         barrier()
+        watch = _watch_ranks(rank)
         _set_timeout(timedelta(seconds=train_timeout_s))
         yield world
         kept_in = _ended_groups
+    except RuntimeError as error:
+        if watch and lost_ranks.is_of_a_collective(error) and (who := lost_ranks.describe(watch)):
+            raise lost_ranks.RanksLost(f"rank {rank} could not go on with the other ranks: {who}") from error
+        raise
     finally:
         kept_in.append(group)
+        if watch:
+            watch.close()
         # After an error the other ranks may never answer: destroy does not wait for them, and torchrun ends them all.
         with contextlib.suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
@@ -103,6 +115,20 @@ def _end_collective_threads() -> None:
     if any(group() is not None for group in remaining):
         # held by FSDP2's caches, or failed: its threads cannot be joined, so they get the time to let go
         time.sleep(0.2)
+
+
+def _timeout_of_user() -> int | None:
+    text = os.environ.get("COLLECTIVE_TIMEOUT_S") or None
+    if text is not None and not (text.isdecimal() and int(text) > 0):
+        raise devices.UsageError(f"COLLECTIVE_TIMEOUT_S={text}: must be a whole number of seconds above 0")
+    return text and int(text)
+
+
+def _watch_ranks(rank: int) -> lost_ranks.Watch:
+    watch, place = lost_ranks.open_door(rank)
+    places = gather_objects(place)
+    watch.places = places if None not in places else ()
+    return watch
 
 
 def _ranks_from_environment() -> tuple[int, int, int, int]:

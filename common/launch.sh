@@ -15,7 +15,7 @@ launcher_script=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/$(basename "${BASH
 project_dir=$(cd "$(dirname "$launcher_script")/.." && pwd)
 
 house_flags="data_path batch_size epochs max_steps device device_id nproc precision ckpt_path output_dir
-  nnodes node_rank master_addr master_port rank_table_file hostfile cpu_bind"
+  nnodes node_rank master_addr master_port rank_table_file hostfile cpu_bind max_restarts min_nodes collective_timeout"
 switches="dry_run help profile" # flags without a value
 pass_through=()
 
@@ -74,7 +74,7 @@ parse_flags() {
 
 check_flags() {
   local name
-  for name in batch_size epochs max_steps device_id nproc nnodes node_rank master_port; do
+  for name in batch_size epochs max_steps device_id nproc nnodes node_rank master_port max_restarts min_nodes collective_timeout; do
     [[ -z ${!name} || ${!name} =~ ^[0-9]+$ ]] || die "--$name=${!name}: must be a whole number"
   done
   [[ -z $data_path || -e $data_path ]] || die "--data_path=$data_path: no such file or folder"
@@ -101,6 +101,22 @@ find_world() {
     --master_port="$master_port" --default_nproc="${RankSize:-1}" --dry_run="$dry_run") || exit 2
   eval "$world"
   nproc=${node_nproc[node_rank]}
+  check_elastic
+}
+
+# --max_restarts=N: after a failure all ranks start anew, N times, and go on from the newest checkpoint. On several nodes
+# with torchrun's c10d rendezvous, where a node may leave and come back; with --min_nodes=K the run goes on without it.
+check_elastic() {
+  rendezvous=static
+  [[ -z $min_nodes || -n $max_restarts ]] || die "--min_nodes=$min_nodes needs --max_restarts=N: how many losses to survive"
+  ((${max_restarts:-0})) || return 0
+  ((world_size > 1 && ${#rank_variables[@]} == 0)) || die "--max_restarts needs several ranks that this script starts"
+  [[ -z $min_nodes ]] || ((min_nodes >= 1 && min_nodes <= nnodes)) || die "--min_nodes=$min_nodes: choose 1 to $nnodes"
+  ((nnodes == 1)) || rendezvous=c10d
+  if [[ -v resume && -z $resume ]]; then # else a run would begin anew after each failure
+    resume=auto
+    echo "note: --max_restarts means --resume=auto: from the newest checkpoint in the output folder, if there is one"
+  fi
 }
 
 # Usage: require FLAG... ; stops when one has no value.
@@ -131,6 +147,9 @@ prepare() {
   : "${output_dir:=$project_dir/test/output/$ASCEND_DEVICE_ID}"
   [[ $output_dir == /* ]] || output_dir=$PWD/$output_dir
   mkdir -p "$output_dir" || die "--output_dir=$output_dir: cannot be created"
+  if [[ -n $collective_timeout ]]; then
+    export COLLECTIVE_TIMEOUT_S=$collective_timeout HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-$collective_timeout}
+  fi
   if npu_is_meant && [[ ${etp_running_flag:-} != true ]]; then
     source "$common_dir/env_npu.sh"
   fi
@@ -171,11 +190,28 @@ node_command() {
   shift
   show_devices "${node_devices[node]}" "the rank table has devices ${node_devices[node]}"
   [[ -z $device_id ]] || ((nproc > 1)) || show_devices "$device_id" "--device_id=$device_id"
-  if [[ -n $rank_table_file ]] && npu_is_meant; then variables+=("RANK_TABLE_FILE=$rank_table_file"); fi
+  if [[ $rendezvous == c10d ]]; then
+    variables+=(-u RANK_TABLE_FILE) # ranks are dealt out at each meeting, the table's do not hold: HCCL goes without
+  elif [[ -n $rank_table_file ]] && npu_is_meant; then
+    variables+=("RANK_TABLE_FILE=$rank_table_file")
+  fi
   variables+=("${rank_variables[@]}")
   run=("$@")
   if ((world_size > 1 && ${#rank_variables[@]} == 0)); then
-    ((nnodes == 1)) || meeting=(--nnodes "$nnodes" --node_rank "$node" --master_addr "$master_addr" --master_port "$master_port")
+    if [[ $rendezvous == c10d ]]; then
+      meeting=(--nnodes "${min_nodes:-$nnodes}:$nnodes" --rdzv_backend c10d --rdzv_endpoint "$master_addr:$master_port"
+        --rdzv_id "$Network" --rdzv_conf "is_host=$((node == 0))")
+      local address=${node_addresses[node]}
+      ((node != node_rank)) || address=${address:-$own_address}
+      [[ -z $address ]] || meeting+=(--local_addr "$address")
+    elif ((nnodes > 1)); then
+      meeting=(--nnodes "$nnodes" --node_rank "$node" --master_addr "$master_addr" --master_port "$master_port")
+    fi
+    if ((${max_restarts:-0})); then
+      meeting+=(--max_restarts "$max_restarts")
+      # else a restart meets in the failed attempt's store, with its dead ranks' addresses (pytorch issue 167288)
+      variables+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
+    fi
     run=(python3 -m torch.distributed.run "${meeting[@]}" --nproc_per_node "${node_nproc[node]}" --no_python "$@")
   fi
   ((${#variables[@]} == 0)) || run=(env "${variables[@]}" "${run[@]}")

@@ -236,6 +236,7 @@ def shell_assignments(options: argparse.Namespace, environ: Mapping[str, str]) -
         "node_nproc": [str(node.nproc) for node in nodes],
         "node_devices": [",".join(map(str, node.devices)) for node in nodes],
         "node_interface": interface or "",
+        "own_address": own_address or "",
         "rank_variables": [f"{name}={value}" for name, value in variables.items()],
     }
 

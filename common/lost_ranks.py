@@ -1,0 +1,145 @@
+"""Which ranks are gone when a collective fails: asked of the network, at the moment it matters.
+
+Every rank keeps a listening socket open for as long as its group lives. The kernel answers for it, so that it costs no
+thread and no traffic. After a failure a rank knocks at all of them: an answer means the process is there, a refusal
+that it has ended while its host is up, silence that the host is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import selectors
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from common.hccn_address import address_towards
+
+PROBE_S = 5.0  # how long a host may take to answer; a route that is down is often silent
+_BACKLOG = 4096  # knocks are never taken off the queue
+_OF_A_COLLECTIVE = re.compile(
+    r"gloo|nccl|hccl|ProcessGroup|connection (closed|reset|refused)|broken pipe|wait timeout", re.IGNORECASE
+)
+
+
+class RanksLost(RuntimeError):
+    """A collective failed; the message says which ranks and hosts do not answer any more."""
+
+
+class Place(NamedTuple):
+    """Where a rank can be knocked at."""
+
+    rank: int
+    host: str
+    address: str
+    port: int
+
+
+@dataclass
+class Watch:
+    """This rank's listening socket and everybody's place."""
+
+    rank: int
+    door: socket.socket | None
+    places: Sequence[Place] = ()
+
+    def close(self) -> None:
+        if self.door is not None:
+            self.door.close()
+
+
+def open_door(rank: int) -> tuple[Watch, Place | None]:
+    """This rank's listening socket, on the address that it has towards MASTER_ADDR, and its place to tell the others.
+
+    (Without an IPv4 route there is no place, and failures are reported as torch words them.)
+    """
+    address = address_towards(os.environ["MASTER_ADDR"])
+    if address is None:
+        return Watch(rank, None), None
+    door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        door.bind((address, 0))
+        door.listen(_BACKLOG)
+    except OSError:
+        door.close()
+        return Watch(rank, None), None
+    return Watch(rank, door), Place(rank, socket.gethostname(), address, door.getsockname()[1])
+
+
+def is_of_a_collective(error: BaseException) -> bool:
+    """Whether torch raised `error` because other ranks did not take part: DistError, or gloo's plain RuntimeError."""
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__.startswith("Dist") or bool(_OF_A_COLLECTIVE.search(str(error)))
+    )
+
+
+def describe(watch: Watch, probe_s: float = PROBE_S) -> str | None:
+    """One line about who is gone, or None where places are not known. Takes up to `probe_s` seconds."""
+    others = [place for place in watch.places if place.rank != watch.rank]
+    if not others:
+        return None
+    answers = knock(others, probe_s)
+    silent = [place for place in others if answers[place] == "silent"]
+    ended = [place for place in others if answers[place] == "refused"]
+    here = next(place.address for place in watch.places if place.rank == watch.rank)
+    lines = []
+    if silent and {p.address for p in silent} == {p.address for p in others} - {here} and len(_hosts(others)) > 2:
+        lines.append(f"no other host answers {here}: this host itself may be cut off")
+    elif silent:
+        lines.append(f"no answer from {_listed(silent)}: the host is lost, or cut off from {here}")
+    if ended:
+        lines.append(f"ended: {_listed(ended)}; the reason is in the log of the rank that ended first")
+    return "; ".join(lines) or "all ranks are still there: one of them hangs, or is later than the time-out"
+
+
+def knock(places: Sequence[Place], probe_s: float) -> dict[Place, str]:
+    """For each place whether its process is there ("answer"), has ended ("refused"), or its host is "silent"."""
+    answers = dict.fromkeys(places, "silent")
+    with selectors.DefaultSelector() as selector:
+        for place in places:
+            probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            probe.setblocking(False)
+            try:
+                probe.connect((place.address, place.port))
+            except BlockingIOError:
+                selector.register(probe, selectors.EVENT_WRITE, place)
+                continue
+            except ConnectionRefusedError:
+                answers[place] = "refused"
+            except OSError:  # no route
+                pass
+            else:
+                answers[place] = "answer"
+            probe.close()
+        deadline = time.monotonic() + probe_s
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                refused = code == errno.ECONNREFUSED
+                answers[key.data] = "answer" if code == 0 else "refused" if refused else "silent"
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+        for key in list(selector.get_map().values()):
+            selector.unregister(key.fileobj)
+            key.fileobj.close()
+    return answers
+
+
+def _hosts(places: Sequence[Place]) -> set[str]:
+    return {place.address for place in places}
+
+
+def _listed(places: Sequence[Place], limit: int = 8) -> str:
+    """ "rank 2 on 10.0.0.3 (node3), ranks 4, 5 on ..." """
+    by_host: dict[tuple[str, str], list[int]] = {}
+    for place in places:
+        by_host.setdefault((place.address, place.host), []).append(place.rank)
+    texts = []
+    for (address, host), ranks in list(by_host.items())[:limit]:
+        numbers = ", ".join(map(str, ranks[:limit])) + (" ..." if len(ranks) > limit else "")
+        texts.append(f"rank{'s' if len(ranks) > 1 else ''} {numbers} on {address} ({host})")
+    return ", ".join(texts) + (f" and {len(by_host) - limit} more hosts" if len(by_host) > limit else "")
