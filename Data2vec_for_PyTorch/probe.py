@@ -29,8 +29,9 @@ from common.device import UsageError, print_usage_errors
 from data2vec.checkpoint import load_weights
 from data2vec.command_line import choose_precision, parse
 from data2vec.dictionary import MASK
-from data2vec.pretraining_data import EpochBatches, PretrainingData
-from train import build
+from data2vec.epochs import EpochBatches
+from data2vec.modality import build
+from data2vec.pretraining_data import PretrainingData
 
 TRAIN_TOKENS, VALID_TOKENS, RETRIEVAL_TOKENS = 8000, 4000, 1000
 CLASSES = 100

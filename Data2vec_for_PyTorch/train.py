@@ -1,7 +1,9 @@
-"""data2vec pretraining on a binarized corpus.
+"""data2vec pretraining, on a binarized corpus or on pictures.
 
     python train.py --config-dir configs/text/pretraining --config-name base task.data=DIR \
         distributed_training.distributed_world_size=1 optimization.max_update=1000
+
+    python train.py --config-dir configs/vision/pretraining --config-name base_imagenet task.data=DIR
 
 Options are those of fairseq-hydra-train: a YAML file and dotted overrides. The run goes on from
 `checkpoint.restore_file` (checkpoint_last.pt) when there is one.
@@ -16,8 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
 
-import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from common import device as devices
 from common import distributed
@@ -25,12 +26,11 @@ from common.checkpoint_file import CheckpointError, load
 from common.device import UsageError, print_usage_errors
 from common.distributed import World
 from common.run_log import RunLog
-from data2vec import build_model, npu_patches
+from data2vec import npu_patches
 from data2vec.checkpoint import load_training_state, load_weights, save_checkpoints
 from data2vec.command_line import choose_precision, parse, start_ranks
-from data2vec.dictionary import MASK
 from data2vec.huggingface import load_huggingface
-from data2vec.pretraining_data import PretrainingData
+from data2vec.modality import build, forward_of, fps_unit, open_data
 from data2vec.report import Report
 from data2vec.training import TrainState, make_state, train_update, validate
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         precision, note = choose_precision(options, config, world.device)
         devices.seed_everything(config.common.seed)
         notes += [note, npu_patches.use_length_buckets(config, world.device)]
-        data = PretrainingData(config, world.rank, world.size)
+        data = open_data(config, world.rank, world.size)
         data.open_splits()
         model = build(config, data).to(world.device)
         state = make_state(model, config, precision, world.size)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             total_steps=limit,
             log_every=config.common.log_interval,
             resume=resumed is not None,
-            fps_unit="sequences/sec",
+            fps_unit=fps_unit(config),
             profile=options.profile,
         )
         with log:
@@ -71,14 +71,6 @@ def main(argv: list[str] | None = None) -> None:
                 log.info(text)
             train(state, config, data, world, precision, report, save_dir, limit)
             report.finish(state)
-
-
-def build(config: DictConfig, data: PretrainingData) -> torch.nn.Module:
-    """The model of the configuration, for the data's vocabulary."""
-    try:
-        return build_model(OmegaConf.to_container(config.model), len(data.vocab))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def resume(state: TrainState, config: DictConfig, save_dir: Path, world: World) -> str | None:
@@ -101,16 +93,9 @@ def resume(state: TrainState, config: DictConfig, save_dir: Path, world: World) 
     return None
 
 
-def text_forward(mask_idx: int):
-    def forward(model: torch.nn.Module, batch):
-        return model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan)
-
-    return forward
-
-
 def train(state, config, data, world, precision, report, save_dir, limit) -> None:
     """Epochs until `limit` updates (or optimization.max_epoch, or stop_time_hours)."""
-    forward = text_forward(data.vocab.index(MASK))
+    forward = forward_of(config, data, world.device)
     stop = state.num_updates >= limit
     while not stop:
         epoch = state.epoch

@@ -19,11 +19,9 @@ from common.run_log import RunLog
 from data2vec import npu_patches
 from data2vec.checkpoint import load_weights
 from data2vec.command_line import choose_precision, parse, start_ranks
-from data2vec.dictionary import MASK
-from data2vec.pretraining_data import PretrainingData
+from data2vec.modality import build, forward_of, open_data
 from data2vec.report import Report
 from data2vec.training import make_state, validate
-from train import build, text_forward
 
 
 @print_usage_errors
@@ -37,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.process_group(options.device) as world:
         precision, _ = choose_precision(options, config, world.device)
         npu_patches.use_length_buckets(config, world.device)
-        data = PretrainingData(config, world.rank, world.size)
+        data = open_data(config, world.rank, world.size)
         model = build(config, data).to(world.device)
         state = make_state(model, config, precision, world.size)
         try:
@@ -55,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             profile=options.profile,
         ) as log:  # fmt: skip
             report = Report(log, config, updates_per_epoch=1)
-            forward = text_forward(data.vocab.index(MASK))
+            forward = forward_of(config, data, world.device)
             for name in names:
                 began = time.perf_counter()
                 loader = batches[name].loader(config.dataset.num_workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.device import UsageError
 
 DEFAULTS = Path(__file__).with_name("fairseq_defaults.yaml")
+VISION_DEFAULTS = Path(__file__).with_name("vision_defaults.yaml")
 
 # Accepted with any value, without effect here. They concern machinery that does not exist in this project, or a result
 # that does not depend on them; a note says so once.
@@ -89,8 +91,8 @@ ONLY_DEFAULT: dict[str, Any] = {
     "model.transformer.encoder.xformers_att_config": None,
 }
 NAMES = {
-    "task._name": ("masked_lm",),
-    "model._name": ("data2vec_text",),
+    "task._name": ("masked_lm", "image_pretraining"),
+    "model._name": ("data2vec_text", "data2vec_vision"),
     "criterion._name": ("model",),
     "optimizer._name": ("adam",),
     "lr_scheduler._name": ("cosine",),
@@ -125,7 +127,7 @@ def load_config(config_dir: str | Path, config_name: str, overrides: list[str]) 
 
 def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]:
     """Fills in defaults and refuses what would be ignored. `source` names the file in messages."""
-    defaults = OmegaConf.load(DEFAULTS)
+    defaults = _defaults(given)
     acted_on = {key for key, _ in _leaves(defaults)}
     notes = []
     accepted = OmegaConf.create()
@@ -147,6 +149,15 @@ def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]
     config = OmegaConf.merge(defaults, accepted)
     _check_values(config, source)
     return config, notes
+
+
+def _defaults(given: DictConfig) -> DictConfig:
+    """fairseq's defaults for the task; one that is neither text nor images is refused later, by name."""
+    defaults = OmegaConf.load(DEFAULTS)
+    if OmegaConf.select(given, "task._name") == "image_pretraining":
+        vision = OmegaConf.load(VISION_DEFAULTS)
+        defaults.task, defaults.model = vision.task, vision.model
+    return defaults
 
 
 def _name(key: str) -> str:
@@ -175,16 +186,18 @@ def _check_values(config: DictConfig, source: str) -> None:
     def refuse(text: str) -> None:
         raise UsageError(f"{source}: {text}")
 
+    vision = config.task._name == "image_pretraining"
+    if vision != (config.model._name == "data2vec_vision"):
+        refuse(
+            f"task._name={config.task._name} with model._name={config.model._name}: the one is text, the other images"
+        )
     if OmegaConf.is_missing(config.task, "data"):
-        refuse("task.data is not set: give the folder of the binarized corpus, task.data=DIR")
+        what = "pictures" if vision else "the binarized corpus"
+        refuse(f"task.data is not set: give the folder of {what}, task.data=DIR")
     if config.common.fp16 and config.common.bf16:
         refuse("common.fp16 and common.bf16 are both true: choose one")
     if config.common.log_format not in ("json", None):
         refuse(f"common.log_format={config.common.log_format}: only json is written")
-    if not config.task.include_target_tokens:
-        refuse("task.include_target_tokens must be true: data2vec needs the masked tokens for its teacher")
-    if config.dataset.max_tokens is None and config.dataset.batch_size is None:
-        refuse("set dataset.max_tokens or dataset.batch_size")
     if config.optimization.max_update <= 0:
         refuse("optimization.max_update must be above 0: the schedule ends there")
     for key in ("update_freq", "lr"):
@@ -195,6 +208,17 @@ def _check_values(config: DictConfig, source: str) -> None:
             refuse(f"optimization.{key}={list(values)}: one value, not one for each epoch")
     if config.model.ema_steps not in ("per_micro_batch", "per_update"):
         refuse(f"model.ema_steps={config.model.ema_steps}: choose per_micro_batch or per_update")
+    if config.model.ema_anneal_end_step is None:
+        config.model.ema_anneal_end_step = config.optimization.max_update
+    (_check_vision if vision else _check_text)(config, refuse)
+    adam_betas(config)
+
+
+def _check_text(config: DictConfig, refuse: Callable[[str], None]) -> None:
+    if not config.task.include_target_tokens:
+        refuse("task.include_target_tokens must be true: data2vec needs the masked tokens for its teacher")
+    if config.dataset.max_tokens is None and config.dataset.batch_size is None:
+        refuse("set dataset.max_tokens or dataset.batch_size")
     positions = config.model.transformer.max_source_positions
     if config.task.tokens_per_sample > positions:
         refuse(
@@ -203,9 +227,23 @@ def _check_values(config: DictConfig, source: str) -> None:
         )
     if config.model.transformer.relu_dropout and not config.model.transformer.activation_dropout:
         config.model.transformer.activation_dropout = config.model.transformer.relu_dropout
-    if config.model.ema_anneal_end_step is None:
-        config.model.ema_anneal_end_step = config.optimization.max_update
-    adam_betas(config)
+
+
+def _check_vision(config: DictConfig, refuse: Callable[[str], None]) -> None:
+    if config.dataset.batch_size is None:
+        refuse("dataset.batch_size is not set: images an update and device")
+    if config.task.input_size != config.model.image_size:
+        refuse(
+            f"task.input_size={config.task.input_size} and model.image_size={config.model.image_size}: give both the "
+            "same value, the side of the picture that the model sees"
+        )
+    if config.model.in_channels != 3:
+        refuse(f"model.in_channels={config.model.in_channels}: pictures are read as RGB, 3")
+    patches = (config.model.image_size // config.model.patch_size) ** 2
+    if not 0 < config.model.num_mask_patches < patches:
+        refuse(
+            f"model.num_mask_patches={config.model.num_mask_patches}: choose 1 to {patches - 1}, of {patches} patches"
+        )
 
 
 def adam_betas(config: DictConfig) -> tuple[float, float]:

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import npu
+from data2vec import npu_patches
+
 _LEVELS = 1 << 16
 _CACHED_ELEMENTS = 1 << 18
 
@@ -127,18 +130,28 @@ def _softmax_weights(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, p: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    p: float,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v with dropout `p` on the weights. q [B, H, Q, D], k and v [B, H, T, D].
+    """softmax(q k^T / sqrt(D) + bias) v with dropout `p` on the weights. q [B, H, Q, D], k and v [B, H, T, D].
 
-    key_mask: bool [B, T], True where keys may be seen; None when all may.
+    Args:
+        key_mask: bool [B, T], True where keys may be seen; None when all may.
+        bias: [H, Q, T], instead of a key mask.
     """
-    if p > 0 and p < 1 and q.device.type == "cpu":
-        bias = None
+    if npu.is_npu(q.device):
+        return npu_patches.fused_attention(q, k, v, key_mask, p, bias)
+    if 0 < p < 1 and bias is None and q.device.type == "cpu":
+        added = None
         if key_mask is not None:
-            bias = torch.zeros(key_mask.shape).masked_fill_(~key_mask, float("-inf"))
-            bias = bias.repeat_interleave(q.shape[1], dim=0).unsqueeze(1)  # [B * H, 1, T]
-        y = _DropoutAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, p)
+            added = torch.zeros(key_mask.shape).masked_fill_(~key_mask, float("-inf"))
+            added = added.repeat_interleave(q.shape[1], dim=0).unsqueeze(1)  # [B * H, 1, T]
+        y = _DropoutAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), added, p)
         return y.view(q.shape)
-    mask = None if key_mask is None else key_mask[:, None, None, :]  # [B, 1, 1, T]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    if key_mask is not None:
+        bias = key_mask[:, None, None, :]  # [B, 1, 1, T]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)

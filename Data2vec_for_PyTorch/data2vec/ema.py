@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from data2vec.text_model import SHARED_WITH_STUDENT
-
 
 def ema_decay_at(num_updates: int, start: float, end: float, anneal_steps: int) -> float:
     """Decay after `num_updates` updates: linear from `start` to `end` over `anneal_steps`, then `end`."""
@@ -22,16 +20,16 @@ def ema_step(model: torch.nn.Module, decay: float) -> None:
     `ema_transformer_layers_only` the embeddings are copied instead. They are not shared with the student for good:
     validation after an update would then see other embeddings than the reference's.
     """
-    student = model.encoder.sentence_encoder
-    if model.encoder.teacher is None:
-        model.encoder.make_teacher()
+    holder = model.teacher_holder
+    if holder.teacher is None:
+        holder.make_teacher()
         return
     if decay >= 1:
         return
     averaged, copied = [], []
-    teacher = dict(model.encoder.teacher.named_parameters())
-    for name, parameter in student.named_parameters():
-        copies = model.config.ema_transformer_layers_only and name.startswith(SHARED_WITH_STUDENT)
+    teacher = dict(holder.teacher.named_parameters())
+    for name, parameter in holder.student.named_parameters():
+        copies = bool(model.copied_to_teacher) and name.startswith(model.copied_to_teacher)
         (copied if copies else averaged).append((teacher[name], parameter.float()))
     if averaged:
         torch._foreach_lerp_([t for t, _ in averaged], [s for _, s in averaged], 1 - decay)

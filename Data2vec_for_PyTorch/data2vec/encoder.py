@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.cpu_kernels import cpu_kernels
 from data2vec.dropout import attention, dropout_add
 
 
@@ -94,7 +95,8 @@ class EncoderLayer(nn.Module):
 
         With `rows`, both are [N, C], of those rows only; else [B, T, C].
         """
-        x, result = self.feed_forward(x, key_mask, rows)
+        with cpu_kernels():
+            x, result = self.feed_forward(x, key_mask, rows)
         return self.final_layer_norm(dropout_add(result, x, self.dropout, self.training)), result
 
     def feed_forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import torch
 from omegaconf import DictConfig
 
 from common.device import UsageError
-from data2vec.batching import batch_by_size, epoch_batches, filter_by_size, ordered_indices
+from data2vec.batching import batch_by_size, filter_by_size, ordered_indices
 from data2vec.dictionary import MASK, Dictionary
+from data2vec.epochs import SplitBatches
 from data2vec.indexed_dataset import IndexedDataset
 from data2vec.masking import mask_tokens
 from data2vec.text_model import BatchPlan, plan_batch, target_config
 from data2vec.token_blocks import TokenBlockDataset
 
-VALID_EPOCH = 1  # validation masks are those of epoch 1, always
 PROBED_SAMPLES = 256  # samples looked at before training for ids that the vocabulary does not have
 
 
@@ -119,37 +118,16 @@ class MaskedBlocks:
         return TextBatch(torch.from_numpy(np.asarray(indices)), source, target, lengths, plan)
 
 
-class EpochBatches(torch.utils.data.Dataset):
-    """The batches of one epoch on one rank, by position: what a loader worker makes does not depend on which it is."""
-
-    def __init__(self, data: MaskedBlocks, batches: list[np.ndarray], epoch: int):
-        super().__init__()
-        self.data = data
-        self.batches = batches
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, position: int) -> TextBatch:
-        return self.data.collate(self.batches[position], self.epoch)
-
-    def loader(self, num_workers: int) -> Iterator[TextBatch]:
-        return iter(torch.utils.data.DataLoader(self, batch_size=None, num_workers=num_workers, shuffle=False))
-
-
-class PretrainingData:
-    """Vocabulary, splits and batch plans of a run.
+class PretrainingData(SplitBatches):
+    """Vocabulary, splits and batch plans of a run on text.
 
     Raises:
         UsageError: missing folder, vocabulary or split; damaged files; ids without a token; nothing to train on.
     """
 
     def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1):
-        self.config = config
-        self.rank, self.world_size = rank, world_size
+        super().__init__(config, rank, world_size)
         self.folder = Path(config.task.data)
-        self.notes: list[str] = []
         if not self.folder.is_dir():
             raise UsageError(
                 f"task.data={config.task.data}: no such folder (one folder with dict.txt and train.bin/.idx)"
@@ -172,25 +150,14 @@ class PretrainingData:
             1 if whole_sequence else config.dataset.required_seq_len_multiple,
             {name: task[name] for name in mask_names},
         )
-        self._splits: dict[str, tuple[MaskedBlocks, list[np.ndarray]]] = {}
 
-    def split(self, name: str, training: bool) -> tuple[MaskedBlocks, list[np.ndarray]]:
-        """The split's samples and its batches, before shuffling and sharding."""
-        if name not in self._splits:
-            try:
-                data = MaskedBlocks(self.folder / name, self.config, self.options)
-                data.check_ids()
-                self._splits[name] = data, self._plan(name, data, training)
-            except (OSError, ValueError) as error:
-                raise UsageError(f"split '{name}' of task.data: {error}") from None
-        return self._splits[name]
-
-    def open_splits(self) -> None:
-        """Opens what training will need, so that a missing or damaged split stops the run before it begins."""
-        self.split(self.config.dataset.train_subset, training=True)
-        if not self.config.dataset.disable_validation:
-            for name in self.config.dataset.valid_subset.split(","):
-                self.split(name, training=False)
+    def open_split(self, name: str, training: bool) -> tuple[MaskedBlocks, list[np.ndarray]]:
+        try:
+            data = MaskedBlocks(self.folder / name, self.config, self.options)
+            data.check_ids()
+            return data, self._plan(name, data, training)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"split '{name}' of task.data: {error}") from None
 
     def _plan(self, name: str, data: MaskedBlocks, training: bool) -> list[np.ndarray]:
         dataset = self.config.dataset
@@ -223,21 +190,3 @@ class PretrainingData:
                 f"{dataset.required_batch_size_multiple} rows (dataset.required_batch_size_multiple) is dropped"
             )
         return batches
-
-    def train_batches(self, epoch: int, start: int = 0) -> EpochBatches:
-        """This rank's training batches of an epoch, from position `start` on."""
-        data, batches = self.split(self.config.dataset.train_subset, training=True)
-        own = epoch_batches(batches, self.config.common.seed, epoch, self.world_size, self.rank)
-        return EpochBatches(data, own[start:], epoch)
-
-    def batches_per_epoch(self) -> int:
-        _, batches = self.split(self.config.dataset.train_subset, training=True)
-        return -(-len(batches) // self.world_size)
-
-    def valid_batches(self, name: str) -> EpochBatches:
-        """This rank's batches of a validation split: in order of size, with the same masks every time."""
-        data, batches = self.split(name, training=False)
-        own = epoch_batches(batches, 0, 0, self.world_size, self.rank, shuffle=False)
-        if self.config.dataset.max_valid_steps:
-            own = own[: self.config.dataset.max_valid_steps]
-        return EpochBatches(data, own, VALID_EPOCH)

@@ -1,4 +1,4 @@
-"""The regression targets: the mean of the teacher's top FFN outputs, normalised (data2vec paper, section 3.3)."""
+"""The regression targets, the mean of the teacher's top layers, normalised (data2vec paper, section 3.3); the loss."""
 
 from __future__ import annotations
 
@@ -57,3 +57,10 @@ def average_targets(results: Iterable[torch.Tensor], config: TargetConfig) -> to
 
 def _over_time(norm, y: torch.Tensor, **options) -> torch.Tensor:
     return norm(y.transpose(1, 2), **options).transpose(1, 2)  # the norms want [B, C, T]
+
+
+def regression_loss(pred: torch.Tensor, target: torch.Tensor, beta: float) -> torch.Tensor:
+    """Smooth L1 summed over all elements; `beta` 0 means the squared error, as in the reference."""
+    if beta == 0:
+        return F.mse_loss(pred, target, reduction="sum")
+    return F.smooth_l1_loss(pred, target, reduction="sum", beta=beta)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from common.cpu_kernels import cpu_kernels
 from data2vec.encoder import EncoderConfig, Rows, SentenceEncoder, init_bert_weights
-from data2vec.targets import TargetConfig, average_targets
+from data2vec.targets import TargetConfig, average_targets, regression_loss
+from data2vec.teacher import WithTeacher
 
 TEACHER_INPUTS = ("masked_only", "full")
 # With ema_transformer_layers_only these are copied from the student, not averaged.
@@ -93,28 +93,17 @@ def _rows_of(chosen: torch.Tensor, counted: torch.Tensor, multiple: int) -> Rows
     return Rows(flat, slot.flatten()[flat], width)
 
 
-class TextEncoder(nn.Module):
-    """Student, regression head, and the teacher, which is no submodule: it has no gradients and its own state key."""
+class TextEncoder(WithTeacher):
+    """Student, regression head, and the teacher of the student."""
 
     def __init__(self, encoder: EncoderConfig, head_layers: int):
         super().__init__()
         self.sentence_encoder = SentenceEncoder(encoder)
         self.regression_head = _regression_head(encoder.embed_dim, head_layers)
-        self.__dict__["teacher"] = None  # SentenceEncoder once there is one
-        self.register_state_dict_post_hook(_save_teacher)
-        self.register_load_state_dict_pre_hook(_load_teacher)
 
-    def make_teacher(self) -> SentenceEncoder:
-        """A copy of the student as it is now, in fp32 and without gradients."""
-        teacher = copy.deepcopy(self.sentence_encoder).float().requires_grad_(False).eval()
-        self.__dict__["teacher"] = teacher
-        return teacher
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        if self.teacher is not None:
-            self.teacher._apply(fn, recurse)
-        return self
+    @property
+    def student(self) -> SentenceEncoder:
+        return self.sentence_encoder
 
 
 def _regression_head(dim: int, layers: int) -> nn.Sequential:
@@ -125,19 +114,6 @@ def _regression_head(dim: int, layers: int) -> nn.Sequential:
         modules += [nn.Linear(width, 2 * dim), nn.GELU()]
         width = 2 * dim
     return nn.Sequential(*modules, nn.Linear(width, dim))
-
-
-def _save_teacher(encoder: TextEncoder, state: dict, prefix: str, local_metadata) -> None:
-    if encoder.teacher is not None:
-        state[prefix + "_ema"] = dict(encoder.teacher.state_dict())
-
-
-def _load_teacher(encoder: TextEncoder, state: dict, prefix: str, *_) -> None:
-    """Without a teacher in the state it becomes a copy of the loaded student when next needed (fairseq's start)."""
-    ema = state.pop(prefix + "_ema", None)
-    encoder.__dict__["teacher"] = None
-    if ema is not None:
-        encoder.make_teacher().load_state_dict(ema)
 
 
 class Data2VecText(nn.Module):
@@ -155,6 +131,15 @@ class Data2VecText(nn.Module):
         self.targets = targets
         self.encoder = TextEncoder(encoder, config.head_layers)
         self.apply(init_bert_weights)
+
+    @property
+    def teacher_holder(self) -> WithTeacher:
+        return self.encoder
+
+    @property
+    def copied_to_teacher(self) -> tuple[str, ...]:
+        """Beginnings of the student's parameter names that the teacher takes over unaveraged."""
+        return SHARED_WITH_STUDENT if self.config.ema_transformer_layers_only else ()
 
     @property
     def pad_index(self) -> int:
@@ -184,11 +169,9 @@ class Data2VecText(nn.Module):
         plan = plan or self.plan(src_tokens, target_tokens, mask_idx)
         target = self.make_targets(plan)  # [N, C]
         x = self.encoder.sentence_encoder(src_tokens, plan.has_padding, plan.rows)  # [N, C]
-        pred = self.encoder.regression_head(x).float()
-        if self.config.loss_beta == 0:
-            loss = F.mse_loss(pred, target, reduction="sum")
-        else:
-            loss = F.smooth_l1_loss(pred, target, reduction="sum", beta=self.config.loss_beta)
+        with cpu_kernels():
+            pred = self.encoder.regression_head(x).float()
+        loss = regression_loss(pred, target, self.config.loss_beta)
         scale = self.config.loss_scale
         if scale is None or scale <= 0:
             scale = 1 / math.sqrt(pred.shape[-1])

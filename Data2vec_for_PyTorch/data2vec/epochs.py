@@ -1,0 +1,84 @@
+"""The batches of an epoch on one rank: fairseq's order and shards, for text and images alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from data2vec.batching import epoch_batches
+
+VALID_EPOCH = 1  # validation masks are those of epoch 1, always
+
+
+class Samples(Protocol):
+    """A split's samples; what a batch holds depends on their indices and the epoch alone."""
+
+    def collate(self, indices: np.ndarray, epoch: int) -> Any: ...
+
+
+class EpochBatches(torch.utils.data.Dataset):
+    """The batches of one epoch on one rank, by position: what a loader worker makes does not depend on which it is."""
+
+    def __init__(self, data: Samples, batches: list[np.ndarray], epoch: int):
+        super().__init__()
+        self.data = data
+        self.batches = batches
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.data.collate(self.batches[position], self.epoch)
+
+    def loader(self, num_workers: int) -> Iterator[Any]:
+        return iter(torch.utils.data.DataLoader(self, batch_size=None, num_workers=num_workers, shuffle=False))
+
+
+class SplitBatches:
+    """Splits and their batch plans; a subclass says what a split holds (`open_split`)."""
+
+    def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1):
+        self.config = config
+        self.rank, self.world_size = rank, world_size
+        self.notes: list[str] = []
+        self._splits: dict[str, tuple[Samples, list[np.ndarray]]] = {}
+
+    def open_split(self, name: str, training: bool) -> tuple[Samples, list[np.ndarray]]:
+        """The split's samples and its batches, before shuffling and sharding. UsageError when there are none."""
+        raise NotImplementedError
+
+    def split(self, name: str, training: bool) -> tuple[Samples, list[np.ndarray]]:
+        """`open_split`, once."""
+        if name not in self._splits:
+            self._splits[name] = self.open_split(name, training)
+        return self._splits[name]
+
+    def open_splits(self) -> None:
+        """Opens what training will need, so that a missing or damaged split stops the run before it begins."""
+        self.split(self.config.dataset.train_subset, training=True)
+        if not self.config.dataset.disable_validation:
+            for name in self.config.dataset.valid_subset.split(","):
+                self.split(name, training=False)
+
+    def train_batches(self, epoch: int, start: int = 0) -> EpochBatches:
+        """This rank's training batches of an epoch, from position `start` on."""
+        data, batches = self.split(self.config.dataset.train_subset, training=True)
+        own = epoch_batches(batches, self.config.common.seed, epoch, self.world_size, self.rank)
+        return EpochBatches(data, own[start:], epoch)
+
+    def batches_per_epoch(self) -> int:
+        _, batches = self.split(self.config.dataset.train_subset, training=True)
+        return -(-len(batches) // self.world_size)
+
+    def valid_batches(self, name: str) -> EpochBatches:
+        """This rank's batches of a validation split: in order of size, with the same masks every time."""
+        data, batches = self.split(name, training=False)
+        own = epoch_batches(batches, 0, 0, self.world_size, self.rank, shuffle=False)
+        if self.config.dataset.max_valid_steps:
+            own = own[: self.config.dataset.max_valid_steps]
+        return EpochBatches(data, own, VALID_EPOCH)

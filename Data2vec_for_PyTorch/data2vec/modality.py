@@ -1,0 +1,59 @@
+"""Text or images: what a run's data, model and forward pass are. All else is the same for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from common.device import UsageError
+from data2vec.dictionary import MASK
+from data2vec.epochs import SplitBatches
+from data2vec.pretraining_data import PretrainingData
+from data2vec.text_model import build_model
+
+
+def is_vision(config: DictConfig) -> bool:
+    return config.task._name == "image_pretraining"
+
+
+def fps_unit(config: DictConfig) -> str:
+    """What a sample is called in logs."""
+    return "images/sec" if is_vision(config) else "sequences/sec"
+
+
+def open_data(config: DictConfig, rank: int = 0, world_size: int = 1) -> SplitBatches:
+    """The run's data. UsageError when the folder is not one."""
+    if is_vision(config):
+        from data2vec.image_data import ImagePretrainingData  # torchvision: a text run does without
+
+        return ImagePretrainingData(config, rank, world_size)
+    return PretrainingData(config, rank, world_size)
+
+
+def build(config: DictConfig, data: SplitBatches) -> torch.nn.Module:
+    """The configuration's model, for that data. UsageError for options that do not fit together."""
+    options = OmegaConf.to_container(config.model)
+    try:
+        if is_vision(config):
+            from data2vec.vision_model import build_vision_model
+
+            return build_vision_model(options)
+        return build_model(options, len(data.vocab))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def forward_of(
+    config: DictConfig, data: SplitBatches, device: torch.device
+) -> Callable[[torch.nn.Module, Any], dict[str, Any]]:
+    """function of (model, batch) that returns the model's output dict."""
+    if is_vision(config):
+        from data2vec.image_data import Normalize
+
+        normalize = Normalize(config, device)
+        return lambda model, batch: model(normalize(batch.images), batch.mask, batch.rows)
+    mask_idx = data.vocab.index(MASK)
+    return lambda model, batch: model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan)
