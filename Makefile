@@ -7,7 +7,7 @@ PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor npu-contract demo test peers outcomes lint format sample_data clean
+.PHONY: help install doctor npu-contract demo test counters counters-accept perf perf-run peers outcomes lint format sample_data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,18 @@ peers: $(STAMP) ## benchmarks against other implementations, 45 minutes on one c
 
 outcomes: sample_data ## does every project still learn? all demos from three seeds; OUTCOMES_ARGS="--only CLIP_for_PyTorch" for some
 	python -m ci.outcomes $(OUTCOMES_ARGS)
+
+counters: $(STAMP) ## does a training step of each project do what was accepted? exact, a minute; COUNTERS_ARGS="--project ViT"
+	python -m ci.counters $(COUNTERS_ARGS)
+
+counters-accept: $(STAMP) ## write the counts of the code as it is, for the commit that means to change them
+	python -m ci.counters --accept $(COUNTERS_ARGS)
+
+perf: $(STAMP) ## is a step slower than at the merge base? paired, for the projects that changed; PERF_ARGS="--base v1.0" for more
+	python -m ci.perf_ab $(PERF_ARGS)
+
+perf-run: sample_data ## every project's train_performance_1p.sh against earlier nights on this device; PERF_RUN_ARGS="--update"
+	python -m ci.perf_run $(PERF_RUN_ARGS)
 
 lint: $(STAMP) ## check style and format
 	ruff check .

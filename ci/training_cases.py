@@ -1,7 +1,7 @@
 """One short training run of every project on made-up data, for the gates that need a real step but no real result.
 
-A case is an entry script with its arguments. The data are drawn from fixed seeds, need no download and lie in one folder
-that several revisions can read: pictures, pairs and a corpus in the formats that users have.
+A case is an entry script with its arguments. The data are drawn from fixed seeds, need no download and lie in one
+folder that several revisions can read: pictures, pairs and a corpus in the formats that users have.
 """
 
 from __future__ import annotations

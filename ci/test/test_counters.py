@@ -1,0 +1,86 @@
+"""Step counters: the same on every run, and each planted fault is named in the difference."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ci import counters
+from ci.operation_counter import OperationCounter
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = "ViT_for_PyTorch"
+RUNS = ["fp32, 2 ranks", "bf16"]
+
+
+def test_counter_sees_operations_reads_shapes_and_memory():
+    values = torch.arange(8.0)
+    counter = OperationCounter()
+    with counter:
+        kept = values * 2  # 32 bytes
+        kept = kept + 1  # 32 more; the first are freed then
+        half = kept.bfloat16()  # 16
+        positive = values[values > 3]  # a mask of 8 bytes, 16 of the result
+        by_index = values[torch.tensor([1, 2])]
+        read = float(half.sum()), kept.tolist()
+    assert counter.operations["mul.Tensor float32"] == 1 and counter.operations["_to_copy bfloat16"] == 1
+    assert list(counter.host_reads) == [
+        "_local_scalar_dense at test/test_counters.py:test_counter_sees_operations_reads_shapes_and_memory",
+        "tolist at test/test_counters.py:test_counter_sees_operations_reads_shapes_and_memory",
+    ]
+    assert list(counter.dynamic_shapes) == [
+        "index.Tensor at test/test_counters.py:test_counter_sees_operations_reads_shapes_and_memory"
+    ]
+    assert counter.allocated_bytes >= 32 + 32 + 16 + 8 + 16 + 8
+    live = sum(tensor.nbytes for tensor in (kept, half, positive, by_index))
+    assert counter.live_bytes == live and live < counter.peak_bytes < counter.allocated_bytes
+    assert read[0] == half.float().sum()
+
+
+@pytest.fixture(scope="module")
+def counted() -> counters.Report:
+    return counters.count_project(PROJECT, runs=RUNS)
+
+
+def test_no_change_no_difference(counted, tmp_path, capsys):
+    totals = counted["bf16"]["totals"]
+    assert totals["optimizer tensors"] == 3 * totals["parameter tensors"] and totals["optimizer steps"] == 1
+    assert totals["peak live bytes"] >= 4 * totals["parameters"]  # the gradients live at once
+    assert counted["fp32, 2 ranks"]["totals"]["collective bytes"] > 4 * totals["parameters"]
+    problem = counters.check(PROJECT, counted, tmp_path)
+    assert "no accepted counts" in problem and "--accept --project ViT_for_PyTorch" in problem
+    path = counters.accept(PROJECT, counted, tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch 1.0": {}}))
+    again = counters.count_project(PROJECT, runs=RUNS)  # another process
+    assert counters.check(PROJECT, again, tmp_path) is None
+
+
+def test_planted_faults_are_named(counted, tmp_path):
+    """An extra wait for the device, a block that falls back to fp32, an extra all-reduce: in a copy of the project."""
+    tree = tmp_path / "tree"
+    for folder in ("common", PROJECT):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("golden", "output", "__pycache__"))
+    engine = tree / PROJECT / "vit" / "engine.py"
+    text = engine.read_text()
+    planted = text.replace("mean_loss += loss.detach()", "mean_loss += loss.item()")
+    planted = planted.replace("return all_reduce_mean(mean_loss)", "return all_reduce_mean(all_reduce_mean(mean_loss))")
+    model = tree / PROJECT / "vit" / "model.py"
+    slow = model.read_text().replace("self.mlp(self.norm2(kept))", "_in_fp32(self.mlp, self.norm2(kept))")
+    slow += "\n\ndef _in_fp32(module, x):\n    with torch.autocast('cpu', enabled=False):\n        return module(x)\n"
+    assert planted.count("loss.item()") == 1 and planted.count("all_reduce_mean(all_reduce_mean(") == 1
+    assert "_in_fp32(self.mlp" in slow
+    engine.write_text(planted)
+    model.write_text(slow)
+
+    counters.accept(PROJECT, counted, tmp_path)
+    problem = counters.check(PROJECT, counters.count_project(PROJECT, tree, RUNS), tmp_path)
+    changed = {tuple(line.split()[:-1]) for line in problem.splitlines()}
+    words = [" ".join(row) for row in changed]
+    assert any("bf16 host reads: _local_scalar_dense at vit/engine.py:forward_backward - 1" in row for row in words)
+    linear = counted["bf16"]["operations"]["addmm bfloat16"]
+    assert any(f"operations: addmm bfloat16 {linear} {linear - 8}" in row for row in words)  # two a block, four blocks
+    assert any("operations: addmm float32 - 8" in row for row in words)
+    assert any("fp32, 2 ranks collectives " in row for row in words)
+    assert "--accept --project ViT_for_PyTorch" in problem
