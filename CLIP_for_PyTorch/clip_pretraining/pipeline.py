@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor, CLIPProcessor, PreTrainedModel, Pre
 from transformers import VisionTextDualEncoderProcessor as DualEncoderProcessor
 from transformers.utils import logging as hf_logging
 
-from clip_pretraining import coco, modeling, sources, zeroshot
+from clip_pretraining import coco, layers, modeling, sources, zeroshot
 from clip_pretraining.arguments import ClipTrainingArguments, DataArguments, ModelArguments
 from clip_pretraining.crop_cache import CropCache
 from clip_pretraining.evaluation import Encoder, evaluate_split
@@ -47,6 +47,7 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
     hf_logging.disable_progress_bar()
     hub = model_args.hub()
     model = modeling.load_model(model_args.model_name_or_path, model_args.config_name, args.loss == "siglip", **hub)
+    layers.install(model, world.device)
     modeling.freeze(model, model_args.freeze_vision_model, model_args.freeze_text_model)
     source = model_args.model_name_or_path or model_args.config_name
     tokenizer = _tokenizer(model_args.tokenizer_name or source, model, hub)

@@ -1,4 +1,5 @@
-"""Both model families against float64 references: features, loss, gradients, an AdamW trajectory, ranks, chunks."""
+"""Both model families, with the layers that runs use, against float64 references: features, loss, gradients, an AdamW
+trajectory, ranks, chunks."""
 
 import contextlib
 import json
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import AutoConfig, Trainer, get_linear_schedule_with_warmup
 
+from clip_pretraining.layers import install
 from clip_pretraining.loss import contrastive_loss
 from clip_pretraining.modeling import FAMILIES, encode_images, encode_texts
 from clip_pretraining.trainer import ClipTrainer
@@ -32,7 +34,7 @@ def build(name: str):
     model = FAMILIES[config.model_type]._from_config(config, attn_implementation="sdpa")
     loading = model.load_state_dict(load_file(GOLDEN / f"{name}_weights.safetensors"), strict=False)
     assert not loading.missing_keys and not loading.unexpected_keys
-    return model.eval(), load_file(GOLDEN / f"{name}_io.safetensors")
+    return install(model, torch.device("cpu")).eval(), load_file(GOLDEN / f"{name}_io.safetensors")
 
 
 def loss_of(model, batch, rows=slice(None)) -> torch.Tensor:
