@@ -5,7 +5,6 @@ Parameter names and their order are the reference's (`modeling_finetune.py`), so
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -90,6 +89,10 @@ class RelativePositionBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(distances, num_heads))
         self.register_buffer("relative_position_index", gen_relative_position_index(window_size))
 
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.relative_position_bias_table)
+        self.relative_position_index.copy_(gen_relative_position_index(self.window_size))
+
     def forward(self) -> Tensor:
         return bias_from_table(self.relative_position_bias_table, self.relative_position_index)
 
@@ -134,6 +137,14 @@ class Attention(nn.Module):
         self.attn_drop = attn_drop
         self.proj = nn.Linear(inner, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def reset_parameters(self) -> None:
+        """What is its own: zero biases and table."""
+        for parameter in (self.q_bias, self.v_bias, self.relative_position_bias_table):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+        if self.relative_position_bias_table is not None:
+            self.relative_position_index.copy_(gen_relative_position_index(self.window_size))
 
     def forward(self, x: Tensor, rows: Tensor | None = None, shared_bias: Tensor | None = None) -> Tensor:
         """x [B, N, C], rows int64 [B, K] whose output is needed (None = all), shared_bias [1, H, N, N] -> [B, K, C]."""
@@ -193,6 +204,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=(0.0, drop))  # no dropout after the activation
 
+    def reset_parameters(self) -> None:
+        """What is its own: the layer scale."""
+        for gamma in (self.gamma_1, self.gamma_2):
+            if gamma is not None:
+                nn.init.constant_(gamma, float(self.init_values))
+
     def forward(self, x: Tensor, shared_bias: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """x [B, N, C], shared_bias [1, H, N, N] -> [B, N, C]; with rows int64 [B, K] only those: [B, K, C]."""
         out = x if rows is None else take_rows(x, rows)
@@ -229,11 +246,3 @@ def init_linear_and_norm(module: nn.Module, std: float, bound: float, convolutio
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-@torch.no_grad()
-def scale_residual_outputs(blocks: nn.ModuleList, first: int = 0) -> None:
-    """Divides the weights that write to the residual stream by sqrt(2 * layer number) (BEiT, section 2.5)."""
-    for number, block in enumerate(blocks, first + 1):
-        block.attn.proj.weight.div_(math.sqrt(2.0 * number))
-        block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))

@@ -1,4 +1,7 @@
-"""What BEiT v2 does otherwise on an Ascend NPU; nothing elsewhere."""
+"""What BEiT v2 does otherwise on an Ascend NPU, each change a named function with its reason; nothing elsewhere.
+
+NPU_PATCHES_OFF=NAME,... leaves patches out. Run on a simulated npu device (ci/fake_npu), not on Ascend hardware.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from beit2.blocks import Attention, attend
+from common import npu
 
 
-def apply(model: nn.Module, tokenizer: nn.Module | None, device: torch.device, trainable_bias: bool = False) -> None:
-    """Puts the fused attention where its result and gradient are right.
+def use_fused_attention(model: nn.Module) -> None:
+    """torch_npu's kernel where the relative position bias is not trained: the frozen tokenizer, and evaluation.
 
-    The tokenizer is frozen, so its attention has no trainable bias. The model's bias is trainable, and nothing says
-    that `npu_fusion_attention` has a gradient for `pse`: there it stays plain unless `trainable_bias` asks for it.
+    A float mask makes torch_npu's own `scaled_dot_product_attention` fall back to plain math, and the kernel that takes
+    a bias has no gradient for it. torch_npu 2.1 and newer.
     """
-    if device.type != "npu":
-        return
-    for module in (*(model.modules() if trainable_bias else ()), *(tokenizer.modules() if tokenizer else ())):
+    for module in model.modules():
         if isinstance(module, Attention):
             module.attend = fused_attend
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
-    """`attend` by torch_npu's fused kernel, which takes half precision only."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
+    """`attend` by the fused kernel, in half precision and for a bias without gradient; else `attend` itself."""
+    trainable = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if trainable or q.dtype not in (torch.float16, torch.bfloat16):
         return attend(q, k, v, bias, scale, dropout)
-    pse = None
-    if bias is not None:
-        pse = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1).contiguous()  # [B, H, K, N]
-    return torch.ops.npu.npu_fusion_attention(
-        q, k, v, q.shape[1], "BNSD", pse=pse, scale=scale, keep_prob=1.0 - dropout
-    )[0]
+    return npu.fused_attention(q, k, v, scale, bias=bias, p=dropout)
+
+
+PATCHES = {"exact_gelu": npu.use_exact_gelu, "fused_attention": use_fused_attention}
+
+
+def apply(model: nn.Module, tokenizer: nn.Module | None, device: torch.device) -> None:
+    """Prepares the model and the tokenizer that labels for it, on their device."""
+    if npu.is_npu(device):
+        for patch in npu.chosen(PATCHES).values():
+            for module in {model, tokenizer} - {None}:
+                patch(module)

@@ -2,132 +2,76 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from timm.layers import PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit2.blocks import (
-    NORM_EPS,
-    Block,
-    RelativePositionBias,
-    drop_path_rates,
-    init_linear_and_norm,
-    scale_residual_outputs,
-    take_rows,
-)
+from beit2.blocks import Attention, Block, RelativePositionBias, drop_path_rates, init_linear_and_norm, take_rows
+from beit2.encoder import Encoder
 from common.cpu_kernels import cpu_kernels
 
 
-class MaskedImageModel(nn.Module):
+class MaskedImageModel(Encoder):
     """Predicts the visual tokens of masked patches; with `cls_pt`, also through a shallow head fed by the final CLS.
 
     The head (section 2.3, "patch aggregation") gets the patch states of block `early_layers` and the final CLS token,
     so that the CLS token has to carry what the early patch states lack.
 
     Args:
-        img_size: pixels, int or (height, width).
         early_layers: number of the block whose patch states the head sees.
         head_layers: blocks in the head.
         shared_lm_head: one norm and one output layer for both predictions.
         cls_pt: whether there is a head; by default when early_layers is given.
         init_cls_pt_layers: initialise the head's blocks as all others. The reference builds them after its
             initialisation ran, so they keep torch's default; False is its published behaviour.
+        encoder: the arguments of `Encoder`.
     """
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
         vocab_size: int = 8192,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        norm_eps: float = NORM_EPS,
-        init_values: float | None = None,
-        attn_head_dim: int | None = None,
-        use_abs_pos_emb: bool = False,
-        use_rel_pos_bias: bool = False,
-        use_shared_rel_pos_bias: bool = False,
-        init_std: float = 0.02,
         early_layers: int | None = None,
         head_layers: int = 2,
         shared_lm_head: bool = True,
         cls_pt: bool | None = None,
         init_cls_pt_layers: bool = False,
+        depth: int = 12,
+        drop_path_rate: float = 0.0,
+        **encoder: Any,
     ):
-        super().__init__()
+        super().__init__(depth=depth, drop_path_rate=drop_path_rate, mask_token=True, **encoder)
         self.cls_pt = early_layers is not None if cls_pt is None else cls_pt
         self.early_layers = (6 if early_layers is None else early_layers) if self.cls_pt else None
         if self.cls_pt and not 1 <= self.early_layers <= depth:
             raise ValueError(f"early_layers {self.early_layers}: must be between 1 and the model's depth, {depth}")
         self.activation_checkpointing = False  # recompute blocks in the backward pass
-        self.embed_dim, self.vocab_size, self.init_std = embed_dim, vocab_size, init_std
-        self.init_cls_pt_layers = init_cls_pt_layers
-
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.patch_size = self.patch_embed.patch_size
-        self.window_size = self.patch_embed.grid_size
-        length = self.patch_embed.num_patches + 1
-        self.pos_embed = nn.Parameter(torch.zeros(1, length, embed_dim)) if use_abs_pos_emb else None
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.rel_pos_bias = RelativePositionBias(self.window_size, num_heads) if use_shared_rel_pos_bias else None
-
-        def block(rate: float) -> Block:
-            window = self.window_size if use_rel_pos_bias else None
-            regularization = (drop_rate, attn_drop_rate, rate)
-            sizes = (embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale)
-            return Block(*sizes, *regularization, init_values, window, attn_head_dim, norm_eps)
-
-        self.blocks = nn.ModuleList(block(rate) for rate in drop_path_rates(drop_path_rate, depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.lm_head = nn.Linear(embed_dim, vocab_size)
+        self.vocab_size, self.init_cls_pt_layers = vocab_size, init_cls_pt_layers
+        self.norm = nn.LayerNorm(self.embed_dim, eps=self.norm_eps)
+        self.lm_head = nn.Linear(self.embed_dim, vocab_size)
         if self.cls_pt:
             count = max(depth, self.early_layers + head_layers)
             rates = drop_path_rates(drop_path_rate, count)[self.early_layers : self.early_layers + head_layers]
-            self.cls_pt_layers = nn.ModuleList(block(rate) for rate in rates)
+            self.cls_pt_layers = self.new_blocks(rates)
             self.shared_lm_head = shared_lm_head
             if not shared_lm_head:
-                self.cls_pt_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-                self.cls_pt_lm_head = nn.Linear(embed_dim, vocab_size)
+                self.cls_pt_norm = nn.LayerNorm(self.embed_dim, eps=self.norm_eps)
+                self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size)
         self.init_weights()
 
-    def init_weights(self) -> None:
-        """The reference's initialisation; on parameters that are already there."""
-        std = self.init_std
-        for token in (self.cls_token, self.mask_token, self.pos_embed):
-            if token is not None:
-                trunc_normal_(token, std=std, a=-std, b=std)
-        for name, module in self.named_modules():
-            if self.init_cls_pt_layers or not name.startswith("cls_pt_layers"):
-                init_linear_and_norm(module, std, bound=std, convolutions=True)
-        scale_residual_outputs(self.blocks)
-        if self.cls_pt:
-            scale_residual_outputs(self.cls_pt_layers, first=self.early_layers)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
-
-    def embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """images [B, 3, H, W], mask bool [B, N] (True = replaced by the mask token) -> [B, 1 + N, C]."""
-        with cpu_kernels():
-            x = self.patch_embed(images)  # [B, N, C]
-        if mask is not None:
-            weight = mask.flatten(1).unsqueeze(-1).type_as(self.mask_token)  # [B, N, 1]
-            x = x * (1 - weight) + self.mask_token * weight
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # [B, 1 + N, C]
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
-        return self.pos_drop(x)
+    def init_module(self, name: str, module: nn.Module) -> None:
+        bounds = {"a": -self.init_std, "b": self.init_std}
+        if module is self:
+            self.init_tokens(**bounds)
+        elif isinstance(module, Block | Attention | RelativePositionBias):
+            module.reset_parameters()
+        elif name.startswith("cls_pt_layers") and not self.init_cls_pt_layers:
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                module.reset_parameters()
+        else:
+            init_linear_and_norm(module, self.init_std, bound=self.init_std, convolutions=True)
+        self.scale_residual_output(name, module, first=self.early_layers or 0)
 
     def forward_features(
         self, images: Tensor, bool_masked_pos: Tensor | None = None, patches: Tensor | None = None
@@ -144,7 +88,7 @@ class MaskedImageModel(nn.Module):
             One or two tensors [B, K or N, C], without CLS.
         """
         x = self.embed(images, bool_masked_pos)  # [B, 1 + N, C]
-        bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None  # [1, H, 1 + N, 1 + N]
+        bias = self.shared_bias()  # [1, H, 1 + N, 1 + N]
         rows = None if patches is None else patches + 1  # 0 is CLS
         # the early states have to be whole, so the last main block is cut only when it comes after them
         cut_main = rows is not None and self.early_layers != len(self.blocks)
