@@ -47,6 +47,7 @@ CPU_BENCHMARKS = (
     Benchmark("clip_step_upstream", "clip_step", ("--case", "upstream")),
     Benchmark("clip_step_open_clip", "clip_step", ("--case", "open_clip")),
     Benchmark("clip_step_bf16", "clip_step", ("--case", "bf16")),
+    Benchmark("clip_step_bf16_upstream", "clip_step", ("--case", "bf16_upstream")),
     Benchmark("clip_input", "clip_input"),
     Benchmark("data2vec_step_fp32", "data2vec_step", ("--precision", "fp32")),
     Benchmark("data2vec_step_bf16", "data2vec_step", ("--precision", "bf16")),

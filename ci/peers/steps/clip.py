@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, RobertaConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from ci.peers.steps.step import Step
-from clip_pretraining import npu_patches
+from clip_pretraining import layers, npu_patches
 from clip_pretraining.evaluation import normalise_pixels
 from clip_pretraining.loss import contrastive_loss
 from clip_pretraining.modeling import ImageSettings
@@ -87,6 +87,7 @@ def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Ste
     """As clip_pretraining/trainer.py: uint8 pixels, captions padded to their bucket, the loss of loss.py."""
     shape = SIZES[size]
     model = dual_encoder(shape, device)
+    layers.install(model, device)
     npu_patches.apply(model, device)
     optimizer, numbers = adamw(model), itertools.count()
     pixels, captions = pairs(shape, device)
