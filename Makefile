@@ -7,7 +7,7 @@ PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor npu-contract demo test counters counters-accept perf perf-run peers outcomes lint format sample_data clean
+.PHONY: help install doctor npu-contract npu-stub demo test counters counters-accept perf perf-run peers outcomes lint format sample_data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ doctor: ## say what is wrong with this host's driver, CANN, torch and cards; DEV
 
 npu-contract: $(STAMP) ## fetch the torch_npu wheels (170 MB, deleted again) and check what our code calls of them
 	python -m ci.npu_contract.update
+
+npu-stub: $(STAMP) ## run our npu patches on the shape functions of the real torch_npu 2.13 (44 MB, kept in .npu_stub/)
+	python -m ci.npu_stub
 
 demo: sample_data ## train a small model on real pictures and show the result; PROJECT=X_for_PyTorch for another project
 	@test -f $(PROJECT)/test/demo.sh || { echo "error: PROJECT=$(PROJECT): choose one of $(PROJECTS)" >&2; exit 2; }
