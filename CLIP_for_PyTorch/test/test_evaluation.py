@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from clip_sample import draw
+from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection
 
 import export_vision_tower
 import run_clip
 import save_clip_roberta
 from clip_pretraining import evaluation, legacy_options, zeroshot
-from clip_pretraining.export import open_clip_visual
 from clip_pretraining.images import load_image
 from clip_pretraining.modeling import ImageSettings, encode_images, image_settings, load_model
 from clip_pretraining.pairs import DecodedImages, ImageRef
@@ -103,40 +103,26 @@ def test_transformers_loads_the_exported_tower(tiny_model, pairs_table, tmp_path
         export_vision_tower.main(["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "vision")])
 
 
-def open_clip_forward(w: dict[str, torch.Tensor], pixels: torch.Tensor, heads: int) -> torch.Tensor:
-    """open_clip's VisionTransformer.forward, written with torch's own attention from its tensor names."""
-    functional = torch.nn.functional
-    x = functional.conv2d(pixels, w["conv1.weight"], stride=w["conv1.weight"].shape[-1]).flatten(2).transpose(1, 2)
-    x = torch.cat([w["class_embedding"].expand(len(x), 1, -1), x], dim=1) + w["positional_embedding"]
-    width = x.shape[-1]
+def test_open_clip_loads_the_exported_tower(tiny_clip, tmp_path):
+    open_clip = pytest.importorskip("open_clip", reason="the library itself: pip install -r requirements-dev.txt")
+    command = ["--model_name_or_path", str(tiny_clip), "--output_dir", str(tmp_path), "--format", "open_clip"]
+    export_vision_tower.main(command)
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    preprocess = config.pop("preprocess_cfg")
+    theirs = open_clip.CLIP(text_cfg={"layers": 1, "width": 64, "heads": 4}, **config).eval()
+    theirs.visual.load_state_dict(load_file(tmp_path / "visual.safetensors"))  # strict: every tensor, no other
 
-    def norm(x, name):
-        return functional.layer_norm(x, (width,), w[f"{name}.weight"], w[f"{name}.bias"])
-
-    x = norm(x, "ln_pre")
-    for layer in range(sum(key.endswith("ln_1.weight") for key in w)):
-        block = f"transformer.resblocks.{layer}"
-        attention = torch.nn.MultiheadAttention(width, heads, batch_first=True)
-        prefix = f"{block}.attn."
-        attention.load_state_dict({k.removeprefix(prefix): v for k, v in w.items() if k.startswith(prefix)})
-        y = norm(x, f"{block}.ln_1")
-        x = x + attention(y, y, y, need_weights=False)[0]
-        y = functional.linear(norm(x, f"{block}.ln_2"), w[f"{block}.mlp.c_fc.weight"], w[f"{block}.mlp.c_fc.bias"])
-        y = y * torch.sigmoid(1.702 * y)
-        x = x + functional.linear(y, w[f"{block}.mlp.c_proj.weight"], w[f"{block}.mlp.c_proj.bias"])
-    return norm(x[:, 0], "ln_post") @ w["proj"]
-
-
-def test_open_clip_tensors_compute_the_same(tiny_clip):
     model = load_model(str(tiny_clip)).eval()
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    got = torch.nn.functional.normalize(open_clip_forward(open_clip_visual(model), pixels, heads=4), dim=-1)
-    torch.testing.assert_close(got, encode_images(model, pixels), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        theirs.encode_image(pixels, normalize=True), encode_images(model, pixels), atol=2e-6, rtol=0
+    )
+    settings = image_settings(str(tiny_clip), model.config)
+    assert (preprocess["mean"], preprocess["std"]) == (list(settings.mean), list(settings.std))
 
 
 def as_transformers_4(new: Path, old: Path) -> None:
     """The eight files that transformers 4.18 wrote, from a folder of transformers 5."""
-    from safetensors.torch import load_file
     from transformers import RobertaTokenizer
 
     old.mkdir()
