@@ -42,10 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.process_group(options.device) as world:
         precision, note = choose_precision(options, config, world.device)
         devices.seed_everything(config.common.seed)
-        notes += [note, npu_patches.use_length_buckets(config, world.device)]
+        notes += [note, *npu_patches.apply_to_config(config, world.device)]
         data = open_data(config, world.rank, world.size)
         data.open_splits()
         model = build(config, data).to(world.device)
+        npu_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world.size)
         save_dir = Path(options.output_dir) / config.checkpoint.save_dir
         resumed = resume(state, config, save_dir, world)
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
             for text in [*notes, resumed]:
                 if text:
                     log.info(text)
-            report = Report(log, config, -(-data.batches_per_epoch() // config.optimization.update_freq[0]))
+            updates_per_epoch = -(-data.batches_per_epoch() // config.optimization.update_freq[0])
+            report = Report(log, config, updates_per_epoch, state)
             for text in data.notes:
                 log.info(text)
             train(state, config, data, world, precision, report, save_dir, limit)
@@ -99,7 +101,8 @@ def train(state, config, data, world, precision, report, save_dir, limit) -> Non
     stop = state.num_updates >= limit
     while not stop:
         epoch = state.epoch
-        loader = data.train_batches(epoch, state.iterations).loader(config.dataset.num_workers)
+        epoch_batches = data.train_batches(epoch, state.iterations)
+        loader, rows = epoch_batches.loader(config.dataset.num_workers), iter(epoch_batches.rows)
         while not stop:
             with report.log.data_wait():
                 batches = [batch.to(world.device) for batch in islice(loader, config.optimization.update_freq[0])]
@@ -107,7 +110,7 @@ def train(state, config, data, world, precision, report, save_dir, limit) -> Non
                 break
             began = time.perf_counter()
             result = train_update(state, batches, config, world, precision, forward)
-            report.update(state, result, time.perf_counter() - began)
+            report.update(state, result, time.perf_counter() - began, sum(islice(rows, len(batches))))
             stop = should_stop(state, config, limit)
             ended = state.iterations >= data.batches_per_epoch()
             if ended:
@@ -140,6 +143,8 @@ def validate_and_save(state, config, data, world, precision, report, save_dir, f
     validates |= due(dataset.validate_interval_updates, state.num_updates)
     validates &= not dataset.disable_validation and state.num_updates >= dataset.validate_after_updates
     losses = []
+    if validates or saves:
+        report.read(state)  # raises before a broken model is saved
     if validates:
         for name in dataset.valid_subset.split(","):
             with report.log.pause("validate"):
@@ -148,6 +153,7 @@ def validate_and_save(state, config, data, world, precision, report, save_dir, f
                 sums = validate(state.model, loader, world, precision, forward)
             losses.append(report.validation(state, epoch, name, sums, began))
     if saves and not options.no_save:
+        state.meters = {} if ended else report.meters()
         with report.log.pause("save"):
             if world.is_main:
                 save_checkpoints(save_dir, state, config, losses[0] if losses else None, ended)

@@ -34,9 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     start_ranks(config, options.device)
     with distributed.process_group(options.device) as world:
         precision, _ = choose_precision(options, config, world.device)
-        npu_patches.use_length_buckets(config, world.device)
+        npu_patches.apply_to_config(config, world.device)
         data = open_data(config, world.rank, world.size)
         model = build(config, data).to(world.device)
+        npu_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world.size)
         try:
             checkpoint = load(path)

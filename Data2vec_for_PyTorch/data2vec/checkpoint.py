@@ -18,7 +18,8 @@ from data2vec.training import TrainState
 def state_to_checkpoint(state: TrainState, config: DictConfig, val_loss: float | None) -> dict[str, Any]:
     """fairseq's `Trainer.state_dict` plus `extra_state`; plain values and tensors only."""
     extra = {
-        "metrics": {},
+        "metrics": {},  # fairseq's own, which has another form
+        "meters": state.meters,
         "previous_training_time": state.seconds(),
         "train_iterator": {
             "version": 2,
@@ -82,6 +83,7 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> No
     if not options.reset_dataloader and "train_iterator" in extra:
         state.epoch = extra["train_iterator"]["epoch"]
         state.iterations = extra["train_iterator"]["iterations_in_epoch"]
+        state.meters = extra.get("meters", {})
 
 
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

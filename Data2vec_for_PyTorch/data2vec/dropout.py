@@ -14,9 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import npu
-from data2vec import npu_patches
-
 _LEVELS = 1 << 16
 _CACHED_ELEMENTS = 1 << 18
 
@@ -143,8 +140,6 @@ def attention(
         key_mask: bool [B, T], True where keys may be seen; None when all may.
         bias: [H, Q, T], instead of a key mask.
     """
-    if npu.is_npu(q.device):
-        return npu_patches.fused_attention(q, k, v, key_mask, p, bias)
     if 0 < p < 1 and bias is None and q.device.type == "cpu":
         added = None
         if key_mask is not None:

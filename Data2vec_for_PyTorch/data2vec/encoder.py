@@ -46,6 +46,8 @@ class Rows:
 
 
 class SelfAttention(nn.Module):
+    attend = staticmethod(attention)  # npu_patches has another one
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         dim = config.embed_dim
@@ -68,7 +70,7 @@ class SelfAttention(nn.Module):
             q = q_rows.new_zeros(batch * rows.width, dim).index_copy(0, rows.slot, q_rows)
             q = self._split_heads(q.view(batch, rows.width, dim))  # [B, H, width, D]
         p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, key_mask, p).transpose(1, 2).reshape(batch, -1, dim)  # [B, T or width, C]
+        y = self.attend(q, k, v, key_mask, p).transpose(1, 2).reshape(batch, -1, dim)  # [B, T or width, C]
         if rows is not None:
             y = y.flatten(0, 1).index_select(0, rows.slot)  # [N, C]
         return self.out_proj(y)
@@ -84,6 +86,7 @@ class EncoderLayer(nn.Module):
         self.activation_dropout = config.activation_dropout
         self.self_attn = SelfAttention(config)
         self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim)
+        self.activation = nn.GELU()  # computes in fp32 inside also for 16-bit inputs, as fairseq's gelu
         self.fc1 = nn.Linear(config.embed_dim, config.ffn_embed_dim)
         self.fc2 = nn.Linear(config.ffn_embed_dim, config.embed_dim)
         self.final_layer_norm = nn.LayerNorm(config.embed_dim)
@@ -107,7 +110,7 @@ class EncoderLayer(nn.Module):
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows.flat)  # [N, C]
         x = self.self_attn_layer_norm(dropout_add(y, x, self.dropout, self.training))
-        y = F.gelu(self.fc1(x))  # computes in fp32 inside also for 16-bit inputs, as fairseq's gelu
+        y = self.activation(self.fc1(x))
         if self.training and self.activation_dropout > 0:
             y = F.dropout(y, self.activation_dropout)
         return x, self.fc2(y)

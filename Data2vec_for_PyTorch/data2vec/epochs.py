@@ -23,11 +23,12 @@ class Samples(Protocol):
 class EpochBatches(torch.utils.data.Dataset):
     """The batches of one epoch on one rank, by position: what a loader worker makes does not depend on which it is."""
 
-    def __init__(self, data: Samples, batches: list[np.ndarray], epoch: int):
+    def __init__(self, data: Samples, batches: list[np.ndarray], epoch: int, rows: list[int]):
         super().__init__()
         self.data = data
         self.batches = batches
         self.epoch = epoch
+        self.rows = rows  # of each position's batches over all ranks, so that nobody has to ask a device
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -68,17 +69,21 @@ class SplitBatches:
     def train_batches(self, epoch: int, start: int = 0) -> EpochBatches:
         """This rank's training batches of an epoch, from position `start` on."""
         data, batches = self.split(self.config.dataset.train_subset, training=True)
-        own = epoch_batches(batches, self.config.common.seed, epoch, self.world_size, self.rank)
-        return EpochBatches(data, own[start:], epoch)
+        return self._own(data, batches, epoch, self.config.common.seed, start=start)
 
     def batches_per_epoch(self) -> int:
         _, batches = self.split(self.config.dataset.train_subset, training=True)
         return -(-len(batches) // self.world_size)
 
     def valid_batches(self, name: str) -> EpochBatches:
-        """This rank's batches of a validation split: in order of size, with the same masks every time."""
+        """This rank's batches of a validation split: in the plan's order, with the same masks every time."""
         data, batches = self.split(name, training=False)
-        own = epoch_batches(batches, 0, 0, self.world_size, self.rank, shuffle=False)
-        if self.config.dataset.max_valid_steps:
-            own = own[: self.config.dataset.max_valid_steps]
-        return EpochBatches(data, own, VALID_EPOCH)
+        stop = self.config.dataset.max_valid_steps or None
+        return self._own(data, batches, VALID_EPOCH, seed=0, shuffle=False, stop=stop)
+
+    def _own(self, data, batches, epoch: int, seed: int, shuffle=True, start=0, stop=None) -> EpochBatches:
+        size = self.world_size
+        order = epoch_batches(batches, seed, epoch, shuffle=shuffle)
+        own = epoch_batches(order, 0, 0, size, self.rank, shuffle=False)
+        rows = [sum(map(len, order[i : i + size])) for i in range(0, len(order), size)]
+        return EpochBatches(data, own[start:stop], epoch, rows[start:stop])

@@ -18,6 +18,7 @@ class Meters:
         self.updates = 0
         self.loss = self.sample_size = self.sentences = 0.0
         self.gnorm = self.clipped = self.ema_decay = 0.0
+        self.target_std = self.pred_std = 0.0
         self.seconds = 0.0  # in updates, without waiting for data
         self.began = time.perf_counter()
 
@@ -30,6 +31,8 @@ class Meters:
         gnorm: float = 0.0,
         clip_norm: float = 0.0,
         seconds: float = 0.0,
+        target_std: float = 0.0,
+        pred_std: float = 0.0,
     ) -> None:
         self.updates += 1
         self.loss += loss_sum
@@ -39,13 +42,23 @@ class Meters:
         self.clipped += 100.0 * (0 < clip_norm < gnorm)
         self.ema_decay += 1000 * ema_decay
         self.seconds += seconds
+        self.target_std += target_std
+        self.pred_std += pred_std
+
+    def state_dict(self) -> dict[str, float]:
+        """The sums, and the wall seconds they took so far."""
+        return {**vars(self), "began": time.perf_counter() - self.began}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from saved sums; the time between runs does not count."""
+        vars(self).update(state, began=time.perf_counter() - state["began"])
 
     @property
     def mean_loss(self) -> float:
         return self.loss / max(self.sample_size, 1)
 
-    def values(self, training: bool) -> dict[str, str]:
-        """The line's keys up to `clip`, in fairseq's order."""
+    def values(self, training: bool, spread: bool = False) -> dict[str, str]:
+        """The line's keys up to `clip`, in fairseq's order; with `spread` the standard deviations that it calls var."""
         n = max(self.updates, 1)
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         line = {
@@ -54,15 +67,19 @@ class Meters:
             "nsentences": number(self.sentences / n),
             "sample_size": number(self.sample_size / n),
             "ema_decay": number(self.ema_decay / n, 3),
-            "wps": number(self.sample_size / elapsed, 1),
         }
+        if spread:
+            line |= {"target_var": number(self.target_std / n, 3), "pred_var": number(self.pred_std / n, 3)}
+        line["wps"] = number(self.sample_size / elapsed, 1)
         if training:
             line["ups"] = number(self.updates / elapsed, 2)
         return line | {"wpb": number(self.sample_size / n, 1), "bsz": number(self.sentences / n, 1)}
 
-    def training_values(self, num_updates: int, lr: float, loss_scale: float | None, wall: float) -> dict[str, str]:
+    def training_values(
+        self, num_updates: int, lr: float, loss_scale: float | None, wall: float, spread: bool = False
+    ) -> dict[str, str]:
         n = max(self.updates, 1)
-        line = self.values(training=True) | {
+        line = self.values(training=True, spread=spread) | {
             "num_updates": number(num_updates),
             "lr": number(lr),
             "gnorm": number(self.gnorm / n, 3),

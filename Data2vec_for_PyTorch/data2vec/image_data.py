@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
 
-from common.device import UsageError, mix_seed
+from common.device import UsageError, mix_seed, to_device
 from data2vec.batching import batch_by_size
 from data2vec.block_masking import block_mask
 from data2vec.epochs import SplitBatches
@@ -43,7 +43,7 @@ class ImageBatch:
     def to(self, device: torch.device) -> ImageBatch:
         if device.type == "cpu":
             return self
-        tensors = (getattr(self, name).to(device, non_blocking=True) for name in ("images", "mask", "rows"))
+        tensors = (to_device(getattr(self, name), device) for name in ("images", "mask", "rows"))
         return ImageBatch(self.id, *tensors)
 
 

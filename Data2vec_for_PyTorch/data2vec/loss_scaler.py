@@ -9,7 +9,8 @@ class LossScaler:
     """Doubles the scale after `window` steps without overflow, halves it on one; the overflowing step is skipped.
 
     Args:
-        scale: initial scale; fixed at 1 with `enabled=False`.
+        enabled: False without fp16: the scale is 1, and there is nothing to update.
+        scale: initial scale.
         window: steps, fairseq's default is 2**14 / ranks / update_freq.
         tolerance: share of overflowing steps since the last change that is put up with.
         threshold: the scale does not fall below it.
@@ -37,19 +38,14 @@ class LossScaler:
         """Takes note of a step's gradient norm; returns whether the step may be done.
 
         Raises:
-            FloatingPointError: without scaling, on any inf or nan; with it, when the scale has become too small.
+            FloatingPointError: the scale has become too small.
         """
         if math.isfinite(norm):
-            if self.enabled and (self._steps - self._last_overflow) % self.window == 0:
+            if (self._steps - self._last_overflow) % self.window == 0:
                 self.scale *= 2
                 self._last_rescale = self._steps
             self._steps += 1
             return True
-        if not self.enabled:
-            raise FloatingPointError(
-                f"the gradient norm is {norm}: the model was not updated with it. Lower the learning rate or lengthen "
-                "the warm-up; the last checkpoint is intact"
-            )
         before = self.scale
         since_rescale = self._steps - self._last_rescale
         self._last_overflow = self._steps

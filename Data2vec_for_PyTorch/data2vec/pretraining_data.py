@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from common.device import UsageError
+from common.device import UsageError, to_device
 from data2vec.batching import batch_by_size, filter_by_size, ordered_indices
 from data2vec.dictionary import MASK, Dictionary
 from data2vec.epochs import SplitBatches
@@ -52,7 +52,7 @@ class TextBatch:
     def to(self, device: torch.device) -> TextBatch:
         if device.type == "cpu":
             return self
-        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("src_tokens", "target_tokens")}
+        move = {name: to_device(getattr(self, name), device) for name in ("src_tokens", "target_tokens")}
         plan = self.plan.to(device) if self.plan else None
         return TextBatch(self.id, src_lengths=self.src_lengths, plan=plan, **move)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from omegaconf import DictConfig
 
 from common.run_log import RunLog
 from data2vec import fairseq_log
 from data2vec.fairseq_log import Meters
+from data2vec.modality import is_vision
 from data2vec.training import TrainState, UpdateResult, check_collapse, ema_decay, learning_rate
 
 
@@ -18,18 +21,22 @@ class Report:
         log: entered `RunLog`.
         config: of the run.
         updates_per_epoch: for the `update` field, a position in epochs.
+        state: of a resumed run, whose lines are then those of one that was never stopped.
     """
 
-    def __init__(self, log: RunLog, config: DictConfig, updates_per_epoch: int):
+    def __init__(self, log: RunLog, config: DictConfig, updates_per_epoch: int, state: TrainState | None = None):
         self.log = log
         self.config = config
         self.updates_per_epoch = updates_per_epoch
+        self.vision = is_vision(config)
         self.inner, self.epoch = Meters(), Meters()
+        for name, saved in (state.meters if state else {}).items():
+            getattr(self, name).load_state_dict(saved)
         self.tokens = self.sentences = self.updates = 0.0
         self._pending: list[tuple[UpdateResult, float]] = []
 
-    def update(self, state: TrainState, result: UpdateResult, seconds: float) -> None:
-        """Takes note of one update; a skipped one (fp16 overflow) is told at once."""
+    def update(self, state: TrainState, result: UpdateResult, seconds: float, samples: int) -> None:
+        """Takes note of one update, of `samples` over all ranks; a skipped one (fp16 overflow) is told at once."""
         if result.skipped:
             self.log.info(f"gradient overflow at update {state.num_updates}: loss scale now {state.scaler.scale:g}")
             return
@@ -37,7 +44,7 @@ class Report:
         step = state.num_updates
         self.log.step(
             step,
-            samples=int(result.sentences),
+            samples=samples,
             loss=result.loss_sum / result.sample_size.clamp(min=1),
             lr=result.lr,
             grad_norm=result.grad_norm,
@@ -48,7 +55,7 @@ class Report:
             masked_tokens=result.sample_size,
         )
         if step % self.config.common.log_interval == 0:
-            self._drain(step)
+            self.read(state)
             line = {"epoch": state.epoch, "update": round(self._position(state), 3)}
             line |= self._training_values(self.inner, state)
             fairseq_log.write_line(self.log.info, "train_inner", line)
@@ -56,7 +63,7 @@ class Report:
 
     def end_of_epoch(self, state: TrainState, epoch: int) -> None:
         """The `train` line; also when a run stops within an epoch."""
-        self._drain(state.num_updates)
+        self.read(state)
         if self.epoch.updates:
             values = fairseq_log.prefixed(self._training_values(self.epoch, state), "train")
             fairseq_log.write_line(self.log.info, "train", {"epoch": epoch} | values)
@@ -86,18 +93,52 @@ class Report:
             return
         per_second = 1000 / values["TrainingTime"]
         speed = {
-            "SequencesPerSecond": values["ActualFPS"],
+            "ImagesPerSecond" if self.vision else "SequencesPerSecond": values["ActualFPS"],
             "UpdatesPerSecond": round(per_second, 4),
             "TokensPerSecond": round(values["ActualFPS"] * self.tokens / max(self.sentences, 1), 1),
         }
         if self.log.world.is_main:
             self.log.result.write(values | speed)
-            print(
-                f"Final Performance images/sec : {speed['UpdatesPerSecond']} (updates/sec, as the reference prints it)"
-            )
-            print(f"Final Performance tokens/sec : {speed['TokensPerSecond']} (real tokens, no padding)")
+            if not self.vision:
+                print(
+                    f"Final Performance images/sec : {speed['UpdatesPerSecond']} "
+                    "(updates/sec, as the reference prints it)"
+                )
+            what = "patches" if self.vision else "real tokens, no padding"
+            print(f"Final Performance tokens/sec : {speed['TokensPerSecond']} ({what})")
             if state.best_loss is not None:
                 print(f"Final Valid Best Loss: {known['ValidBestLoss']}", flush=True)
+
+    def meters(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint keeps of the lines in the making; call `read` before."""
+        return {"inner": self.inner.state_dict(), "epoch": self.epoch.state_dict()}
+
+    def read(self, state: TrainState) -> None:
+        """Reads the updates noted since the last time: the one wait for the device.
+
+        Raises:
+            FloatingPointError: inf or nan, or collapse.
+        """
+        state.guard.check()
+        if not self._pending:
+            return
+        columns = ("loss_sum", "sample_size", "sentences", "tokens", "grad_norm", "pred_std", "target_std")
+        rows = torch.stack([torch.stack([getattr(r, c) for c in columns]) for r, _ in self._pending]).tolist()
+        spreads = []
+        for (loss, size, sentences, tokens, norm, *spread), (result, seconds) in zip(rows, self._pending, strict=True):
+            if math.isnan(spread[0]):  # a batch of fewer than two masked tokens
+                spread = [0.0, 0.0]
+            else:
+                spreads.append(spread)
+            for meters in (self.inner, self.epoch):
+                clip = self.config.optimization.clip_norm
+                meters.add(loss, size, sentences, result.ema_decay, norm, clip, seconds, spread[1], spread[0])
+            self.tokens += tokens
+            self.sentences += sentences
+        self._pending = []
+        if spreads:
+            pred_std, target_std = (sum(column) / len(spreads) for column in zip(*spreads, strict=True))
+            check_collapse(pred_std, target_std, state.num_updates, self.config.lr_scheduler.warmup_updates)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -108,22 +149,4 @@ class Report:
     def _training_values(self, meters: Meters, state: TrainState) -> dict[str, str]:
         scale = state.scaler.scale if state.scaler.enabled else None
         lr = learning_rate(self.config, state.num_updates)  # fairseq logs the next update's
-        return meters.training_values(state.num_updates, lr, scale, state.seconds())
-
-    def _drain(self, step: int) -> None:
-        """Reads the pending sums: the one wait for the device."""
-        if not self._pending:
-            return
-        columns = ("loss_sum", "sample_size", "sentences", "tokens", "grad_norm", "pred_std", "target_std")
-        rows = torch.stack([torch.stack([getattr(r, c) for c in columns]) for r, _ in self._pending]).tolist()
-        for row, (result, seconds) in zip(rows, self._pending, strict=True):
-            loss, sample_size, sentences, tokens, norm = row[:5]
-            for meters in (self.inner, self.epoch):
-                clip = self.config.optimization.clip_norm
-                meters.add(loss, sample_size, sentences, result.ema_decay, norm, clip, seconds)
-            self.tokens += tokens
-            self.sentences += sentences
-        self._pending = []
-        finite = [row for row in rows if row[5] == row[5]]  # batches of fewer than two masked tokens have no spread
-        if finite:
-            check_collapse(*(sum(row[i] for row in finite) / len(finite) for i in (5, 6)), num_updates=step)
+        return meters.training_values(state.num_updates, lr, scale, state.seconds(), spread=self.vision)

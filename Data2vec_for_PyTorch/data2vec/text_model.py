@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from common.cpu_kernels import cpu_kernels
+from common.device import to_device
 from data2vec.encoder import EncoderConfig, Rows, SentenceEncoder, init_bert_weights
 from data2vec.targets import TargetConfig, average_targets, regression_loss
 from data2vec.teacher import WithTeacher
@@ -46,9 +47,9 @@ class BatchPlan:
 
     def to(self, device: torch.device) -> BatchPlan:
         def move(rows: Rows) -> Rows:
-            return Rows(rows.flat.to(device, non_blocking=True), rows.slot.to(device, non_blocking=True), rows.width)
+            return Rows(to_device(rows.flat, device), to_device(rows.slot, device), rows.width)
 
-        tokens = self.teacher_tokens.to(device, non_blocking=True)
+        tokens = to_device(self.teacher_tokens, device)
         return BatchPlan(move(self.rows), self.has_padding, tokens, move(self.teacher_rows), self.teacher_has_padding)
 
 

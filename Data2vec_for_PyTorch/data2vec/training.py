@@ -14,6 +14,7 @@ from common import distributed
 from common.distributed import World
 from data2vec.config import adam_betas
 from data2vec.ema import ema_decay_at, ema_step
+from data2vec.finite_guard import FiniteGuard
 from data2vec.loss_scaler import LossScaler
 from data2vec.optimizer import FairseqAdam, clip_coefficient, cosine_lr, gradient_norm
 
@@ -28,11 +29,13 @@ class TrainState:
     model: torch.nn.Module
     optimizer: FairseqAdam
     scaler: LossScaler
+    guard: FiniteGuard = field(default_factory=FiniteGuard)
     num_updates: int = 0
     epoch: int = 1
     iterations: int = 0  # micro-batches of this epoch that are done
     best_loss: float | None = None
     previous_seconds: float = 0.0
+    meters: dict[str, dict[str, float]] = field(default_factory=dict)  # sums of the unfinished log lines, as saved
     started: float = field(default_factory=time.perf_counter)
 
     def seconds(self) -> float:
@@ -112,13 +115,14 @@ def train_update(state: TrainState, batches: list[Any], config: DictConfig, worl
         UpdateResult.
 
     Raises:
-        FloatingPointError: the gradient norm is not finite (fp16: only once the loss scale is exhausted), on all ranks.
+        FloatingPointError: fp16: the loss scale is exhausted; on a CPU: the gradient norm is not finite. Accelerators
+            do not wait for the norm: they skip the update, and `state.guard.check()` raises. On all ranks alike.
     """
     model, device = state.model, world.device
     model.train()
     devices.seeded(config.common.seed, state.num_updates, world.rank)
     decay = ema_decay(config, state.num_updates)
-    sums = torch.zeros(4, device=device)
+    loss_sum, counts = torch.zeros(1, device=device), [0, 0, 0]
     spread = torch.zeros(2, device=device)
     for i, batch in enumerate(batches):
         if i == 0 or config.model.ema_steps == "per_micro_batch":
@@ -128,9 +132,9 @@ def train_update(state: TrainState, batches: list[Any], config: DictConfig, worl
         with devices.autocast(device, precision):
             out = forward(model, batch)
         (out["loss_sum"] * state.scaler.scale).backward()
-        counts = (out["sample_size"], len(batch.id), batch.num_tokens)
-        sums[0] += out["loss_sum"].detach()
-        sums[1:] += torch.tensor(counts, dtype=torch.float32)
+        loss_sum += out["loss_sum"].detach()
+        own = (out["sample_size"], len(batch.id), batch.num_tokens)
+        counts = [total + count for total, count in zip(counts, own, strict=True)]
         spread = representation_std(out["pred"], out["target"])
 
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -138,20 +142,24 @@ def train_update(state: TrainState, batches: list[Any], config: DictConfig, worl
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters]
-    sums = _reduce(gradients, sums)
+    on_host = torch.tensor(counts, dtype=torch.float32)
+    sums = _reduce(gradients, torch.cat((loss_sum, devices.to_device(on_host, device))))  # [4]
     factor = 1 / (sums[1].clamp(min=1) * state.scaler.scale)  # to the gradient of the mean loss
     norm = gradient_norm(gradients) * factor
     lr = learning_rate(config, state.num_updates)
     result = UpdateResult(sums[0], sums[1], sums[2], sums[3], norm, *spread, ema_decay=decay, lr=lr)
-    result.skipped = not state.scaler.update(float(norm))
+    if state.scaler.enabled:  # whether the step counts, and the next scale, depend on the norm: the host has to know it
+        result.skipped = not state.scaler.update(float(norm))
     if not result.skipped:
         if config.optimization.clip_norm > 0:
             factor = factor * clip_coefficient(norm, config.optimization.clip_norm, precision == "fp16")
         # The fused kernel divides gradients by grad_scale as it reads them: no pass of its own over all gradients.
         state.optimizer.grad_scale = 1 / factor
-        state.optimizer.found_inf = torch.zeros_like(norm)
+        state.optimizer.found_inf = state.guard.found_inf(state.num_updates + 1, norm)
         state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.step()
+        if device.type == "cpu":  # nothing to wait for
+            state.guard.check()
         state.num_updates += 1
     state.optimizer.zero_grad()
     state.iterations += len(batches)
@@ -180,10 +188,16 @@ def representation_std(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     return torch.stack([x.float().std(dim=0).mean() for x in (pred, target)])
 
 
-def check_collapse(pred_std: float, target_std: float, num_updates: int) -> None:
-    """Raises FloatingPointError, explaining it, when representations have collapsed."""
-    for what, value in (("teacher's targets", target_std), ("student's predictions", pred_std)):
-        # An untrained head may predict nearly constants; targets are normalised, so theirs says more.
+def check_collapse(pred_std: float, target_std: float, num_updates: int, warmup_updates: int = 0) -> None:
+    """Raises FloatingPointError, explaining it, when representations have collapsed.
+
+    Predictions count from the end of the warm-up on: an untrained student may well predict constants (masked patches
+    start out alike, and differ by position only through a bias that is zero at first).
+    """
+    suspects = [("teacher's targets", target_std)]
+    if num_updates > warmup_updates:
+        suspects.append(("student's predictions", pred_std))
+    for what, value in suspects:
         if value < COLLAPSED_STD and num_updates > 0:
             raise FloatingPointError(
                 f"collapse at update {num_updates}: the {what} have a standard deviation of {value:.2e} over tokens "

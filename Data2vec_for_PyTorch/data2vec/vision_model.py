@@ -54,7 +54,9 @@ class VisionConfig:
 
 
 class VisionAttention(beit.Attention):
-    """timm's module (names, initialisation) with this project's attention, which has a fused kernel on an npu."""
+    """timm's module (names, initialisation) with this project's attention."""
+
+    attend = staticmethod(attention)  # npu_patches has another one
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """x [B, T, C], bias fp32 [H, T, T] -> [B, T, C]."""
@@ -63,7 +65,7 @@ class VisionAttention(beit.Attention):
             bias = self._get_rel_pos_bias()[0]
         qkv = nn.functional.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, T, D]
-        y = attention(q, k, v, None, self.attn_drop.p if self.training else 0.0, bias)  # [B, H, T, D]
+        y = self.attend(q, k, v, None, self.attn_drop.p if self.training else 0.0, bias)  # [B, H, T, D]
         return self.proj(y.transpose(1, 2).flatten(2))
 
 

@@ -323,8 +323,6 @@ def test_loss_scaler_rules():
     low = LossScaler(True, scale=2e-4)
     with pytest.raises(FloatingPointError, match="min_loss_scale"):
         low.update(float("nan"))
-    with pytest.raises(FloatingPointError, match="learning rate"):
-        LossScaler(False).update(float("inf"))
 
 
 @pytest.mark.parametrize("norm", ["layer_norm_target_layer", "batch_norm_target_layer", "instance_norm_targets"])
@@ -346,8 +344,6 @@ def test_loader_plans_what_the_model_needs(corpus, golden, norm):
 
 
 def test_length_buckets_change_no_result(corpus):
-    from types import SimpleNamespace
-
     from omegaconf import OmegaConf
 
     from data2vec import build_model, npu_patches
@@ -356,8 +352,8 @@ def test_length_buckets_change_no_result(corpus):
 
     config, _ = load_config(PROJECT / "test", "tiny", [f"task.data={corpus}"])
     plain = PretrainingData(config)
-    assert npu_patches.use_length_buckets(config, torch.device("cpu")) is None
-    assert "64" in npu_patches.use_length_buckets(config, SimpleNamespace(type="npu"))
+    assert npu_patches.apply_to_config(config, torch.device("cpu")) == []
+    assert "64" in npu_patches.use_length_buckets(config)
     bucketed = PretrainingData(config)
     model = build_model(OmegaConf.to_container(config.model), len(plain.vocab)).eval()
     for a, b, _ in zip(plain.train_batches(1).loader(0), bucketed.train_batches(1).loader(0), range(4), strict=False):
