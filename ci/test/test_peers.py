@@ -1,0 +1,131 @@
+"""The benchmarks against peers: all are in the one command, both sides compute the same, README and results agree."""
+
+import importlib
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from ci.peers import device_step, table
+from ci.peers.steps.step import PROJECTS, ROOT, sides_of
+from common.device import UsageError
+
+peers = importlib.import_module("ci.peers.__main__")
+CPU = torch.device("cpu")
+
+
+def test_the_one_command_runs_every_benchmark():
+    benchmarks = {p.stem for p in (ROOT / "ci/peers").glob("*.py") if "write_result(" in p.read_text()}
+    benchmarks -= {"paired_timing"}
+    assert {benchmark.module for benchmark in peers.CPU_BENCHMARKS} == benchmarks | {"device_step"}
+
+
+def test_choosing_benchmarks():
+    names = [benchmark.name for benchmark in peers.chosen(peers.CPU_BENCHMARKS, ["clip_step", "vit_input"])]
+    clip = ["clip_step_upstream", "clip_step_open_clip", "clip_step_bf16", "clip_step_bf16_upstream"]
+    assert names == ["vit_input", *clip]
+    with pytest.raises(UsageError, match="vit_stepp.*there are vit_step,"):
+        peers.chosen(peers.CPU_BENCHMARKS, ["vit_stepp"])
+
+
+def test_a_benchmark_that_fails_is_named_and_the_others_run(monkeypatch, capfd):
+    broken = [peers.Benchmark(f"broken{i}", "no_such_benchmark") for i in range(2)]
+    monkeypatch.setattr(peers, "CPU_BENCHMARKS", tuple(broken))
+    assert peers.main(["--quick"]) == 1
+    output = capfd.readouterr()
+    assert "== broken1: exit 1" in output.out and "failed: broken0, broken1" in output.err
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_both_sides_of_a_step_compute_the_same(project):
+    """Losses of three steps; ViT's peers draw their own mixing, so there only the first loss, ln(classes), is alike."""
+    module = sides_of(project)
+    steps = {}
+    for name, build in module.SIDES.items():
+        if name != "open_clip":
+            steps[name] = build("tiny", CPU, "fp32", False)
+    losses = {name: [float(step.run()) for _ in range(3)] for name, step in steps.items()}
+    ours = losses.pop("ours")
+    for name, values in losses.items():
+        if project == "vit":
+            assert values[0] == pytest.approx(math.log(10), abs=0.2) and all(map(math.isfinite, values))
+        else:
+            assert values == pytest.approx(ours, rel=1e-4), name
+    assert len({(step.samples, step.unit) for step in steps.values()}) == 1
+
+
+def test_what_cannot_be_measured_is_said():
+    with pytest.raises(UsageError, match="no tiny model|requirements-peers.txt"):
+        sides_of("clip").SIDES["open_clip"]("tiny", CPU, "fp32", False)
+    with pytest.raises(UsageError, match="without torch.compile"):
+        sides_of("data2vec").SIDES["plain"]("tiny", CPU, "fp32", True)
+
+
+def test_device_step_measures_a_small_step(tmp_path):
+    options = "--device cpu --size tiny --only data2vec --precision fp32 --compile off --rounds 2 --steps 2 --warmup 1"
+    device_step.main([*options.split(), "--output_dir", str(tmp_path)])
+    result = json.loads((tmp_path / "device_step_data2vec_fp32.json").read_text())
+    assert result["clock"] == "CPU seconds at one thread" and result["matmul_peak_tflop_per_second"] > 0
+    [versus] = result["versus"].values()
+    for side in (versus["ours"], versus["peer"]):
+        assert side["tokens_per_second"] * side["seconds_a_step"] == pytest.approx(128)
+        assert 0 < side["share_of_matmul_peak"] < 1 and side["peak_memory_mib"] > 50 and side["tflop_a_step"] > 0
+    [row] = table.comparisons("device_step_data2vec_fp32", result)
+    assert row.peer == "plain, torch.compile off" and row.low <= row.median <= row.high
+    assert row.memory == (versus["ours"]["peak_memory_mib"], versus["peer"]["peak_memory_mib"])
+
+
+def test_folder_of_a_device(monkeypatch):
+    assert device_step.folder_name(CPU) == "cpu"
+    monkeypatch.setattr(device_step.devices, "describe", lambda device: "NVIDIA H100 80GB HBM3")
+    assert device_step.folder_name(torch.device("cuda")) == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.parametrize(
+    ("result", "peer", "share", "memory"),
+    [
+        ({"ratio": 2.0, "ratio_low": 1.5, "ratio_high": 2.5}, "plain reference", None, None),
+        ({"versus": {"timm": {"median": 2.0, "low": 1.5, "high": 2.5, "our_gemm_peak_share": 0.8}}}, "timm", 0.8, None),
+        (
+            {
+                "peer": "open_clip",
+                "peer_over_ours": {"median": 2.0, "range": [1.5, 2.5]},
+                "share_of_fp32_gemm_peak": {"ours": 0.5},
+            },
+            "open_clip",
+            0.5,
+            None,
+        ),
+        (
+            {"plain_over_ours": {"median": 2.0, "low": 1.5, "high": 2.5}, "peak_memory_mib_ours_plain": [10, 20]},
+            "plain",
+            None,
+            (10, 20),
+        ),
+    ],
+)
+def test_the_table_reads_every_form_of_result(result, peer, share, memory):
+    [row] = table.comparisons("x_step", result)
+    assert (row.peer, row.median, row.low, row.high, row.share, row.memory) == (peer, 2.0, 1.5, 2.5, share, memory)
+
+
+def test_every_result_kept_is_in_the_table():
+    kept = {p.stem for p in table.BASELINES.glob("*/*.json") if table.RESULTS.match(p.name)}
+    assert kept == {row.benchmark for row in table.all_comparisons()}
+
+
+def test_documents_show_the_results_that_are_kept():
+    expected = table.markdown(table.all_comparisons())
+    shown = [path for path in table.SHOWN_IN if table.BEGIN in path.read_text()]
+    assert table.ROOT / "ci/peers/README.md" in shown
+    for path in shown:
+        between = re.search(f"{table.BEGIN}\n(.*?){table.END}", path.read_text(), re.S).group(1)
+        assert between == expected, f"{path} is out of date: python -m ci.peers --table"
+
+
+def test_only_the_part_between_the_markers_changes():
+    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    assert table.with_table(text, "new\n") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    assert table.with_table("no markers", "new\n") == "no markers"
