@@ -1,0 +1,155 @@
+"""The options of apex.amp that older command lines have, in torch's own mixed precision; and apex itself, where asked.
+
+    --fp16_opt_level O0|O1|O2|O3   --loss_scale dynamic|NUMBER   --use_combine_grad   --amp_backend native|apex
+
+| apex (Ascend/apex, NVIDIA/apex) | here |
+|---|---|
+| O0 | fp32 |
+| O1 | fp16 autocast, loss scaling |
+| O2 | the same. The parameters stay fp32, where apex has an fp16 model and an fp32 copy of it: not equal to the bit |
+| O3 | the same; a model and an optimizer all in fp16 do not train |
+| loss_scale dynamic | torch.amp.GradScaler |
+| loss_scale NUMBER | a constant scale; steps with inf or nan gradients are skipped, the scale stays |
+| combine_grad, check_combined_tensors | nothing: DDP's buckets and the fused optimizer do it |
+| keep_batchnorm_fp32 | nothing: autocast keeps normalisation in fp32 |
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.device import UsageError
+
+LEVELS = ("O0", "O1", "O2", "O3")
+BACKENDS = ("native", "apex")
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """What the options come to: a precision (None: the project's default) and notes for the user."""
+
+    precision: str | None
+    notes: tuple[str, ...]
+
+
+def translate(level: str | None, precision: str | None, combine_grad: bool = False) -> MixedPrecision:
+    """The precision that an apex level stands for.
+
+    Args:
+        level: of --fp16_opt_level, None where it was not given.
+        precision: of --precision, None likewise.
+        combine_grad: whether --use_combine_grad was given.
+
+    Raises:
+        UsageError: no level of apex, or one that contradicts the precision.
+    """
+    notes = []
+    if combine_grad:
+        notes.append(
+            "--use_combine_grad has no effect: DDP's buckets and the fused optimizer combine gradients already"
+        )
+    if level is None:
+        return MixedPrecision(precision, tuple(notes))
+    if level not in LEVELS:
+        raise UsageError(f"--fp16_opt_level {level}: O0, O1, O2 or O3")
+    meant = "fp32" if level == "O0" else "fp16"
+    if precision not in (None, meant):
+        raise UsageError(f"--fp16_opt_level {level} is {meant}, --precision is {precision}: give one of them")
+    if level in ("O2", "O3"):
+        notes.append(f"--fp16_opt_level {level} is fp16 autocast, as O1: the parameters stay fp32")
+    else:
+        notes.append(f"--fp16_opt_level {level} is --precision {meant}")
+    return MixedPrecision(meant, tuple(notes))
+
+
+def find_apex() -> Path | None:
+    """The folder of apex.amp where it is installed. Runs no code of it: PyPI's `apex` is an unrelated web toolkit."""
+    spec = importlib.util.find_spec("apex")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        amp = Path(folder) / "amp"
+        if (amp / "frontend.py").is_file() and "def initialize" in (amp / "frontend.py").read_text(errors="replace"):
+            return amp
+    return None
+
+
+class ApexScaler:
+    """apex.amp at level O1, behind the methods of `torch.amp.GradScaler`.
+
+    apex patches torch's functions, so the training loop runs without autocast. Only O1: with O2 the parameters become
+    fp16, which clipping, weight averages and checkpoints here know nothing of. Written against apex's documentation and
+    tested with a stand-in of its interface; not run with a real apex, which has no release for torch 2.13.
+
+    Args:
+        model: bare, before it is wrapped for several ranks.
+        optimizer: of its parameters; apex replaces its `step`.
+        level: must be O1.
+        loss_scale: "dynamic" or a number.
+        combine_grad: handed on to Ascend's apex, which has it.
+
+    Raises:
+        UsageError: no apex.amp is installed, or another level.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        level: str | None,
+        loss_scale: str | float = "dynamic",
+        combine_grad: bool = False,
+    ):
+        if level != "O1":
+            raise UsageError(f"--amp_backend apex: only --fp16_opt_level O1, not {level}; native does O2 as autocast")
+        if find_apex() is None:
+            raise UsageError(
+                "--amp_backend apex: no apex.amp is installed (PyPI's `apex` is an unrelated package); "
+                "leave the option out for torch's own mixed precision"
+            )
+        self._amp = importlib.import_module("apex.amp")
+        known = inspect.signature(self._amp.initialize).parameters
+        more = {"combine_grad": True} if combine_grad and "combine_grad" in known else {}
+        scale = loss_scale if loss_scale == "dynamic" else float(loss_scale)
+        self._amp.initialize(model, optimizer, opt_level=level, loss_scale=scale, verbosity=0, **more)
+        self._optimizer = optimizer
+
+    def scale(self, loss: torch.Tensor) -> _ScaledLoss:
+        return _ScaledLoss(self._amp, loss, self._optimizer)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing: apex has unscaled at the end of the backward pass."""
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()  # apex's, which skips a step that overflowed
+
+    def update(self) -> None:
+        """Nothing: apex has adapted the scale at the end of the backward pass."""
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def get_scale(self) -> float:
+        return float(self._amp.state_dict()["loss_scaler0"]["loss_scale"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._amp.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._amp.load_state_dict(state)
+
+
+class _ScaledLoss:
+    """A loss whose `backward` runs inside apex's context: it scales before and unscales the gradients after."""
+
+    def __init__(self, amp: Any, loss: torch.Tensor, optimizer: torch.optim.Optimizer):
+        self._amp, self._loss, self._optimizer = amp, loss, optimizer
+
+    def backward(self) -> None:
+        with self._amp.scale_loss(self._loss, self._optimizer) as scaled:
+            scaled.backward()

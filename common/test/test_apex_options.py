@@ -1,0 +1,125 @@
+"""apex's options in torch's words; a stand-in of apex's interface, and PyPI's apex, which is something else."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from common.apex_options import ApexScaler, find_apex, translate
+from common.device import UsageError
+
+# What apex documents of amp (https://nvidia.github.io/apex/amp.html), on a CPU: scale, unscale after backward, skip the
+# next step when a gradient overflowed. `combine_grad` is Ascend's.
+FRONTEND = """
+import contextlib, torch
+calls, scale, skip = [], 65536.0, False
+
+def initialize(models, optimizers=None, opt_level="O1", loss_scale=None, verbosity=1, combine_grad=None):
+    global scale
+    calls.append((opt_level, loss_scale, combine_grad))
+    scale = 65536.0 if loss_scale == "dynamic" else loss_scale
+    step = optimizers.step
+    def skipping():
+        global skip
+        if not skip:
+            step()
+        skip = False
+    optimizers.step = skipping
+    return models, optimizers
+
+@contextlib.contextmanager
+def scale_loss(loss, optimizers):
+    global skip
+    yield loss * scale
+    for group in optimizers.param_groups:
+        for parameter in group["params"]:
+            parameter.grad /= scale
+            skip |= not bool(parameter.grad.isfinite().all())
+
+def state_dict():
+    return {"loss_scaler0": {"loss_scale": scale, "unskipped": 0}}
+
+def load_state_dict(state):
+    global scale
+    scale = state["loss_scaler0"]["loss_scale"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("level", "precision", "expected"),
+    [(None, None, None), (None, "bf16", "bf16"), ("O0", None, "fp32"), ("O1", None, "fp16"), ("O2", "fp16", "fp16")],
+)
+def test_levels_are_precisions(level, precision, expected):
+    assert translate(level, precision).precision == expected
+    assert bool(translate(level, precision).notes) == (level is not None)
+
+
+def test_what_means_nothing_is_said_and_what_contradicts_is_refused():
+    assert "DDP's buckets" in translate(None, None, combine_grad=True).notes[0]
+    assert "parameters stay fp32" in translate("O2", None).notes[0]
+    with pytest.raises(UsageError, match="O0, O1, O2 or O3"):
+        translate("O4", None)
+    with pytest.raises(UsageError, match="O2 is fp16, --precision is bf16"):
+        translate("O2", "bf16")
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Function that puts files of an `apex` package on the path."""
+
+    def write(files: dict[str, str]) -> None:
+        for name, content in files.items():
+            path = tmp_path / "apex" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        importlib.invalidate_caches()
+
+    yield write
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        del sys.modules[name]
+
+
+def parameter_and_optimizer():
+    weight = torch.nn.Parameter(torch.ones(2))
+    return weight, torch.optim.SGD([weight], lr=1.0)
+
+
+def test_the_unrelated_apex_of_pypi_is_neither_run_nor_used(install):
+    install({"__init__.py": "raise SystemExit('foreign code ran')", "lib.py": ""})
+    assert find_apex() is None
+    with pytest.raises(UsageError, match="no apex.amp is installed"):
+        ApexScaler(torch.nn.Linear(1, 1), parameter_and_optimizer()[1], "O1")
+    assert "apex" not in sys.modules
+
+
+def test_apex_scales_unscales_skips_and_is_saved(install):
+    install({"__init__.py": "", "amp/__init__.py": "from .frontend import *", "amp/frontend.py": FRONTEND})
+    assert find_apex().name == "amp"
+    weight, optimizer = parameter_and_optimizer()
+    scaler = ApexScaler(torch.nn.Linear(1, 1), optimizer, "O1", "128.0", combine_grad=True)
+    assert sys.modules["apex.amp.frontend"].calls == [("O1", 128.0, True)]
+
+    def step(factor: float) -> None:
+        optimizer.zero_grad()
+        scaler.scale(weight.sum() * factor).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([weight], 1e6)
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(float("inf"))
+    assert weight.tolist() == [1.0, 1.0]
+    step(0.25)
+    assert weight.tolist() == [0.75, 0.75]
+    assert scaler.is_enabled() and scaler.get_scale() == 128.0
+    saved = scaler.state_dict()
+    saved["loss_scaler0"]["loss_scale"] = 64.0
+    scaler.load_state_dict(saved)
+    assert scaler.get_scale() == 64.0
+
+
+def test_apex_at_another_level_is_refused(install):
+    with pytest.raises(UsageError, match="only --fp16_opt_level O1, not O2"):
+        ApexScaler(torch.nn.Linear(1, 1), parameter_and_optimizer()[1], "O2")
