@@ -25,7 +25,8 @@ class ModelArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, when not in the model folder."})
     image_processor_name: str | None = field(default=None, metadata={"help": "Image processor, likewise."})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Hub downloads, unpacked COCO zips and the check of the pictures."}
+        default=None,
+        metadata={"help": "Hub downloads, unpacked COCO zips, lists of remote tars, the check of pictures."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
     token: str | None = field(default=None, metadata={"help": "Access token for private hub models."})
@@ -50,7 +51,9 @@ class DataArguments:
     caption_column: str = field(default="caption", metadata={"help": "Column of a table with the caption."})
     train_file: str | None = field(default=None, metadata={"help": ".csv, .tsv, .json or .jsonl of pairs."})
     validation_file: str | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
-    train_shards: str | None = field(default=None, metadata={"help": "WebDataset tars: a-{0000..0100}.tar::b.tar"})
+    train_shards: str | None = field(
+        default=None, metadata={"help": "WebDataset tars, files or http(s) URLs: a-{0000..0100}.tar::b.tar"}
+    )
     validation_shards: str | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
     max_seq_length: int = field(default=128, metadata={"help": "Longest caption in tokens; more is cut off."})
     clean_captions: bool = field(

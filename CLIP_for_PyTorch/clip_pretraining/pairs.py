@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from clip_pretraining import remote
 from clip_pretraining.images import ImageError, decode_image
 from clip_pretraining.tokenization import PackedCaptions, pad_captions
 from common.device import mix_seed
@@ -23,7 +24,7 @@ from common.device import mix_seed
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A picture: a whole file, or `length` bytes at `offset` of a tar."""
+    """A picture: a whole file, or `length` bytes at `offset` of a tar, which may lie behind a URL."""
 
     path: str
     offset: int = 0
@@ -37,14 +38,16 @@ class ImageRef:
         """The picture's bytes.
 
         Raises:
-            ImageError: no such file.
+            ImageError: no such file, or a server that does not answer.
         """
         try:
+            if remote.is_remote(self.path):
+                return remote.read_range(self.path, self.offset, self.length)
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
                 return file.read(self.length)
         except OSError as error:
-            raise ImageError(f"{self.name}: {error.strerror}") from None
+            raise ImageError(f"{self.name}: {error.strerror or error}") from None
 
 
 @dataclass

@@ -18,6 +18,7 @@ from clip_pretraining.crop_cache import CropCache
 from clip_pretraining.evaluation import Encoder, evaluate_split
 from clip_pretraining.modeling import ImageSettings
 from clip_pretraining.pairs import Collate, DecodedImages, GlobalBatchSampler, ImageSource, PairDataset, Pairs
+from clip_pretraining.shards import read_shards
 from clip_pretraining.tokenization import PackedCaptions, clean_caption, load_tokenizer
 from common import distributed
 from common.device import UsageError
@@ -99,7 +100,7 @@ def _pairs(
         pairs = sources.read_table(table, data.image_column, data.caption_column, data.data_dir)
         cache = Path(model_args.cache_dir or Path(table).parent / ".clip_cache")
     elif shards:
-        pairs = sources.read_shards(shards)
+        pairs = read_shards(shards, index_dir=Path(model_args.cache_dir) if model_args.cache_dir else None)
         cache = Path(model_args.cache_dir or Path(pairs.images[0].path).parent / ".clip_cache")
     else:
         pairs = coco.read_split(data.data_dir, split, model_args.cache_dir)

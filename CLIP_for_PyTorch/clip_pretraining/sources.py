@@ -1,19 +1,17 @@
-"""Pairs from where users keep them: tables (CSV, TSV, JSON lines) and WebDataset tars; what to do about bad rows."""
+"""Pairs from tables (CSV, TSV, JSON lines); what to do about bad rows and pictures, of any source."""
 
 from __future__ import annotations
 
 import csv
-import glob
 import hashlib
 import json
 import os
-import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from clip_pretraining import remote
 from clip_pretraining.pairs import ImageRef, Pairs, relative_to, unreadable_images
 from common import distributed
 from common.device import UsageError
@@ -39,7 +37,7 @@ def read_table(path: str | Path, image_column: str, caption_column: str, image_r
     names: dict[str, int] = {}
     owner = [names.setdefault(image, len(names)) for image, _ in rows]
     refs = [ImageRef(relative_to(folder, name)) for name in names]
-    return _drop_empty_captions(Pairs(path.stem, refs, [caption for _, caption in rows], owner, list(names)), str(path))
+    return drop_empty_captions(Pairs(path.stem, refs, [caption for _, caption in rows], owner, list(names)), str(path))
 
 
 def _rows(path: Path, image_column: str, caption_column: str) -> Iterator[tuple[str, str]]:
@@ -89,76 +87,12 @@ def _json_records(file, path: Path) -> Iterator[tuple[int, dict]]:
         raise UsageError(f"{path}: not valid JSON: {error}") from None
 
 
-def expand_shards(pattern: str) -> list[str]:
-    """WebDataset's shard notation: `a-{0000..0100}.tar`, several joined by `::`, and shell wildcards."""
-    shards: list[str] = []
-    for part in pattern.split("::"):
-        for name in _expand_range(part):
-            found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-            if not found or not all(os.path.isfile(f) for f in found):
-                raise UsageError(f"--train_shards/--validation_shards {part}: no such file {name}")
-            shards += found
-    return shards
+def drop_empty_captions(pairs: Pairs, source: str) -> Pairs:
+    """Without captions that say nothing; `source` is for the message.
 
-
-def _expand_range(part: str) -> list[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", part)
-    if match is None:
-        return [part]
-    first, last = match.groups()
-    numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    return [whole for n in numbers for whole in _expand_range(part[: match.start()] + n + part[match.end() :])]
-
-
-def read_shards(pattern: str, caption_key: str = "txt") -> Pairs:
-    """Pairs of WebDataset tars on any number of disks: KEY.jpg beside KEY.txt.
-
-    Only headers and captions are read here; a picture is later read straight out of its tar by offset. That keeps
-    random order, exact resume and equal batches on all ranks, which a stream of shards has none of. The tars must be
-    plain (not gzipped) files.
+    Raises:
+        UsageError: more than 1 % of the captions are empty.
     """
-    refs: list[ImageRef] = []
-    captions: list[str] = []
-    keys: list[str] = []
-    for shard in expand_shards(pattern):
-        for key, ref, caption in _shard_samples(shard, caption_key):
-            refs.append(ref)
-            captions.append(caption)
-            keys.append(key)
-    if not refs:
-        raise UsageError(f"{pattern}: no sample with a picture and a .{caption_key} member")
-    return _drop_empty_captions(Pairs("shards", refs, captions, np.arange(len(refs)), keys), pattern)
-
-
-def _shard_samples(shard: str, caption_key: str) -> Iterator[tuple[str, ImageRef, str]]:
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            current, found = None, {}
-            for member in tar:
-                if not member.isfile():
-                    continue
-                key, _, suffix = member.name.partition(".") if "/" not in member.name else _split_key(member.name)
-                if key != current:
-                    current, found = key, {}
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    found["image"] = ImageRef(shard, member.offset_data, member.size)
-                elif suffix == caption_key:
-                    found["caption"] = tar.extractfile(member).read().decode("utf-8")
-                else:
-                    continue
-                if len(found) == 2:
-                    yield key, found["image"], found["caption"]
-    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{shard}: not a readable, uncompressed tar of UTF-8 captions ({error})") from None
-
-
-def _split_key(name: str) -> tuple[str, str, str]:
-    folder, _, file = name.rpartition("/")
-    stem, dot, suffix = file.partition(".")
-    return f"{folder}/{stem}", dot, suffix
-
-
-def _drop_empty_captions(pairs: Pairs, source: str) -> Pairs:
     empty = [i for i, caption in enumerate(pairs.captions) if not caption.strip()]
     if not empty:
         return pairs
@@ -179,14 +113,19 @@ def check_images(pairs: Pairs, workers: int, cache_dir: Path) -> dict[int, str]:
     if verdict.is_file():
         return {int(position): reason for position, reason in json.loads(verdict.read_text()).items()}
     bad = unreadable_images(pairs.images, workers)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = verdict.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(bad))
-        os.replace(partial, verdict)
-    except OSError as error:
-        print(f"note: the check of the pictures cannot be kept in {cache_dir} ({error.strerror})", flush=True)
+    keep_json(verdict, bad, "the check of the pictures")
     return bad
+
+
+def keep_json(path: Path, content: dict | list, what: str) -> None:
+    """Writes what only saves time next time: all of it or, where that cannot be, nothing but a note."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(content))
+        os.replace(partial, path)
+    except OSError as error:
+        print(f"note: {what} cannot be kept in {path.parent} ({error.strerror})", flush=True)
 
 
 def drop_unreadable(pairs: Pairs, bad: dict[int, str]) -> Pairs:
@@ -203,7 +142,9 @@ def drop_unreadable(pairs: Pairs, bad: dict[int, str]) -> Pairs:
 
 
 def file_stamp(path: str) -> str:
-    """Size and modification time: changes when the file does."""
+    """Size and modification time, of a URL its version: changes when the file does."""
+    if remote.is_remote(path):
+        return remote.version(path)
     try:
         info = os.stat(path)
     except OSError:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clip_sample import draw, write_coco_zips, write_shard
+from clip_sample import draw, write_coco_zips
 
 from clip_pretraining import coco, sources
 from clip_pretraining.crop_cache import CropCache
@@ -185,28 +185,6 @@ def test_a_bad_table_is_explained(name, text, reason, tmp_path):
     with pytest.raises(UsageError) as error:
         sources.read_table(tmp_path / name, "image_path", "caption")
     assert reason in message(error)
-
-
-def test_tars_on_several_disks_are_one_set(tmp_path):
-    (tmp_path / "other").mkdir()
-    for shard in range(3):
-        write_shard(tmp_path / f"s-{shard:04d}.tar", range(shard * 5, shard * 5 + 5))
-    write_shard(tmp_path / "other/x.tar", range(15, 17))
-    pairs = sources.read_shards(f"{tmp_path}/s-{{0000..0002}}.tar::{tmp_path}/other/*.tar")
-    assert pairs.captions == [draw(i)[1] for i in range(17)]
-    assert [ref.read() for ref in pairs.images] == [draw(i)[0] for i in range(17)]
-    assert torch.equal(DecodedImages(pairs.images, 32)[6], DecodedImages([pairs.images[6]], 32)[0])
-
-
-def test_bad_tars_are_named(tmp_path):
-    with pytest.raises(UsageError, match="no such file"):
-        sources.read_shards(f"{tmp_path}/s-{{0000..0001}}.tar")
-    (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(UsageError, match="bad.tar: not a readable"):
-        sources.read_shards(str(tmp_path / "bad.tar"))
-    write_shard(tmp_path / "empty.tar", range(2), caption_of=lambda i: " ")
-    with pytest.raises(UsageError, match="are empty"):
-        sources.read_shards(str(tmp_path / "empty.tar"))
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
