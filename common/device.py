@@ -198,6 +198,11 @@ def seeded(seed: int, *ints: int) -> None:
     torch.manual_seed(mix_seed(seed, *ints))
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device, without waiting for what is queued there: only pinned memory is copied that way."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until all work queued on the device is done; nothing to wait for on a CPU."""
     if device.type != "cpu":

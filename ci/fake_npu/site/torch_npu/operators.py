@@ -22,6 +22,7 @@ SCHEMAS = (
     "-> (Tensor, Tensor, Tensor, Tensor, int, int, int)",
     "npu_fast_gelu(Tensor input) -> Tensor",
     "npu_gelu(Tensor input, *, str approximate='none') -> Tensor",
+    "npu_gelu_backward(Tensor grad_output, Tensor self, *, str approximate='none') -> Tensor",
 )
 NAMES = tuple(schema.split("(")[0] for schema in SCHEMAS)
 _HALVES_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,7 +36,8 @@ def register() -> None:
     for schema in SCHEMAS:
         random = (torch.Tag.nondeterministic_seeded,) if schema.startswith("npu_fusion_attention") else ()
         _library.define(schema, tags=random)
-    for name, kernel in (("npu_fusion_attention", _attention), ("npu_fast_gelu", _fast_gelu), ("npu_gelu", _gelu)):
+    kernels = (_attention, _fast_gelu, _gelu, torch.ops.aten.gelu_backward)
+    for name, kernel in zip(NAMES, kernels, strict=True):
         _library.impl(name, kernel, "CPU")  # reached from npu tensors like every CPU kernel
     register_autograd("npu::npu_fusion_attention", _attention_backward, setup_context=_keep_for_attention, lib=_library)
     register_autograd("npu::npu_fast_gelu", _fast_gelu_backward, setup_context=_keep_input, lib=_library)
@@ -199,8 +201,7 @@ def _gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
 
 def _gelu_backward(ctx, gradient: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    # on the host: the device's own gelu_backward knows the tanh form alone
-    return torch.ops.aten.gelu_backward(gradient.cpu(), x.cpu(), approximate=ctx.approximate).to(x.device)
+    return torch.ops.npu.npu_gelu_backward(gradient, x, approximate=ctx.approximate)
 
 
 def _check_activation(name: str, input: Tensor) -> None:

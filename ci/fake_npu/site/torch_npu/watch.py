@@ -48,18 +48,18 @@ def _count_step(*_) -> None:
 
 
 def _place() -> str:
-    """The innermost line of this repository that led here, else of any code outside torch, else "backward"."""
-    outside = None
+    """The innermost line of this repository that led here, and of a library it called; else "backward"."""
+    library = None
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         where = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
         if name.startswith(str(ROOT)) and "/.venv/" not in name and not name.startswith(_OWN):
-            return where.removeprefix(f"{ROOT}/")
-        if outside is None and "/torch/" not in name and not name.startswith(("<", _OWN)):
-            outside = where.rpartition("site-packages/")[2]
+            return where.removeprefix(f"{ROOT}/") + (f" in {library}" if library else "")
+        if library is None and "/torch/" not in name and not name.startswith(("<", _OWN)):
+            library = where.rpartition("site-packages/")[2]
         frame = frame.f_back
-    return outside or "backward"
+    return library or "backward"
 
 
 def _finish(native, folder: Path, pid: int) -> None:
