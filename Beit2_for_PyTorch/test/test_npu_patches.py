@@ -9,6 +9,7 @@ import beit2
 from beit2 import npu_patches
 from beit2.blocks import Attention, attend
 from beit2.pretraining_model import masked_rows
+from common import npu
 
 NPU = types.SimpleNamespace(type="npu")  # torch knows the name only where torch_npu is
 SCHEMA = (
@@ -19,15 +20,15 @@ SCHEMA = (
 
 @pytest.fixture
 def npu_kernel():
-    """npu_fusion_attention by its formula, in fp32 and rounded: softmax(scale * q k^T + pse) v."""
+    """npu_fusion_attention by its documented formula, in fp32 and rounded: softmax(scale * (pse + q k^T)) v."""
     library = torch.library.Library("npu", "FRAGMENT")
     library.define(SCHEMA)
 
     def kernel(q, k, v, head_num, layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, keep_prob=1.0):
         assert layout == "BNSD" and head_num == q.shape[1] and keep_prob == 1.0
         assert q.dtype in (torch.float16, torch.bfloat16) and (pse is None or pse.dtype == q.dtype)
-        weights = q.float() @ k.float().transpose(-2, -1) * scale
-        weights = weights if pse is None else weights + pse.float()
+        weights = q.float() @ k.float().transpose(-2, -1)
+        weights = (weights if pse is None else weights + pse.float()) * scale
         return (weights.softmax(-1) @ v.float()).to(q.dtype), weights
 
     library.impl("npu_fusion_attention", kernel, "CompositeExplicitAutograd")
@@ -46,20 +47,38 @@ def test_fused_attention_equals_plain(npu_kernel, with_bias, rows):
     torch.testing.assert_close(fused.float(), plain, rtol=2e-2, atol=2e-2)
 
 
-def test_only_frozen_attention_is_patched():
+def test_a_bias_that_is_trained_keeps_its_gradient(npu_kernel):
+    q = torch.randn(2, 3, 9, 16).bfloat16()
+    bias = torch.randn(1, 3, 9, 9, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        npu_patches.fused_attend(q, q, q, bias, 0.25).float().square().sum().backward()
+    assert bias.grad.isfinite().all() and bias.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="no gradient for a bias"):
+        npu.fused_attention(q, q, q, 0.25, bias=bias)
+
+
+def test_patches_are_for_npus_and_can_be_left_out(monkeypatch):
     config = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "vocab_size": 8}
     model = beit2.build_pretraining_model(**config)
     tokenizer = beit2.build_tokenizer(img_size=16, patch_size=8, dim=16, depth=1, heads=2, decoder_depth=1, n_code=8)
+    attentions = [m for module in (model, tokenizer) for m in module.modules() if isinstance(m, Attention)]
 
-    def patched(module):
-        return [m.attend is npu_patches.fused_attend for m in module.modules() if isinstance(m, Attention)]
+    def patched(kind):
+        if kind == "gelu":
+            return {isinstance(m, npu.ExactGELU) for m in model.modules()} == {True, False}
+        return {m.attend is npu_patches.fused_attend for m in attentions} == {True}
 
     npu_patches.apply(model, tokenizer, torch.device("cpu"))
-    assert not any(patched(model) + patched(tokenizer))
+    assert not patched("gelu") and not patched("attention")
+    monkeypatch.setenv("NPU_PATCHES_OFF", "fused_attention")
     npu_patches.apply(model, tokenizer, NPU)
-    assert not any(patched(model)) and all(patched(tokenizer))
-    npu_patches.apply(model, None, NPU, trainable_bias=True)
-    assert all(patched(model))
+    assert patched("gelu") and not patched("attention")
+    monkeypatch.delenv("NPU_PATCHES_OFF")
+    npu_patches.apply(model, tokenizer, NPU)
+    assert patched("gelu") and patched("attention")
+    monkeypatch.setenv("NPU_PATCHES_OFF", "fuse_attention")
+    with pytest.raises(SystemExit, match="fuse_attention: this project's patches are exact_gelu, fused_attention"):
+        npu_patches.apply(model, tokenizer, NPU)
 
 
 def test_masked_rows_have_a_fixed_shape_and_the_order_of_boolean_indexing():
