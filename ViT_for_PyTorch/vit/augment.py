@@ -4,6 +4,7 @@ The loader's workers make uint8 pictures; `to_model_input` normalises and erases
 comes from the sample's own seed, so a picture's augmentation depends neither on the worker nor on the rank.
 """
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -168,10 +169,17 @@ class Erasure:
 
 def normalise(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """uint8 [B, 3, H, W] to float32 of zero mean and unit deviation, on the images' device."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, 3, 1, 1)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
     images = images.to(torch.float32, memory_format=torch.contiguous_format)  # [B, 3, H, W]
     return images.mul_(scale).add_(shift)
+
+
+@functools.lru_cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[1, 3, 1, 1] each. Kept: bringing them to an accelerator anew would make the host wait for it at every batch."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
 
 
 def erase(images: Tensor, erasures: Sequence[Erasure]) -> Tensor:
