@@ -22,7 +22,8 @@ from common.hccn_address import address_towards
 PROBE_S = 5.0  # how long a host may take to answer; a route that is down is often silent
 _BACKLOG = 4096  # knocks are never taken off the queue
 _OF_A_COLLECTIVE = re.compile(
-    r"gloo|nccl|hccl|ProcessGroup|connection (closed|reset|refused)|broken pipe|wait timeout", re.IGNORECASE
+    r"gloo|nccl|hccl|ProcessGroup|connection (closed|reset|refused)|broken pipe|pair closure|wait timeout",
+    re.IGNORECASE,
 )
 
 
@@ -87,7 +88,8 @@ def describe(watch: Watch, probe_s: float = PROBE_S) -> str | None:
     ended = [place for place in others if answers[place] == "refused"]
     here = next(place.address for place in watch.places if place.rank == watch.rank)
     lines = []
-    if silent and {p.address for p in silent} == {p.address for p in others} - {here} and len(_hosts(others)) > 2:
+    elsewhere = _hosts(others) - {here}
+    if len(elsewhere) > 1 and _hosts(silent) == elsewhere:
         lines.append(f"no other host answers {here}: this host itself may be cut off")
     elif silent:
         lines.append(f"no answer from {_listed(silent)}: the host is lost, or cut off from {here}")

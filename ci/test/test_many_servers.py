@@ -1,0 +1,131 @@
+"""Two and three servers (network namespaces) train from a rank table; one is cut off, the others say which."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ci.namespace_servers import NotPermitted, Server, servers
+from common import rank_table, result_file
+
+ROOT = Path(__file__).resolve().parents[2]
+VIT = ["model.img_size=16", "data.num_workers=0", "--log_every=1", "do_eval=false"]
+COLLECTIVE_TIMEOUT_S = 5
+
+
+@contextlib.contextmanager
+def connected(count: int):
+    try:
+        with servers(count) as made:
+            yield made
+    except NotPermitted as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    for index, name in enumerate(("blue", "red")):
+        (root / "train" / name).mkdir(parents=True)
+        (root / "val" / name).mkdir(parents=True)
+        for number in range(60):
+            colour = (200 * index, 4 * number, 200 - 200 * index)
+            Image.new("RGB", (20, 20), colour).save(root / "train" / name / f"{number:02}.png")
+    return root
+
+
+def table_of(made: list[Server], folder: Path) -> Path:
+    tables = [rank_table.generate(server.address, {0: f"192.168.{n}.1"}) for n, server in enumerate(made)]
+    return rank_table.write(rank_table.merge(tables), folder / "table.json")
+
+
+def start(server: Server, project: str, *flags: str) -> subprocess.Popen:
+    names = ("RANK", "RANK_ID", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / project / "test" / "train_cluster.sh"), "--device=cpu", *flags]
+    return server.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def vit_flags(pictures: Path, output: Path, *flags: str) -> list[str]:
+    data = [f"--data_path={pictures}", f"--output_dir={output}", "--config=configs/run_vit_demo.yaml"]
+    return [*data, "--batch_size=4", f"--collective_timeout={COLLECTIVE_TIMEOUT_S}", *flags]
+
+
+def losses(output: Path) -> dict[int, set[float]]:
+    """Every loss that was logged for a step, by any attempt."""
+    found: dict[int, set[float]] = {}
+    for text in (output / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if line["kind"] == "train":
+            found.setdefault(line["step"], set()).add(line["loss"])
+    return found
+
+
+def wait_for(path: Path, *processes: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        ended = next((process for process in processes if process.poll() is not None), None)
+        assert ended is None, ended.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.05)
+
+
+def test_three_servers_one_is_cut_off_the_others_name_it_and_the_rerun_resumes(pictures, tmp_path):
+    with connected(3) as made:
+        flags = vit_flags(pictures, tmp_path, f"--rank_table_file={table_of(made, tmp_path)}", "--epochs=200")
+        options = ["--", *VIT, "--save_every=3"]
+        running = [start(server, "ViT_for_PyTorch", *flags, *options) for server in made]
+        wait_for(tmp_path / "checkpoints" / "checkpoint-6.pt", *running)
+        made[2].pull_cable()
+        cut_at = time.monotonic()
+        outputs = [process.communicate(timeout=120)[0] for process in running]
+        assert time.monotonic() - cut_at < COLLECTIVE_TIMEOUT_S + 60  # the probe, and the end of all processes
+        assert all(process.returncode != 0 for process in running)
+        for rank in range(2):
+            lost = f"no answer from rank 2 on {made[2].address}"
+            assert f"{lost} (" in (tmp_path / f"train_{rank}.log").read_text() and lost in outputs[rank]
+        assert f"no other host answers {made[2].address}: this host itself may be cut off" in outputs[2]
+        assert result_file.read(next(tmp_path.glob("*_3p_acc.log")))["Status"] == "FAILED"
+
+        made[2].plug_in()
+        before = max(losses(tmp_path))
+        flags += [f"--max_steps={before + 2}", "--resume=auto"]
+        running = [start(server, "ViT_for_PyTorch", *flags, *options) for server in made]
+        outputs = [process.communicate()[0] for process in running]
+        assert all(process.returncode == 0 for process in running), outputs
+    assert "resuming from" in outputs[0]
+    logged = losses(tmp_path)
+    assert list(logged) == list(range(1, before + 3))
+    assert all(len(values) == 1 for values in logged.values())  # steps that both runs took have the same loss
+
+
+def test_a_node_leaves_and_returns_and_the_run_goes_on(pictures, tmp_path):
+    with connected(2) as made:
+        flags = vit_flags(pictures, tmp_path, f"--rank_table_file={table_of(made, tmp_path)}", "--epochs=200")
+        flags += ["--max_restarts=2", "--", *VIT, "--save_every=3"]
+        running = [start(server, "ViT_for_PyTorch", *flags) for server in made]
+        wait_for(tmp_path / "checkpoints" / "checkpoint-3.pt", *running)
+        left = running[1]
+        os.killpg(left.pid, signal.SIGTERM)
+        left.communicate(timeout=120)
+        assert left.returncode == 143 and running[0].poll() is None
+        before = max(losses(tmp_path))
+        back = start(made[1], "ViT_for_PyTorch", *flags)
+        while max(losses(tmp_path)) < before + 6:
+            assert running[0].poll() is None, running[0].communicate()[0]
+            time.sleep(0.1)
+        for process in (running[0], back):
+            os.killpg(process.pid, signal.SIGTERM)
+        output = running[0].communicate(timeout=120)[0]
+        back.communicate(timeout=120)
+    assert "resuming from" in output
+    logged = losses(tmp_path)
+    assert list(logged) == list(range(1, max(logged) + 1)) and all(len(values) == 1 for values in logged.values())
