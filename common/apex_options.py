@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,6 @@ class ApexScaler:
         optimizer: of its parameters; apex replaces its `step`.
         level: must be O1.
         loss_scale: "dynamic" or a number.
-        combine_grad: handed on to Ascend's apex, which has it.
 
     Raises:
         UsageError: no apex.amp is installed, or another level.
@@ -103,7 +101,6 @@ class ApexScaler:
         optimizer: torch.optim.Optimizer,
         level: str | None,
         loss_scale: str | float = "dynamic",
-        combine_grad: bool = False,
     ):
         if level != "O1":
             raise UsageError(f"--amp_backend apex: only --fp16_opt_level O1, not {level}; native does O2 as autocast")
@@ -113,10 +110,8 @@ class ApexScaler:
                 "leave the option out for torch's own mixed precision"
             )
         self._amp = importlib.import_module("apex.amp")
-        known = inspect.signature(self._amp.initialize).parameters
-        more = {"combine_grad": True} if combine_grad and "combine_grad" in known else {}
         scale = loss_scale if loss_scale == "dynamic" else float(loss_scale)
-        self._amp.initialize(model, optimizer, opt_level=level, loss_scale=scale, verbosity=0, **more)
+        self._amp.initialize(model, optimizer, opt_level=level, loss_scale=scale, verbosity=0)
         self._optimizer = optimizer
 
     def scale(self, loss: torch.Tensor) -> _ScaledLoss:

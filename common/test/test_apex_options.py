@@ -10,14 +10,14 @@ from common.apex_options import ApexScaler, find_apex, translate
 from common.device import UsageError
 
 # What apex documents of amp (https://nvidia.github.io/apex/amp.html), on a CPU: scale, unscale after backward, skip the
-# next step when a gradient overflowed. `combine_grad` is Ascend's.
+# next step when a gradient overflowed.
 FRONTEND = """
 import contextlib, torch
 calls, scale, skip = [], 65536.0, False
 
-def initialize(models, optimizers=None, opt_level="O1", loss_scale=None, verbosity=1, combine_grad=None):
+def initialize(models, optimizers=None, opt_level="O1", loss_scale=None, verbosity=1):
     global scale
-    calls.append((opt_level, loss_scale, combine_grad))
+    calls.append((opt_level, loss_scale))
     scale = 65536.0 if loss_scale == "dynamic" else loss_scale
     step = optimizers.step
     def skipping():
@@ -98,8 +98,8 @@ def test_apex_scales_unscales_skips_and_is_saved(install):
     install({"__init__.py": "", "amp/__init__.py": "from .frontend import *", "amp/frontend.py": FRONTEND})
     assert find_apex().name == "amp"
     weight, optimizer = parameter_and_optimizer()
-    scaler = ApexScaler(torch.nn.Linear(1, 1), optimizer, "O1", "128.0", combine_grad=True)
-    assert sys.modules["apex.amp.frontend"].calls == [("O1", 128.0, True)]
+    scaler = ApexScaler(torch.nn.Linear(1, 1), optimizer, "O1", "128.0")
+    assert sys.modules["apex.amp.frontend"].calls == [("O1", 128.0)]
 
     def step(factor: float) -> None:
         optimizer.zero_grad()
