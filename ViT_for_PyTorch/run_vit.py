@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
 
+from common import apex_options  # noqa: E402
 from common.checkpoint_file import CheckpointError  # noqa: E402
 from common.device import UsageError, print_usage_errors, resolve  # noqa: E402
 from vit import config as configuration  # noqa: E402
@@ -35,6 +36,8 @@ OPTION_KEYS = {
     "batch_size": "batch_size",
     "seed": "seed",
     "precision": "precision",
+    "loss_scale": "loss_scale",
+    "amp_backend": "amp_backend",
     "parallel": "parallel",
     "max_steps": "max_steps",
     "save_every": "save_every",
@@ -77,6 +80,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--device_id", type=int, default=None, help="which device, for one process")
     parser.add_argument("--device_target", choices=["Ascend", "GPU", "CPU"], help="the reference's name for --device")
     parser.add_argument("--options", nargs="+", default=[], metavar="key=value", help="overrides, as in the reference")
+    parser.add_argument("--fp16_opt_level", default=None, help="of apex: O0 is fp32, O1 and O2 are fp16")
+    parser.add_argument("--use_combine_grad", action="store_true", help="of apex: accepted, without effect")
     for option in OPTION_KEYS:
         # --do_eval, --profile and --resume_training may stand alone
         alone = {"do_eval": "true", "profile": "true", "resume_training": "auto"}.get(option)
@@ -98,8 +103,21 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         given["resume_training"] = "auto"
     elif given["resume_training"] in ("false", "False"):
         given["resume_training"] = ""
+    given["precision"] = _precision(options)
     overrides += [f"{OPTION_KEYS[option]}={value}" for option, value in given.items() if value is not None]
     return options, configuration.load(options.config, overrides)
+
+
+def _precision(options: argparse.Namespace) -> str | None:
+    """The precision that --precision and apex's options come to; under apex itself torch's own stays fp32."""
+    mixed = apex_options.translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
+    for note in mixed.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if options.amp_backend != "apex":
+        return mixed.precision
+    if options.fp16_opt_level != "O1":
+        raise UsageError("--amp_backend apex: give --fp16_opt_level O1; native does the other levels")
+    return "fp32"
 
 
 def _free_overrides(rest: list[str]) -> list[str]:

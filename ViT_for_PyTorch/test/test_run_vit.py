@@ -159,7 +159,7 @@ def test_a_changed_global_batch_is_not_resumed(pictures, tmp_path):
     "options",
     [
         ["--precision", "bf16", "model.gradient_checkpointing=true"],
-        ["--precision", "fp16", "loss_scale=128"],
+        ["--fp16_opt_level", "O2", "--loss_scale", "128", "--use_combine_grad"],
         ["--precision", "fp16", "optimizer.clip_grad=1"],
         ["model.global_pool=token", "optimizer.layer_decay=1", "data.auto_augment=", "data.random_erasing=0.9"],
     ],

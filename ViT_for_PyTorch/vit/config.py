@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.apex_options import BACKENDS
 from common.device import DEVICES, PRECISIONS, UsageError
 from vit.model import model_names
 
@@ -81,6 +82,7 @@ class Config:
     precision: str = "fp32"
     parallel: str = "ddp"  # over several ranks: a replica each (ddp), or the model in shards (fsdp)
     loss_scale: str = "dynamic"  # fp16: dynamic, or a number
+    amp_backend: str = "native"  # apex: apex.amp at level O1, where it is installed
     load_checkpoint: str = ""  # weights to start from, to evaluate or to predict with
     resume_training: str = ""  # "auto" = the newest checkpoint in output_dir if there is one, or a file
     do_eval: bool = True
@@ -172,6 +174,7 @@ def _check(config: Config) -> None:
         "precision": (config.precision, PRECISIONS),
         "case_kind": (config.case_kind, ("acc", "perf")),
         "parallel": (config.parallel, ("ddp", "fsdp")),
+        "amp_backend": (config.amp_backend, BACKENDS),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint_file, sharding
 from common import device as devices
+from common.apex_options import ApexScaler
 from common.device import UsageError
 from common.distributed import World, all_reduce_mean, barrier, broadcast_object, gather_objects, process_group
 from common.run_log import RunLog
@@ -121,11 +122,18 @@ def prepare(config: Config, world: World, data: Data, model: VisionTransformer) 
         model=model,
         trained=trained,
         optimizer=optimizer,
-        scaler=devices.grad_scaler(world.device, config.precision, config.loss_scale),
+        scaler=loss_scaler(config, world, model, optimizer),
         ema=ema,
         guard=FiniteGuard(optimizer, world.device),
         state=TrainState(),
     )
+
+
+def loss_scaler(config: Config, world: World, model: VisionTransformer, optimizer: torch.optim.Optimizer):
+    """The gradient scaler of the configured precision, or apex in its place."""
+    if config.amp_backend == "apex":
+        return ApexScaler(model, optimizer, "O1", config.loss_scale)
+    return devices.grad_scaler(world.device, config.precision, config.loss_scale)
 
 
 def over_ranks(config: Config, world: World, model: VisionTransformer, ema: ModelEmaV3 | None) -> nn.Module:
