@@ -51,7 +51,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     replica = Replica(model, world, options.fsdp, precision, options.activation_checkpointing, options.update_freq)
     groups = parameter_groups(replica.model, options.weight_decay)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
-    scaler = devices.grad_scaler(world.device, precision)
+    scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
     step_once = functools.partial(
         gradient_step, replica.wrapped, tokenizer, Normalizer(*setup.mean_and_std(options), world.device), optimizer,
         scaler, precision, options.clip_grad,

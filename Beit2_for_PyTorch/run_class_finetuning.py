@@ -72,7 +72,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     wrapped = data_parallel(model, world)
     groups = setup.finetuning_groups(model, options)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
-    scaler = devices.grad_scaler(world.device, precision)
+    scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
 
     path = find_checkpoint(options.resume, options.auto_resume and not options.eval, options.output_dir)
     state, best = TrainState(step=options.start_epoch * steps), -1.0  # below any accuracy

@@ -60,7 +60,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     wrapped = data_parallel(tokenizer, world)
     groups = parameter_groups(tokenizer, options.weight_decay)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
-    scaler = devices.grad_scaler(world.device, precision)
+    scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
 
     path = find_checkpoint(options.resume, options.auto_resume, options.output_dir)
     state = TrainState(step=options.start_epoch * steps)

@@ -10,6 +10,7 @@ import torch
 
 from beit2.schedule import cosine_schedule
 from common import device as devices
+from common.apex_options import LEVELS, translate
 from common.device import UsageError
 
 # Options of the reference that nothing reads, there or here, and what to use instead.
@@ -53,6 +54,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", default="output", help="checkpoints and logs")
     group.add_argument("--device", default="auto", help="auto, npu, cuda or cpu")
     group.add_argument("--precision", choices=devices.PRECISIONS, help="default: bf16 on npu and cuda, fp32 on a CPU")
+    group.add_argument("--loss_scale", default="dynamic", help="fp16: dynamic, or a number for a constant one")
+    group.add_argument("--fp16_opt_level", choices=LEVELS, help="of apex: O0 is fp32, O1 and O2 are fp16")
+    group.add_argument("--use_combine_grad", action="store_true", help="of apex: accepted, without effect")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--max_steps", type=int, default=0, help="stop after that many steps in all; 0 = no limit")
     group.add_argument("--case_kind", choices=("acc", "perf"), default="acc", help="perf: speed only, nothing saved")
@@ -113,6 +117,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     options = parser.parse_args(argv)
     check_common(options)
+    mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
+    options.precision = mixed.precision
+    for note in mixed.notes:
+        warnings.warn(note, stacklevel=2)
     return options
 
 
