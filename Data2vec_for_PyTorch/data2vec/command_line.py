@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from common import device as devices
+from common.apex_options import LEVELS, translate
 from common.device import UsageError
 from data2vec.config import load_config
 
@@ -28,6 +29,9 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     parser.add_argument("--output_dir", default="output")
     parser.add_argument("--device", choices=devices.DEVICES, default="auto")
     parser.add_argument("--precision", choices=devices.PRECISIONS, help="over common.fp16 and common.bf16")
+    parser.add_argument("--loss_scale", help="fp16: dynamic (fairseq's rules), or a number for a constant one")
+    parser.add_argument("--fp16_opt_level", choices=LEVELS, help="of apex: O0 is fp32, O1 and O2 are fp16")
+    parser.add_argument("--use_combine_grad", action="store_true", help="of apex: accepted, without effect")
     parser.add_argument("--seed", type=int, help="over common.seed")
     parser.add_argument("--max_steps", type=int, default=0, help="stop when this many updates are done; 0: no limit")
     parser.add_argument("--case_kind", choices=("acc", "perf"), default="acc")
@@ -39,7 +43,9 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     options = parser.parse_intermixed_args(argv)
     config, notes = load_config(options.config_dir, options.config_name, options.overrides)
     _apply(options, config)
-    return options, config, notes
+    mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
+    options.precision = mixed.precision
+    return options, config, [*notes, *mixed.notes]
 
 
 def _apply(options: argparse.Namespace, config: DictConfig) -> None:
@@ -55,6 +61,20 @@ def _apply(options: argparse.Namespace, config: DictConfig) -> None:
         config.checkpoint.restore_file = options.resume
     if config.common.cpu:
         options.device = "cpu"
+    if options.loss_scale not in (None, "dynamic"):
+        _set_constant_scale(options.loss_scale, config)
+
+
+def _set_constant_scale(text: str, config: DictConfig) -> None:
+    """Neither doubled nor halved: fairseq's dynamic rules with an endless window and the scale as their threshold."""
+    try:
+        scale = float(text)
+    except ValueError:
+        raise UsageError(f"--loss_scale {text}: give 'dynamic' or a number") from None
+    if scale <= config.common.min_loss_scale:
+        raise UsageError(f"--loss_scale {text}: must be above common.min_loss_scale={config.common.min_loss_scale}")
+    config.common.fp16_init_scale = config.common.threshold_loss_scale = scale
+    config.common.fp16_scale_window = 2**62
 
 
 def choose_precision(options: argparse.Namespace, config: DictConfig, device: torch.device) -> tuple[str, str | None]:
