@@ -1,11 +1,16 @@
-"""What the models need on an Ascend NPU, each with its reason. Written against torch_npu 2.13; not run on hardware."""
+"""What the models need on an Ascend NPU, each change a named function with its reason.
+
+NPU_PATCHES_OFF=NAME,... leaves patches out. Run on a simulated npu device (ci/fake_npu), not on Ascend hardware.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation, QuickGELUActivation
 
-from common.npu import is_npu
+from common import npu
 
 # Of the reference's patches, what became of each:
 # - NpuLinear, npu_bmmV2, npu_confusion_transpose, FRACTAL_NZ weights: gone. They worked around layout conversions of
@@ -16,25 +21,26 @@ from common.npu import is_npu
 #   math. CLIP's own quick_gelu *is* that function, so there, and only there, the fused kernel is used.
 
 
-class FusedQuickGELU(torch.nn.Module):
+class FusedQuickGELU(nn.Module):
     """x * sigmoid(1.702 x) in one kernel instead of three; the same function as transformers' QuickGELUActivation."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        import torch_npu
+        return torch.ops.npu.npu_fast_gelu(x)
 
-        return torch_npu.npu_fast_gelu(x)
+
+def use_fused_quick_gelu(model: PreTrainedModel) -> int:
+    """CLIP's activation in one kernel; returns how many were replaced. torch_npu 2.1 and newer."""
+    return npu.replace_modules(model, FusedQuickGELU, lambda m: isinstance(m, QuickGELUActivation))
+
+
+def use_exact_gelu(model: PreTrainedModel) -> int:
+    """RoBERTa's activation; torch_npu's gelu is the tanh form whatever is asked for (common/npu.py)."""
+    return npu.use_exact_gelu(model, (nn.GELU, GELUActivation))
+
+
+PATCHES = {"exact_gelu": use_exact_gelu, "quick_gelu": use_fused_quick_gelu}
 
 
 def apply(model: PreTrainedModel, device: torch.device) -> int:
-    """Puts the fused activation where the model uses quick_gelu; returns how many were replaced. No-op off the NPU."""
-    if not is_npu(device):
-        return 0
-    places = [
-        (module, name)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child).__name__ == "QuickGELUActivation"
-    ]
-    for module, name in places:
-        setattr(module, name, FusedQuickGELU())
-    return len(places)
+    """Prepares a model on its device and returns how many modules were replaced; none on cuda and cpu."""
+    return sum(patch(model) for patch in npu.chosen(PATCHES).values()) if npu.is_npu(device) else 0

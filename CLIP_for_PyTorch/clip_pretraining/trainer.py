@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import GradScalerKwargs
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import CLIPTextModel, PrinterCallback, Trainer, TrainerCallback
 
 from clip_pretraining import loss as losses
 from clip_pretraining import resume
@@ -61,6 +61,7 @@ class ClipTrainer(Trainer):
         self.last_lr = 0.0
         self.last_samples = 0
         self.skipped_steps = 0
+        self._suspect: torch.Tensor | float = 0.0  # see check_finite
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
@@ -91,6 +92,8 @@ class ClipTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs = {key: value.to(self.args.device, non_blocking=True) for key, value in inputs.items()}
+        if self.world.device.type != "cpu":
+            inputs["attention_mask"] = full_attention_mask(inputs["attention_mask"], self.model.text_model)
         return {**inputs, "pixel_values": normalise_pixels(inputs["pixel_values"], self._mean, self._std)}
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -150,15 +153,28 @@ class ClipTrainer(Trainer):
         return losses.contrastive_loss(image, text, scale, scope)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        """Before the optimizer step: stops all ranks when this rank's loss or gradient is not finite."""
+        """Before the optimizer step: a gradient that is not finite must not reach the weights.
+
+        Fused AdamW skips the update on the device; `check_finite` stops the run at the next log line. Other optimizers
+        cannot skip, so the host looks at once, which waits for the device.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
         self.last_grad_norm = norm
         self.last_lr = self._get_learning_rate()
+        self._suspect = self._suspect + self.last_loss.float() * 0  # 0, or nan from then on
         # under fp16 the scaler skips steps with infinite gradients, which is its way of finding the scale
-        values = [self.last_loss] if self.args.fp16 else [self.last_loss, torch.as_tensor(norm)]
-        finite = torch.stack([v.detach().float().to(self.last_loss.device) for v in values])
-        distributed.stop_if_nonfinite(finite, "the loss or the gradient norm", self.state.global_step + 1)
+        if not self.args.fp16:
+            self._suspect = self._suspect + torch.as_tensor(norm).float() * 0
+            optimizer = self.optimizer.optimizer  # inside accelerate's
+            if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+                optimizer.found_inf = (~torch.as_tensor(norm).isfinite()).float()
+            else:
+                self.check_finite(self.state.global_step + 1)
         return norm
+
+    def check_finite(self, step: int) -> None:
+        """Stops all ranks when a loss or gradient of any was not finite; at log lines and before every save."""
+        distributed.stop_if_nonfinite(self._suspect, "the loss or the gradient norm", step)
 
     # -- device and precision ----------------------------------------------------------------------------------------
 
@@ -190,6 +206,7 @@ class ClipTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """As `Trainer`, and a mark at the very end: a checkpoint without it was cut short and is never resumed from."""
+        self.check_finite(self.state.global_step)
         with self.run_log.pause("save"):
             folder = resume.checkpoint_folder(self.args.output_dir, self.state.global_step)
             if self.world.is_main:
@@ -198,6 +215,17 @@ class ClipTrainer(Trainer):
             distributed.barrier()
             if self.world.is_main:
                 resume.mark_complete(folder, self.run_facts)
+
+
+def full_attention_mask(mask: torch.Tensor, text_model: nn.Module) -> torch.Tensor:
+    """[B, T] of 0 and 1 -> bool [B, 1, T, T], True where a token sees another.
+
+    transformers asks a [B, T] mask whether it hides anything at all, and the host waits for the answer; a mask of full
+    size it takes as it is. CLIP's own text model is causal.
+    """
+    length = mask.shape[1]
+    seen = mask.bool()[:, None, None, :].expand(-1, 1, length, -1)  # [B, 1, T, T]
+    return seen.tril() if isinstance(text_model, CLIPTextModel) else seen
 
 
 class RunLogCallback(TrainerCallback):
@@ -225,6 +253,8 @@ class RunLogCallback(TrainerCallback):
                 f"{MAX_SKIPPED_STEPS} steps in a row without an update: fp16 gradients overflow at every loss scale; "
                 "use --precision bf16 or fp32"
             )
+        if state.global_step % trainer.run_log.log_every == 0 or state.global_step == state.max_steps:
+            trainer.check_finite(state.global_step)
         extra = {"loss_scale": trainer.accelerator.scaler.get_scale()} if trainer.accelerator.scaler else {}
         trainer.run_log.step(
             state.global_step,
