@@ -1,10 +1,15 @@
 """The contract that every project keeps: its files, its scripts and their flags, and its independence of the others."""
 
 import ast
+import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from ci import outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECTS = {
@@ -14,6 +19,15 @@ PROJECTS = {
     "Data2vec_for_PyTorch": "data2vec",
 }
 SCRIPTS = ("train_full_1p", "train_full_8p", "train_performance_1p", "train_performance_8p", "train_eval_1p")
+
+# section headings of a project's README, one of each line
+SECTIONS = (
+    "Before you start|Prepare the environment|Software",
+    "Training|Start training|Pretraining",
+    "Results|Demonst",
+)
+DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", ".sample_data", "output"} & {*path.parts})
+MAKE_TARGETS = set(re.findall(r"^([a-z][a-z_-]*):", (ROOT / "Makefile").read_text(), re.M))
 
 each_project = pytest.mark.parametrize("project", PROJECTS)
 
@@ -46,6 +60,69 @@ def test_scripts_share_the_launcher_and_its_flags(project, script):
         assert f"--{flag}=" in usage.stdout
     wrong = subprocess.run(["bash", path, "--data_pth=x"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "did you mean --data_path?" in wrong.stderr
+
+
+@each_project
+def test_every_launch_script_explains_itself(project):
+    for path in sorted((ROOT / project / "test").glob("*.sh")):
+        if path.name.startswith("train_"):
+            usage = subprocess.run(["bash", path, "--help"], capture_output=True, text=True)
+            assert usage.returncode == 0 and "Usage: bash " in usage.stdout, f"{path}: {usage.stderr}"
+
+
+@each_project
+def test_every_entry_script_explains_itself(project, monkeypatch, capsys):
+    """`python <script> --help`, run in this process: starting an interpreter for each costs a minute."""
+    monkeypatch.syspath_prepend(str(ROOT / project))
+    scripts = [path for path in sorted((ROOT / project).glob("*.py")) if "__main__" in path.read_text()]
+    assert scripts
+    for path in scripts:
+        monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(path), run_name="__main__")
+        usage = capsys.readouterr().out
+        assert ended.value.code in (0, None) and "usage" in usage.lower(), path
+
+
+@each_project
+def test_demo_takes_an_output_folder_and_a_seed(project):
+    """What `make outcomes` relies on."""
+    text = (ROOT / project / "test" / "demo.sh").read_text()
+    assert "demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]]" in text and "demo.json" in text
+    assert project in outcomes.METRICS
+
+
+@each_project
+def test_readme_has_the_sections_that_users_look_for(project):
+    text = (ROOT / project / "README.md").read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    for section in SECTIONS:
+        assert any(re.match(section, heading) for heading in headings), f"no section {section}: {headings}"
+    for script in re.findall(r"\btest/(\w+\.(?:sh|py))", text):
+        assert (ROOT / project / "test" / script).is_file(), f"README names test/{script}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_resolve(document):
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (document.parent / name).resolve() if name else document
+        assert file.exists(), f"{document.name}: ({target}) is not there"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in slugs, f"{document.name}: ({target}) names no heading"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_make_targets_named_in_documents_exist(document):
+    text = document.read_text()
+    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"```.*?```", text, re.S)
+    named = {target for part in code for target in re.findall(r"(?:^|[\s`])make ([a-z][a-z_-]*)", part)}
+    assert named <= MAKE_TARGETS, f"{document.name} names make {named - MAKE_TARGETS}"
 
 
 @each_project

@@ -1,0 +1,56 @@
+"""The GitHub workflows: valid, with commands that exist, on the Pythons and processors that the README names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def load(path):
+    """PyYAML reads the key `on` as True, as YAML 1.1 has it."""
+    workflow = yaml.safe_load(path.read_text())
+    return workflow | {"on": workflow.get(True)}
+
+
+def commands(workflow):
+    return [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_is_complete(path):
+    workflow = load(path)
+    assert workflow["on"] and workflow["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        assert job["timeout-minutes"] <= 240, name  # GitHub's own limit would be six hours
+        for step in job["steps"]:
+            assert ("run" in step) != ("uses" in step), step
+            assert "uses" not in step or re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]), step
+    assert commands(workflow)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_commands_are_make_targets_that_exist(path):
+    for command in commands(load(path)):
+        target = re.fullmatch(r"make ([a-z_-]+) PYTHON=python", command)
+        assert target and re.search(rf"^{target[1]}:", MAKEFILE, re.M), command
+
+
+def test_tests_run_on_all_supported_pythons_and_both_processors():
+    jobs = load(ROOT / ".github/workflows/tests.yml")["jobs"]
+    lowest, highest = re.search(r"assert \((3, \d+)\) <= v <= \((3, \d+)\)", MAKEFILE).groups()
+    minors = range(int(lowest.split()[1]), int(highest.split()[1]) + 1)
+    assert jobs["tests"]["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in minors]
+    assert [("arm" in os) for os in jobs["tests"]["strategy"]["matrix"]["os"]] == [False, True]
+    assert {"make lint PYTHON=python", "make counters PYTHON=python"} <= {*commands({"jobs": jobs})}
+
+
+def test_nightly_runs_what_is_too_long_for_a_change():
+    workflow = load(ROOT / ".github/workflows/nightly.yml")
+    assert workflow["on"]["schedule"]
+    assert commands(workflow) == ["make peers PYTHON=python", "make outcomes PYTHON=python"]
+    assert "make peers" not in (ROOT / ".ci/run").read_text()
