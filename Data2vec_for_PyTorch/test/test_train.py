@@ -195,12 +195,14 @@ def test_two_ranks_equal_update_freq_two(tiny, corpus, tmp_path):
         torch.testing.assert_close(value, outputs["accumulated"]["model"]["encoder._ema"][key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_sixteen_bits(train_main, tiny, corpus, tmp_path, precision, capsys):
-    run(train_main, tiny, corpus, tmp_path, "--precision", precision, "--max_steps", "3", "--log_every", "1")
+@pytest.mark.parametrize(
+    "options", [("--precision", "bf16"), ("--fp16_opt_level", "O2", "--loss_scale", "32", "--use_combine_grad")]
+)
+def test_sixteen_bits(train_main, tiny, corpus, tmp_path, options, capsys):
+    run(train_main, tiny, corpus, tmp_path, *options, "--max_steps", "3", "--log_every", "1")
     state = last(tmp_path)
     assert state["optimizer_history"][-1]["num_updates"] == 3
-    assert ("loss_scale" in capsys.readouterr().out) == (precision == "fp16")
+    assert ('"loss_scale": "32"' in capsys.readouterr().out) == ("O2" in options)
     assert all(torch.isfinite(v).all() for k, v in state["model"].items() if k != "encoder._ema")
 
 
