@@ -1,6 +1,6 @@
 """Says where and in which optimizer step the program did what costs time, or fails, on a card (csrc/observe.h).
 
-With FAKE_NPU_REPORT=FOLDER each process writes FOLDER/<pid>.json when it ends:
+With FAKE_NPU_REPORT=FOLDER each process writes FOLDER/<pid>.json, anew after each optimizer step and when it ends:
 
     {"rank": 0, "program": "run_vit.py", "steps": 8, "operators": 4711,
      "events": [{"step": 3, "kind": "host_wait", "operator": "aten::_local_scalar_dense",
@@ -34,17 +34,24 @@ def start(native) -> None:
     if not folder:
         return
     native.observe(_note)
-    register_optimizer_step_post_hook(_count_step)
-    atexit.register(_finish, native, Path(folder), os.getpid())
+    folder_path = Path(folder)
+
+    def step_done(*_) -> None:
+        global _steps
+        _steps += 1
+        _write(native, folder_path)  # forked ranks end without atexit
+
+    def process_ends(pid: int) -> None:
+        native.observe(None)
+        if os.getpid() == pid:
+            _write(native, folder_path)
+
+    register_optimizer_step_post_hook(step_done)
+    atexit.register(process_ends, os.getpid())
 
 
 def _note(kind: str, operator: str) -> None:
     _events[_steps + 1, kind, operator, _place()] += 1
-
-
-def _count_step(*_) -> None:
-    global _steps
-    _steps += 1
 
 
 def _place() -> str:
@@ -62,10 +69,7 @@ def _place() -> str:
     return library or "backward"
 
 
-def _finish(native, folder: Path, pid: int) -> None:
-    native.observe(None)
-    if os.getpid() != pid:
-        return
+def _write(native, folder: Path) -> None:
     rows = [
         {"step": step, "kind": kind, "operator": operator, "place": place, "count": count}
         for (step, kind, operator, place), count in sorted(_events.items())
@@ -79,4 +83,4 @@ def _finish(native, folder: Path, pid: int) -> None:
         "events": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{pid}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / f"{os.getpid()}.json").write_text(json.dumps(report, indent=1) + "\n")
