@@ -101,7 +101,9 @@ class ClipTrainingArguments(TrainingArguments):
     retrieval_picture: bool = field(default=True, metadata={"help": "Draw queries and their answers after evaluation."})
     skip_steps: int = field(default=10, metadata={"help": "First steps that do not count in FPS."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew; old results move to earlier/."})
-    loss_scale: float | None = field(default=None, metadata={"help": "Initial fp16 loss scale; it adapts from there."})
+    loss_scale: float | None = field(
+        default=None, metadata={"help": "fp16: a constant loss scale up to 65536; a larger one begins there and adapts."}
+    )
     device_name: str = field(default="auto", metadata={"help": "auto, npu, cuda or cpu (--device)."})
     precision: str | None = field(default=None, metadata={"help": "fp32, bf16 or fp16 (also --bf16, --fp16)."})
     profile: bool = field(default=False, metadata={"help": "Record steps 10 to 12: OUTPUT_DIR/profile."})

@@ -98,9 +98,7 @@ def _opt_level(name: str, values: list[str], notes: list[str]) -> list[str]:
 def _loss_scale(name: str, values: list[str], notes: list[str]) -> list[str]:
     if values == ["dynamic"]:
         return []
-    notes.append(
-        f"--loss_scale {' '.join(values)}: the scale begins there and adapts, as the reference does where inf exists"
-    )
+    notes.append(f"--loss_scale {' '.join(values)}: constant up to 65536; a larger scale begins there and adapts")
     return ["--loss_scale", *values]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import GradScalerKwargs
 from torch import nn
 from transformers import CLIPTextModel, PrinterCallback, Trainer, TrainerCallback
 
@@ -19,12 +18,13 @@ from clip_pretraining.evaluation import normalise_pixels
 from clip_pretraining.modeling import ImageSettings
 from clip_pretraining.pairs import EpochLoader, GlobalBatchSampler, one_thread
 from common import distributed
-from common.device import seeded
+from common.device import grad_scaler, seeded
 from common.distributed import World
 from common.run_log import RunLog
 
 MAX_SKIPPED_STEPS = 50  # fp16 steps without an update in a row: the loss scale will not find its way any more
 MAX_LOGIT_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
+MAX_CONSTANT_LOSS_SCALE = 65536.0  # above it the first fp16 gradient may be infinite for ever
 
 
 class ClipTrainer(Trainer):
@@ -178,21 +178,14 @@ class ClipTrainer(Trainer):
 
     # -- device and precision ----------------------------------------------------------------------------------------
 
-    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
-        built = super()._build_accelerator_args(**kwargs)
-        if self.args.fp16 and self.args.loss_scale:
-            built["kwargs_handlers"].append(GradScalerKwargs(init_scale=self.args.loss_scale))
-        return built
-
     def create_accelerator_and_postprocess(self) -> None:
         # torch's new name for the option is not yet in accelerate
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         super().create_accelerator_and_postprocess()
-        if self.args.fp16 and self.args.device.type == "cpu":
+        if self.args.fp16:
             # accelerate leaves fp16 out on a CPU without a word and would train in fp32; torch can do it
             self.accelerator.native_amp = True
-            scale = {"init_scale": self.args.loss_scale} if self.args.loss_scale else {}
-            self.accelerator.scaler = torch.amp.GradScaler("cpu", **scale)
+            self.accelerator.scaler = gradient_scaler(self.args.device, self.args.loss_scale)
 
     # -- evaluation and checkpoints ----------------------------------------------------------------------------------
 
@@ -226,6 +219,13 @@ def full_attention_mask(mask: torch.Tensor, text_model: nn.Module) -> torch.Tens
     length = mask.shape[1]
     seen = mask.bool()[:, None, None, :].expand(-1, 1, length, -1)  # [B, 1, T, T]
     return seen.tril() if isinstance(text_model, CLIPTextModel) else seen
+
+
+def gradient_scaler(device: torch.device, loss_scale: float | None) -> torch.amp.GradScaler:
+    """fp16's scaler: constant for a number as in apex, dynamic without one, or from one that no constant can be."""
+    if loss_scale is None or loss_scale <= MAX_CONSTANT_LOSS_SCALE:
+        return grad_scaler(device, "fp16", "dynamic" if loss_scale is None else loss_scale)
+    return torch.amp.GradScaler(device.type, init_scale=loss_scale)
 
 
 class RunLogCallback(TrainerCallback):
