@@ -102,7 +102,7 @@ class ClipTrainingArguments(TrainingArguments):
     skip_steps: int = field(default=10, metadata={"help": "First steps that do not count in FPS."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew; old results move to earlier/."})
     loss_scale: float | None = field(
-        default=None, metadata={"help": "fp16: a constant loss scale up to 65536; a larger one begins there and adapts."}
+        default=None, metadata={"help": "fp16: a constant scale of the loss up to 65536; a larger one begins there."}
     )
     device_name: str = field(default="auto", metadata={"help": "auto, npu, cuda or cpu (--device)."})
     precision: str | None = field(default=None, metadata={"help": "fp32, bf16 or fp16 (also --bf16, --fp16)."})
