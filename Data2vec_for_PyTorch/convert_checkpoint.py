@@ -1,4 +1,4 @@
-"""Checkpoint -> Hugging Face Data2VecTextModel folder, or such a folder -> checkpoint.
+"""Checkpoint -> Hugging Face Data2VecTextModel or Data2VecVisionModel folder, or such a folder -> checkpoint.
 
 python convert_checkpoint.py checkpoint_best.pt my_model/            # the student; --teacher for the teacher
 python convert_checkpoint.py my_model/ checkpoint_converted.pt
@@ -7,17 +7,23 @@ python convert_checkpoint.py my_model/ checkpoint_converted.pt
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
 
+import torch
+
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
 from common.device import UsageError, print_usage_errors
-from data2vec import build_model
+from data2vec import Data2VecText, build_model
 from data2vec.checkpoint import load_weights
+from data2vec.encoder import SentenceEncoder
 from data2vec.huggingface import export_huggingface, load_huggingface
+from data2vec.vision_model import Data2VecVision, build_vision_model
+from data2vec.vision_weights import export_huggingface_vision, load_huggingface_vision
 
 
 @print_usage_errors
@@ -31,25 +37,54 @@ def main(argv: list[str] | None = None) -> None:
         if options.source.is_dir():
             if options.destination.exists():
                 raise UsageError(f"{options.destination} exists and is not overwritten")
-            checkpoint_file.save(load_huggingface(options.source), options.destination)
+            checkpoint_file.save(load_folder(options.source), options.destination)
+        elif isinstance(model := load_model(options.source), Data2VecVision):
+            export_huggingface_vision(vision_encoder(model, options.teacher, options.source), options.destination)
         else:
-            export_huggingface(load_encoder(options.source, options.teacher), options.destination)
+            export_huggingface(text_encoder(model, options.teacher, options.source), options.destination)
     except (CheckpointError, FileExistsError, ValueError) as error:
         raise UsageError(str(error)) from None
     print(f"{options.source} -> {options.destination}")
 
 
-def load_encoder(path: Path, teacher: bool):
-    """The student or the teacher of a pretraining checkpoint, fairseq's or ours."""
+def load_folder(folder: Path) -> dict:
+    """{"model": weights} of a text or an image model's folder."""
+    config = folder / "config.json"
+    vision = config.is_file() and json.loads(config.read_text()).get("model_type") == "data2vec-vision"
+    return (load_huggingface_vision if vision else load_huggingface)(folder)
+
+
+def load_model(path: Path) -> torch.nn.Module:
+    """The model of a pretraining checkpoint, fairseq's or ours."""
     checkpoint = checkpoint_file.load(path)
     if "cfg" not in checkpoint or "model" not in checkpoint:
         raise UsageError(f"{path}: no pretraining checkpoint (it has no 'cfg' and 'model')")
-    vocab_size = len(checkpoint["model"]["encoder.sentence_encoder.embed_tokens.weight"])
-    model = build_model(checkpoint["cfg"]["model"], vocab_size)
+    config = checkpoint["cfg"]["model"]
+    if config.get("_name") == "data2vec_vision":
+        model = build_vision_model(config)
+    else:
+        model = build_model(config, len(checkpoint["model"]["encoder.sentence_encoder.embed_tokens.weight"]))
     load_weights(model, checkpoint, path)
+    return model
+
+
+def text_encoder(model: Data2VecText, teacher: bool, path: Path) -> SentenceEncoder:
+    """The student's encoder, or the teacher's."""
     if teacher and model.encoder.teacher is None:
         raise UsageError(f"{path}: holds no teacher (encoder._ema)")
     return model.encoder.teacher if teacher else model.encoder.sentence_encoder
+
+
+def vision_encoder(model: Data2VecVision, teacher: bool, path: Path) -> Data2VecVision:
+    """The student, or a model whose encoder is the teacher's (which may share the student's patch embedding)."""
+    if not teacher:
+        return model
+    if model.teacher is None:
+        raise UsageError(f"{path}: holds no teacher (_ema)")
+    if not model.config.ema_transformer_only:
+        return model.teacher
+    model.encoder.load_state_dict(model.teacher.state_dict())
+    return model
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Do representations improve over training? A linear probe and a cloze retrieval on held-out text.
+"""Do representations improve over training? A linear probe on held-out text or images, a cloze retrieval on text.
 
     python probe.py --config-dir configs/text/pretraining --config-name base task.data=DIR \
         common_eval.path=checkpoint_best.pt
 
-Both look at masked tokens only, whose identity the model has to infer from context, and are computed for the untrained
-model (same seed) and for the checkpoint:
+On text, both look at masked tokens only, whose identity the model has to infer from context, and are computed for the
+untrained model (same seed) and for the checkpoint:
 
 - linear probe: a ridge-regression classifier from the student's hidden state to the token (the most frequent ones),
   fitted on the training split, accuracy on the validation split; beside it, that of always guessing the commonest;
 - cloze retrieval: how often the teacher's target nearest to a prediction, among all masked tokens looked at, is the one
   of the predicted position; beside it, chance.
+
+On images (class folders in task.data/<train_subset> and <valid_subset>) the linear probe goes from the student's
+patches, averaged, to the picture's class; beside it, that of always guessing the largest class.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from data2vec.checkpoint import load_weights
 from data2vec.command_line import choose_precision, parse
 from data2vec.dictionary import MASK
 from data2vec.epochs import EpochBatches
-from data2vec.modality import build
+from data2vec.modality import build, is_vision, open_data
 from data2vec.pretraining_data import PretrainingData
 
 TRAIN_TOKENS, VALID_TOKENS, RETRIEVAL_TOKENS = 8000, 4000, 1000
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
     with distributed.process_group(options.device) as world:
         precision, _ = choose_precision(options, config, world.device)
-        data = PretrainingData(config)
+        data = open_data(config)
         results = {}
         for name in ("untrained", "checkpoint"):
             devices.seed_everything(config.common.seed)
@@ -56,13 +59,25 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                     load_weights(model, load(path), path)
                 except CheckpointError as error:
                     raise UsageError(str(error)) from None
+            probe = probe_images if is_vision(config) else probe_text
             results[name] = probe(model.to(world.device).eval(), data, config, world.device, precision)
-    print_table(results)
+    print_table(results, "images" if is_vision(config) else "text")
     return results
 
 
-def probe(model, data: PretrainingData, config, device: torch.device, precision: str) -> dict[str, float]:
-    """All numbers of one model, in percent."""
+def probe_images(model, data, config, device: torch.device, precision: str) -> dict[str, float]:
+    """All numbers of one image model, in percent."""
+    from data2vec.image_probe import class_folders, collect_pictures  # torchvision: text does without
+
+    train_folder, valid_folder, classes = class_folders(config)
+    train = collect_pictures(model, train_folder, classes, config, device, precision)
+    valid = collect_pictures(model, valid_folder, classes, config, device, precision)
+    accuracy, largest = linear_probe(*train, *valid)
+    return {"linear probe": accuracy, "largest class": largest}
+
+
+def probe_text(model, data: PretrainingData, config, device: torch.device, precision: str) -> dict[str, float]:
+    """All numbers of one text model, in percent."""
     train = collect(model, data.train_batches(epoch=1), TRAIN_TOKENS, data, device, precision)
     valid = collect(model, data.valid_batches(config.dataset.valid_subset), VALID_TOKENS, data, device, precision)
     accuracy, commonest = linear_probe(train["hidden"], train["token"], valid["hidden"], valid["token"])
@@ -122,8 +137,8 @@ def retrieval(pred: torch.Tensor, target: torch.Tensor) -> float:
     return 100 * (nearest == torch.arange(len(pred))).double().mean().item()
 
 
-def print_table(results: dict[str, dict[str, float]]) -> None:
-    print(f"{'on held-out text, %':22}" + "".join(f"{name:>12}" for name in results))
+def print_table(results: dict[str, dict[str, float]], what: str) -> None:
+    print(f"{f'on held-out {what}, %':22}" + "".join(f"{name:>12}" for name in results))
     for key in next(iter(results.values())):
         print(f"{key:22}" + "".join(f"{values[key]:12.2f}" for values in results.values()), flush=True)
 

@@ -30,9 +30,10 @@ from data2vec import npu_patches
 from data2vec.checkpoint import load_training_state, load_weights, save_checkpoints
 from data2vec.command_line import choose_precision, parse, start_ranks
 from data2vec.huggingface import load_huggingface
-from data2vec.modality import build, forward_of, fps_unit, open_data
+from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
 from data2vec.report import Report
 from data2vec.training import TrainState, make_state, train_update, validate
+from data2vec.vision_weights import load_huggingface_vision
 
 
 @print_usage_errors
@@ -88,7 +89,8 @@ def resume(state: TrainState, config: DictConfig, save_dir: Path, world: World) 
             raise UsageError(f"checkpoint.restore_file={name}: {path} does not exist")
         if config.checkpoint.finetune_from_model:
             weights = Path(config.checkpoint.finetune_from_model)
-            saved = load_huggingface(weights) if weights.is_dir() else load(weights)
+            load_folder = load_huggingface_vision if is_vision(config) else load_huggingface
+            saved = load_folder(weights) if weights.is_dir() else load(weights)
             load_weights(state.model, saved, weights)
     except CheckpointError as error:
         raise UsageError(str(error)) from None

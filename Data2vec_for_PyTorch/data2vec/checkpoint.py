@@ -12,7 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
+from data2vec.teacher import WithTeacher
 from data2vec.training import TrainState
+from data2vec.vision_weights import to_our_names
+
+# weights that a fine-tuned or converted model may lack
+OPTIONAL = ("encoder.regression_head.", "final_proj.", "mask_emb", "encoder.norm.")
 
 
 def state_to_checkpoint(state: TrainState, config: DictConfig, val_loss: float | None) -> dict[str, Any]:
@@ -89,18 +94,21 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> No
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
     """Student, head and teacher from a pretraining checkpoint (which may hold a bare state_dict).
 
-    A fine-tuned or converted checkpoint has no regression head: the model then keeps its own.
+    A fine-tuned or converted checkpoint has no head (of images, maybe no mask token and final norm either): the model
+    then keeps its own. Image models may have fairseq's names or those of the paper's code.
 
     Raises:
         CheckpointError: keys or shapes are another model's; names what differs.
     """
     weights = OrderedDict(checkpoint.get("model", checkpoint))
-    teacher = weights.get("encoder._ema")
+    key = "_ema" if isinstance(model, WithTeacher) else "encoder._ema"
+    teacher = weights.pop(key, None)
+    weights = to_our_names(weights)
     if teacher is not None:  # old checkpoints of fp16 runs hold it in fp16
-        weights["encoder._ema"] = {name: value.float() for name, value in teacher.items()}
+        weights[key] = {name: value.float() for name, value in to_our_names(teacher).items()}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if not name.startswith("encoder.regression_head.")]
+        missing = [name for name in missing if not name.startswith(OPTIONAL)]
         if missing or unexpected:
             raise RuntimeError(f"missing {missing[:3]}, not known here {unexpected[:3]}")
     except RuntimeError as error:

@@ -25,7 +25,8 @@ def test_huggingface_computes_the_same(golden, folder):
     import convert_checkpoint
 
     theirs = Data2VecTextModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    ours = convert_checkpoint.load_encoder(golden / "checkpoint_tiny.pt", teacher=True).eval()
+    path = golden / "checkpoint_tiny.pt"
+    ours = convert_checkpoint.text_encoder(convert_checkpoint.load_model(path), True, path).eval()
     tokens = torch.tensor([[0, 5, 9, 44, 30, 2], [0, 7, 8, 2, 1, 1]])
     with torch.no_grad():
         expected = theirs(tokens, attention_mask=tokens.ne(1)).last_hidden_state

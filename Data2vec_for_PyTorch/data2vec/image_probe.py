@@ -1,0 +1,56 @@
+"""What the linear probe looks at for images: mean-pooled patches of the student, and the classes of their folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from common import device as devices
+from common.device import UsageError
+from data2vec.image_data import MaskedImages, Normalize, read_picture, to_uint8
+
+BATCH = 128
+
+
+@torch.no_grad()
+def collect_pictures(
+    model: torch.nn.Module, folder: Path, classes: list[str], config: DictConfig, device: torch.device, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features fp32 [N, C], class indices [N]) of a class folder's pictures, centre-cropped, none masked."""
+    pictures = MaskedImages(folder, config)
+    size = pictures.size
+    crop = Compose([Resize(size, interpolation=InterpolationMode.BICUBIC), CenterCrop(size)])
+    normalize = Normalize(config, device)
+    features, labels = [], []
+    for start in range(0, len(pictures), BATCH):
+        files = pictures.files[start : start + BATCH]
+        images = torch.stack([to_uint8(crop(read_picture(file))) for file in files]).to(device)
+        with devices.autocast(device, precision):
+            hidden = model.encode(normalize(images))[:, 1:]  # [B, P, C]
+        features.append(hidden.float().mean(dim=1).cpu())
+        labels += [classes.index(Path(file).relative_to(folder).parts[0]) for file in files]
+    return torch.cat(features), torch.tensor(labels)
+
+
+def class_folders(config: DictConfig) -> tuple[Path, Path, list[str]]:
+    """(training folder, validation folder, class names).
+
+    Raises:
+        UsageError: no such folders, or classes that differ.
+    """
+    root = Path(config.task.data)
+    folders = [root / config.dataset.train_subset, root / config.dataset.valid_subset]
+    names = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(
+                f"{folder} does not exist: the probe needs class folders for training and validation "
+                "(task.data, dataset.train_subset, dataset.valid_subset)"
+            )
+        names.append(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    if not names[0] or names[0] != names[1]:
+        raise UsageError(f"{folders[0]} and {folders[1]}: the probe needs the same class folders in both")
+    return *folders, names[0]
