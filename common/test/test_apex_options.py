@@ -8,42 +8,7 @@ import torch
 
 from common.apex_options import ApexScaler, find_apex, translate
 from common.device import UsageError
-
-# What apex documents of amp (https://nvidia.github.io/apex/amp.html), on a CPU: scale, unscale after backward, skip the
-# next step when a gradient overflowed.
-FRONTEND = """
-import contextlib, torch
-calls, scale, skip = [], 65536.0, False
-
-def initialize(models, optimizers=None, opt_level="O1", loss_scale=None, verbosity=1):
-    global scale
-    calls.append((opt_level, loss_scale))
-    scale = 65536.0 if loss_scale == "dynamic" else loss_scale
-    step = optimizers.step
-    def skipping():
-        global skip
-        if not skip:
-            step()
-        skip = False
-    optimizers.step = skipping
-    return models, optimizers
-
-@contextlib.contextmanager
-def scale_loss(loss, optimizers):
-    global skip
-    yield loss * scale
-    for group in optimizers.param_groups:
-        for parameter in group["params"]:
-            parameter.grad /= scale
-            skip |= not bool(parameter.grad.isfinite().all())
-
-def state_dict():
-    return {"loss_scaler0": {"loss_scale": scale, "unskipped": 0}}
-
-def load_state_dict(state):
-    global scale
-    scale = state["loss_scaler0"]["loss_scale"]
-"""
+from common.test.apex_stand_in import PACKAGE
 
 
 @pytest.mark.parametrize(
@@ -95,7 +60,7 @@ def test_the_unrelated_apex_of_pypi_is_neither_run_nor_used(install):
 
 
 def test_apex_scales_unscales_skips_and_is_saved(install):
-    install({"__init__.py": "", "amp/__init__.py": "from .frontend import *", "amp/frontend.py": FRONTEND})
+    install(PACKAGE)
     assert find_apex().name == "amp"
     weight, optimizer = parameter_and_optimizer()
     scaler = ApexScaler(torch.nn.Linear(1, 1), optimizer, "O1", "128.0")
