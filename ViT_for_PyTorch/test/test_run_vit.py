@@ -15,6 +15,7 @@ from PIL import Image
 import run_vit
 from common import checkpoint_file, result_file
 from common.device import UsageError
+from common.test.apex_stand_in import PACKAGE
 
 PROJECT = Path(__file__).resolve().parents[1]
 CASE = "ViT_for_PyTorch_bs4_1p_acc"
@@ -169,6 +170,25 @@ def test_variants_of_the_recipe_train(pictures, tmp_path, options):
     assert result["Status"] == "OK"
     values = list(losses(tmp_path).values())
     assert all(0 < value < 3 for value in values)
+
+
+def test_apex_is_used_where_it_is_and_asked_for(pictures, tmp_path, monkeypatch):
+    options = ["--epochs", "1", "--log_every", "1", *PLAIN]
+    asked = [*options, "--amp_backend", "apex", "--fp16_opt_level", "O1", "--loss_scale", "128"]
+    with pytest.raises(UsageError, match="no apex.amp is installed"):
+        train(pictures, tmp_path / "none", *asked)
+    with pytest.raises(UsageError, match="give --fp16_opt_level O1"):
+        train(pictures, tmp_path / "none", *options, "--amp_backend", "apex")
+    for name, content in PACKAGE.items():
+        path = tmp_path / "apex" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train(pictures, tmp_path / "apex_run", *asked)
+    train(pictures, tmp_path / "plain", *options)
+    assert losses(tmp_path / "apex_run") == losses(tmp_path / "plain")  # the stand-in does not cast; 128 divides out
+    content = checkpoint_file.load(tmp_path / "apex_run" / "checkpoints" / "checkpoint-6.pt")
+    assert content["scaler"] == {"loss_scaler0": {"loss_scale": 128.0, "unskipped": 0}}
 
 
 def test_gradient_checkpointing_and_accumulation_do_not_change_the_numbers(pictures, tmp_path):
