@@ -154,11 +154,16 @@ def _ranks_from_environment() -> tuple[int, int, int, int]:
 
 
 def _set_timeout(timeout: timedelta) -> None:
-    """Sets the time-out of later collectives on every backend of the default group."""
+    """Sets the time-out of later collectives on every backend of the default group that lets it be changed.
+
+    torch_npu's HCCL does not: there HCCL_EXEC_TIMEOUT (env_npu.sh) is the limit.
+    """
     group = dist.group.WORLD
     for device in group._device_types:
         with contextlib.suppress(RuntimeError):  # gloo lists cuda as well, where there may be none
-            group._get_backend(device)._set_default_timeout(timeout)
+            backend = group._get_backend(device)
+            if hasattr(backend, "_set_default_timeout"):
+                backend._set_default_timeout(timeout)
 
 
 def is_distributed() -> bool:
