@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ci import fake_npu
 from common import doctor
 from common.doctor_facts import CANN_PACKAGES, Card, CardProcess, Facts, gather, read_npu_smi
 
@@ -217,3 +218,11 @@ def test_torch_npu_without_cann_breaks_torch_and_is_named(tmp_path):
         "torch_npu 2.9.0",
     ):
         assert text in with_cards.stdout
+
+
+@pytest.mark.skipif(fake_npu.why_missing() is not None, reason=str(fake_npu.why_missing()))
+def test_a_simulated_npu_is_good_and_called_so():
+    done = run_doctor("--device", "npu", **fake_npu.environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("the npu is a simulated one", "2x2 product on npu (", "2 visible)", "all-reduce of 2 ranks on npu"):
+        assert text in done.stdout
