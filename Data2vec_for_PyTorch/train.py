@@ -83,8 +83,8 @@ def resume(state: TrainState, config: DictConfig, save_dir: Path, world: World) 
     found = distributed.broadcast_object(path.is_file())
     try:
         if found:
-            load_training_state(state, path, config)
-            return f"resumed {path}: epoch {state.epoch}, update {state.num_updates}"
+            change = load_training_state(state, path, config)
+            return f"resumed {path}: epoch {state.epoch}, update {state.num_updates}{change}"
         if name not in (None, "none", "", "checkpoint_last.pt"):
             raise UsageError(f"checkpoint.restore_file={name}: {path} does not exist")
         if config.checkpoint.finetune_from_model:

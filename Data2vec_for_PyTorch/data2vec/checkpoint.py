@@ -68,11 +68,17 @@ def _optimizer_to_fairseq(state: TrainState) -> dict[str, Any]:
     return result
 
 
-def load_training_state(state: TrainState, path: Path, config: DictConfig) -> None:
+def load_training_state(state: TrainState, path: Path, config: DictConfig) -> str:
     """Continues from a checkpoint of ours or of fairseq's, within the epoch and to the update.
 
+    On another number of ranks than before `optimization.update_freq` is changed so that an update has the same batches.
+
+    Returns:
+        What was changed, in words; "" for nothing.
+
     Raises:
-        CheckpointError: not a pretraining checkpoint, of another model, or damaged.
+        CheckpointError: not a pretraining checkpoint, of another model, damaged, or of updates that these ranks cannot
+            make.
     """
     checkpoint = checkpoint_file.load(path)
     load_weights(state.model, checkpoint, path)
@@ -89,6 +95,38 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> No
         state.epoch = extra["train_iterator"]["epoch"]
         state.iterations = extra["train_iterator"]["iterations_in_epoch"]
         state.meters = extra.get("meters", {})
+        return _keep_updates(state, checkpoint.get("cfg") or {}, config, path)
+    return ""
+
+
+def _keep_updates(state: TrainState, before: dict[str, Any], config: DictConfig, path: Path) -> str:
+    """Fits update_freq, and the position in the epoch, to another number of ranks than in the configuration `before`.
+
+    Batches are dealt out to the ranks in turn, so that ranks x micro-batches is the position on any number of ranks.
+    """
+    try:
+        ranks_before = before["distributed_training"]["distributed_world_size"]
+        freq_before = before["optimization"]["update_freq"][0]
+    except (KeyError, IndexError, TypeError):  # no such record
+        return ""
+    ranks, freq = config.distributed_training.distributed_world_size, config.optimization.update_freq[0]
+    total = ranks_before * freq_before
+    if ranks == ranks_before and freq == freq_before:
+        return ""
+    wanted = total // ranks if total % ranks == 0 else 0
+    teacher_counts = wanted != freq_before and config.model.get("ema_steps") == "per_micro_batch"
+    if freq not in (freq_before, wanted) or not wanted or teacher_counts:
+        why = "the teacher steps with every micro-batch (model.ema_steps=per_micro_batch)" if teacher_counts else ""
+        raise CheckpointError(
+            f"{path}: its updates were of {ranks_before} ranks x update_freq {freq_before}, these would be {ranks} x "
+            f"{freq}{': ' + why if why else ''}. Go on with the same, or begin its epoch anew with "
+            "checkpoint.reset_dataloader=true"
+        )
+    state.iterations = state.iterations * ranks_before // ranks
+    config.optimization.update_freq = [wanted]
+    if not config.common.fp16_scale_window:
+        state.scaler.window = max(1, int(2**14 / total))
+    return f"; optimization.update_freq is {wanted} on {ranks} ranks: {total} batches an update, as before"
 
 
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -117,6 +117,61 @@ def test_resume_equals_continuation(train_main, tiny, corpus, tmp_path, uninterr
     assert whole["extra_state"]["train_iterator"] == parts["extra_state"]["train_iterator"]
     steps = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if s["kind"] == "train"][-1] == 26
+    own, expected = (checkpoint["extra_state"]["meters"]["epoch"] for checkpoint in (parts, whole))
+    assert own["updates"] == 26 - 19
+    for key in ("loss", "sample_size", "sentences", "gnorm", "clipped", "ema_decay"):
+        assert own[key] == pytest.approx(expected[key], rel=1e-12), key
+
+
+def test_train_line_goes_on_after_a_resume(train_main, tiny, corpus, tmp_path, capsys):
+    """The epoch's averages, printed at its end, count the updates before the stop."""
+    settings = ["dataset.disable_validation=true", "optimization.max_update=19", "--log_every", "5"]
+    lines = {}
+    for name, stops in (("whole", (19,)), ("parts", (7, 19))):
+        for stop in stops:
+            run(train_main, tiny, corpus, tmp_path / name, *settings, "--max_steps", str(stop))
+        found = fairseq_lines(capsys.readouterr().out)
+        lines[name] = [json.loads(line) for tag, line in found if tag in ("train", "train_inner")]
+        lines[name] = {(line.get("num_updates"), line.get("train_num_updates")): line for line in lines[name]}
+    for key in ("10", None), (None, "19"):
+        whole, parts = lines["whole"][key], lines["parts"][key]
+        for name, value in whole.items():
+            if not name.endswith(("wps", "ups", "wall")):
+                assert parts[name] == value, name
+
+
+@pytest.mark.parametrize("device_waits", [True, False])
+def test_nan_never_reaches_weights_or_a_checkpoint(train_main, tiny, corpus, tmp_path, monkeypatch, device_waits):
+    """On accelerators the run goes on until somebody looks: the update is skipped, and nothing is saved."""
+    import train
+    from data2vec import finite_guard
+
+    whole = train.forward_of
+
+    def forward_of(*arguments):
+        forward, calls = whole(*arguments), []
+
+        def broken(model, batch):
+            calls.append(1)
+            out = forward(model, batch)
+            return {**out, "loss_sum": out["loss_sum"] * (float("nan") if len(calls) == 3 else 1.0)}
+
+        return broken
+
+    monkeypatch.setattr(train, "forward_of", forward_of)
+    states = []
+    make_state = train.make_state
+    monkeypatch.setattr(train, "make_state", lambda *a: states.append(make_state(*a)) or states[-1])
+    if not device_waits:  # as on an accelerator: nobody looks after each update
+        look, looks = finite_guard.FiniteGuard.check, []
+        monkeypatch.setattr(
+            finite_guard.FiniteGuard, "check", lambda self: look(self) if looks.append(1) or len(looks) > 5 else None
+        )
+    with pytest.raises(FloatingPointError, match="update 3"):
+        run(train_main, tiny, corpus, tmp_path / "out", "--log_every", "100", "--save_every", "5")
+    assert not list((tmp_path / "out").glob("checkpoints/*.pt"))
+    assert all(torch.isfinite(p).all() for p in states[0].model.parameters())
+    assert "Status = FAILED" in (tmp_path / "out" / "Data2vec_for_PyTorch_bs256_1p_acc.log").read_text()
 
 
 def test_fairseq_checkpoint_resumes(train_main, tiny, corpus, tmp_path, golden, capsys):
@@ -175,7 +230,7 @@ def test_interval_checkpoints(train_main, tiny, corpus, tmp_path):
     assert names == ["checkpoint_1_12.pt", "checkpoint_1_8.pt", "checkpoint_best.pt", "checkpoint_last.pt"]
 
 
-def test_two_ranks_equal_update_freq_two(tiny, corpus, tmp_path):
+def test_two_ranks_equal_update_freq_two_and_either_goes_on_as_the_other(train_main, tiny, corpus, tmp_path, capsys):
     """The same 20 batches: two ranks, or one rank with two micro-batches an update (the last of 19 alone)."""
     common = ["--config-dir", str(tiny), "--config-name", "tiny", f"task.data={corpus}", "--device", "cpu"]
     common += ["model.ema_steps=per_update", "optimization.max_update=12"]
@@ -185,14 +240,25 @@ def test_two_ranks_equal_update_freq_two(tiny, corpus, tmp_path):
         ("accumulated", "optimization.update_freq=[2]"),
     ):
         command = [sys.executable, "train.py", *common, setting, "--output_dir", str(tmp_path / name)]
+        command += ["checkpoint.save_interval_updates=6"]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         outputs[name] = last(tmp_path / name)
-    for key, value in outputs["ranks"]["model"].items():
-        if key != "encoder._ema":
-            torch.testing.assert_close(value, outputs["accumulated"]["model"][key], rtol=1e-4, atol=1e-6)
-    for key, value in outputs["ranks"]["model"]["encoder._ema"].items():
-        torch.testing.assert_close(value, outputs["accumulated"]["model"]["encoder._ema"][key], rtol=1e-4, atol=1e-6)
+    resume = ["--resume", str(tmp_path / "ranks" / "checkpoints" / "checkpoint_1_6.pt")]
+    train_main([*common, *resume, "--output_dir", str(tmp_path / "one of two")])
+    assert "optimization.update_freq is 2 on 1 ranks: 2 batches an update, as before" in capsys.readouterr().out
+    outputs["one of two"] = last(tmp_path / "one of two")
+    assert outputs["one of two"]["optimizer_history"] == outputs["ranks"]["optimizer_history"]
+    for other in ("accumulated", "one of two"):
+        for key, value in outputs["ranks"]["model"].items():
+            if key != "encoder._ema":
+                torch.testing.assert_close(value, outputs[other]["model"][key], rtol=1e-4, atol=1e-6)
+        for key, value in outputs["ranks"]["model"]["encoder._ema"].items():
+            torch.testing.assert_close(value, outputs[other]["model"]["encoder._ema"][key], rtol=1e-4, atol=1e-6)
+    for options in (["model.ema_steps=per_micro_batch"], ["optimization.update_freq=[3]"]):
+        with pytest.raises(SystemExit):
+            train_main([*common, *resume, *options, "--output_dir", str(tmp_path / "refused")])
+        assert "its updates were of 2 ranks x update_freq 1, these would be 1 x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
