@@ -1,6 +1,6 @@
 """CPU seconds of a data2vec text step (base, 4 x 512 tokens, dropout 0.1) against the reference's plain step.
 
-python -m ci.peers.data2vec_step [--precision bf16] [--rounds 5]
+python -m ci.peers.data2vec_step [--precision bf16] [--rounds 5] [--rows 4] [--tokens 512]
 
 One thread each, in two processes by turns: ours sets the C library's memory behaviour, which must not help the other.
 """
@@ -34,30 +34,30 @@ from data2vec.pretraining_data import TextBatch  # noqa: E402
 from data2vec.training import make_state, train_update  # noqa: E402
 
 VOCAB, MASK = 50265, 50264
-ROWS, TOKENS = 4, 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(dropout: float):
+def build(shape: tuple[int, int], dropout: float):
     """(configuration, model, source, target) of base.yaml."""
     settings = ["task.data=none", "lr_scheduler.warmup_updates=1"]
     settings += [f"model.transformer.dropout={dropout}", f"model.transformer.attention_dropout={dropout}"]
     config, _ = load_config(ROOT / "Data2vec_for_PyTorch/configs/text/pretraining", "base", settings)
     torch.manual_seed(0)
     model = build_model(OmegaConf.to_container(config.model), VOCAB).train()
-    text = torch.randint(4, VOCAB - 1, (ROWS, TOKENS))
+    text = torch.randint(4, VOCAB - 1, shape)
     options = {"mask_idx": MASK, "mask_prob": 0.35, "mask_multiple_length": 4}
     options |= {"leave_unmasked_prob": 0.0, "random_token_prob": 0.0}
     pairs = [mask_tokens(row, 1, 1, i, **options) for i, row in enumerate(text)]
     return config, model, *(torch.stack(column) for column in zip(*pairs, strict=True))
 
 
-def ours(precision: str, dropout: float):
+def ours(precision: str, shape: tuple[int, int], dropout: float):
     keep_freed_memory()
-    config, model, source, target = build(dropout)
+    config, model, source, target = build(shape, dropout)
     state = make_state(model, config, precision, 1)
-    lengths = torch.full((ROWS,), TOKENS)
-    batch = TextBatch(torch.arange(ROWS), source, target, lengths, model.plan(source, target, MASK))
+    rows, tokens = shape
+    lengths = torch.full((rows,), tokens)
+    batch = TextBatch(torch.arange(rows), source, target, lengths, model.plan(source, target, MASK))
 
     def forward(model, batch):
         return model(batch.src_tokens, batch.target_tokens, MASK, batch.plan)
@@ -69,8 +69,8 @@ def ours(precision: str, dropout: float):
     return step
 
 
-def plain(precision: str, dropout: float):
-    config, model, *batch = build(dropout)
+def plain(precision: str, shape: tuple[int, int], dropout: float):
+    config, model, *batch = build(shape, dropout)
     optimizer = data2vec_plain.PlainAdam(model.parameters())
     autocast = contextlib.nullcontext
     if precision != "fp32":
@@ -86,9 +86,9 @@ def plain(precision: str, dropout: float):
 class Worker:
     """A process that does a step when told to; `seconds` of a call are its own CPU seconds."""
 
-    def __init__(self, side: str, precision: str, dropout: float):
+    def __init__(self, side: str, precision: str, shape: tuple[int, int], dropout: float):
         command = [sys.executable, "-m", "ci.peers.data2vec_step", "--worker", side, "--precision", precision]
-        command += ["--dropout", str(dropout)]
+        command += ["--rows", str(shape[0]), "--tokens", str(shape[1]), "--dropout", str(dropout)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self) -> dict[str, float]:
@@ -101,44 +101,49 @@ class Worker:
         self.process.wait()
 
 
-def work(side: str, precision: str, dropout: float) -> None:
+def work(side: str, precision: str, shape: tuple[int, int], dropout: float) -> None:
     torch.set_num_threads(1)
-    step = {"ours": ours, "plain": plain}[side](precision, dropout)
+    step = {"ours": ours, "plain": plain}[side](precision, shape, dropout)
     for _ in sys.stdin:
         began = time.process_time()
         loss, norm = step()
         print(json.dumps({"seconds": time.process_time() - began, "loss": loss, "norm": norm}), flush=True)
 
 
-def useful_flop() -> float:
+def useful_flop(shape: tuple[int, int]) -> float:
     """Matrix products of our step: 2 FLOP a multiply-add; backward twice the forward; see the model's row counts."""
     width, inner, layers, heads_width = 768, 3072, 12, 768
-    _, model, source, target = build(0.0)
+    _, model, source, target = build(shape, 0.0)
     plan = model.plan(source, target, MASK)
     masked, teacher = len(plan.rows.flat), plan.teacher_tokens.numel()
 
-    def layer(rows: int, keys: int, tokens: int) -> float:
-        projections = 2 * width * width * (2 * rows + 2 * tokens) + 4 * rows * width * inner
-        return projections + 4 * rows * keys * heads_width
+    def layer(queries: int, keys: int, tokens: int) -> float:
+        projections = 2 * width * width * (2 * queries + 2 * tokens) + 4 * queries * width * inner
+        return projections + 4 * queries * keys * heads_width
 
-    tokens = ROWS * TOKENS
-    student = (layers - 1) * layer(tokens, TOKENS, tokens) + layer(masked, TOKENS, tokens) + 8 * masked * width * width
-    return 3 * student + layers * layer(teacher, teacher // ROWS, teacher)
+    rows, length = shape
+    tokens = rows * length
+    student = (layers - 1) * layer(tokens, length, tokens) + layer(masked, length, tokens) + 8 * masked * width * width
+    return 3 * student + layers * layer(teacher, teacher // rows, teacher)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4, help="samples")
+    parser.add_argument("--tokens", type=int, default=512, help="of a sample")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--worker", choices=("ours", "plain"))
     options = parser.parse_args()
+    shape = options.rows, options.tokens
     if options.worker:
-        return work(options.worker, options.precision, options.dropout)
+        return work(options.worker, options.precision, shape, options.dropout)
     devices.seed_everything(0)
     torch.set_num_threads(1)
-    check = [Worker(side, options.precision, 0.0) for side in ("ours", "plain")]
-    steps = [[worker.step() for _ in range(2)] for worker in check]
+    check = [Worker(side, options.precision, shape, 0.0) for side in ("ours", "plain")]
+    count = 2 if options.precision == "fp32" else 1  # emulated bf16 takes the plain side minutes a step
+    steps = [[worker.step() for _ in range(count)] for worker in check]
     for worker in check:
         worker.close()
     tolerance = 1e-4 if options.precision == "fp32" else 2e-2
@@ -146,7 +151,7 @@ def main() -> None:
         for key in ("loss", "norm"):
             assert abs(a[key] - b[key]) < tolerance * abs(b[key]), (key, a, b)
 
-    sides = {side: Worker(side, options.precision, options.dropout) for side in ("ours", "plain")}
+    sides = {side: Worker(side, options.precision, shape, options.dropout) for side in ("ours", "plain")}
     seconds = {side: [] for side in sides}
     for index in range(options.rounds + 1):
         for side in sorted(sides, reverse=index % 2 == 1):
@@ -157,11 +162,13 @@ def main() -> None:
         worker.close()
     ratio = ratio_of(list(zip(seconds["ours"], seconds["plain"], strict=True)))
     # a CPU without bf16 instructions multiplies bf16 numbers fastest in fp32 (common/cpu_kernels.py): that is its peak
-    peak, flop = max(gemm_peak(dtype) for dtype in {DTYPES[options.precision], torch.float32}), useful_flop()
+    peak = max(gemm_peak(dtype) for dtype in {DTYPES[options.precision], torch.float32})
+    flop = useful_flop(shape)
+    what = f"{options.rows} x {options.tokens} tokens, dropout {options.dropout}, {options.precision}"
     write_result(
         f"data2vec_step_{options.precision}",
         {
-            "what": f"data2vec text base, {ROWS} x {TOKENS} tokens, dropout {options.dropout}, {options.precision}",
+            "what": f"data2vec text base, {what}",
             "plain_over_ours": ratio,
             "equal_without_dropout": {"ours": steps[0], "plain": steps[1]},
             "gemm_gflop_per_second": round(peak / 1e9, 1),
