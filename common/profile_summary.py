@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ class Cost:
     host_ms: float  # without the operators it calls
     device_ms: float  # likewise; 0 on a CPU
     allocated: int  # bytes that it newly needed, host and device together; may be negative
+    in_loader: int = 0  # calls by a data loader of this process, which wait for no device
 
 
-def from_torch(events: Iterable[Any], device: torch.device) -> list[Cost]:
-    """Costs from torch.profiler's `key_averages()`."""
+def from_torch(session: torch.profiler.profile, device: torch.device) -> list[Cost]:
+    """Costs of a session of torch.profiler that has been stopped."""
+    in_loader = Counter(e.name for e in session.events() if _SYNCS.fullmatch(e.name) and _is_of_loader(e))
     return [
         Cost(
             event.key,
@@ -51,10 +54,18 @@ def from_torch(events: Iterable[Any], device: torch.device) -> list[Cost]:
             event.self_cpu_time_total / 1000,
             event.self_device_time_total / 1000 if device.type != "cpu" else 0.0,
             event.self_cpu_memory_usage + event.self_device_memory_usage,
+            in_loader[event.key],
         )
-        for event in events
+        for event in session.key_averages()
         if event.key != "[memory]"  # frees that belong to no operator
     ]
+
+
+def _is_of_loader(event: Any) -> bool:
+    while (event := event.cpu_parent) is not None:
+        if event.name.startswith("enumerate(DataLoader)"):
+            return True
+    return False
 
 
 def from_torch_npu(folder: Path) -> tuple[Path, list[Cost]]:
@@ -80,8 +91,9 @@ def from_torch_npu(folder: Path) -> tuple[Path, list[Cost]]:
 
 
 def host_syncs(costs: Iterable[Cost]) -> list[Cost]:
-    """The operators that make the host wait, most frequent first."""
-    return sorted((cost for cost in costs if _SYNCS.fullmatch(cost.name)), key=lambda cost: -cost.calls)
+    """The operators that make the host wait, most frequent first, without the calls of the data loader."""
+    waiting = [replace(cost, calls=cost.calls - cost.in_loader) for cost in costs if _SYNCS.fullmatch(cost.name)]
+    return sorted((cost for cost in waiting if cost.calls), key=lambda cost: -cost.calls)
 
 
 def summary(headline: str, window: Window, costs: list[Cost], trace: Path) -> str:

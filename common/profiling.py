@@ -87,7 +87,7 @@ class StepProfiler:
         if isinstance(self._session, torch.profiler.profile):
             trace = self.folder / "trace.json.gz"
             self._session.export_chrome_trace(str(trace))
-            costs = from_torch(self._session.key_averages(), self.world.device)
+            costs = from_torch(self._session, self.world.device)
         else:
             trace, costs = from_torch_npu(self.folder)
         text = summary(self._headline(), window, costs, trace)
