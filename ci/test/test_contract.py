@@ -58,6 +58,7 @@ def test_scripts_share_the_launcher_and_its_flags(project, script):
     assert usage.returncode == 0 and "Usage: bash test/" in usage.stdout, usage.stderr
     for flag in ("data_path", "batch_size", "epochs", "max_steps", "device", "nproc", "precision", "output_dir"):
         assert f"--{flag}=" in usage.stdout
+    assert "--profile" in usage.stdout
     wrong = subprocess.run(["bash", path, "--data_pth=x"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "did you mean --data_path?" in wrong.stderr
 

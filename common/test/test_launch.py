@@ -67,7 +67,8 @@ def test_both_flag_styles_spaces_and_pass_through_from_either_folder(project, fo
 def test_help_and_dry_run_run_nothing(project):
     process = bash(project, "--help")
     assert process.returncode == 0 and "A trial launch." in process.stdout and "--model_path=" in process.stdout
-    process = bash(project, "--data_path=.", "--nproc=4", "--dry_run")
+    process = bash(project, "--data_path=.", "--nproc=4", "--dry_run", "--profile")
+    assert " --profile " in process.stdout
     assert process.returncode == 0 and "--nproc_per_node 4" in process.stdout and "ARGS" not in process.stdout
 
 
