@@ -51,6 +51,15 @@ def test_other_scripts_say_what_they_run(corpus, script, tmp_path):
     assert ("checkpoint.no_save=true" in done.stdout) == ("performance" in script)
 
 
+def test_scripts_take_pictures(tmp_path):
+    flags = [f"--data_path={tmp_path}", "--device=cpu", f"--output_dir={tmp_path}", "--dry_run"]
+    flags += ["--config_dir=configs/vision/pretraining", "--config_name=base_imagenet"]
+    done = shell("train_full_8p.sh", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "--config-dir configs/vision/pretraining --config-name base_imagenet" in done.stdout
+    assert "max_update" not in done.stdout  # the configuration's own
+
+
 def test_script_refusals(tmp_path):
     assert "--data_path is required" in shell("train_full_1p.sh").stderr
     failed = shell("train_full_1p.sh", f"--data_path={tmp_path}", "--device=cpu", f"--output_dir={tmp_path / 'o'}")
