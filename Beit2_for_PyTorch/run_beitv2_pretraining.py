@@ -14,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
+
 from beit2 import npu_patches, parameter_groups
 from beit2 import pretraining_options as setup
 from beit2.image_data import Normalizer, collate, run_batches, steps_per_epoch
@@ -40,7 +42,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 def train(options: argparse.Namespace, world: World) -> dict:
     precision = pick_precision(options, world.device)
     devices.seed_everything(options.seed)
-    model = setup.build_model(options)
+    with torch.device("meta"):
+        model = setup.build_model(options)
     dataset = setup.build_dataset(options, model.window_size)
     tokenizer = setup.load_tokenizer(options, precision).to(world.device)
     setup.check_windows(options, model.window_size, tokenizer)
@@ -48,7 +51,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
 
     steps = steps_per_epoch(len(dataset), options.batch_size, world.size, options.update_freq)
     rates, decays = setup.schedules(options, steps)
-    replica = Replica(model, world, options.fsdp, precision, options.activation_checkpointing, options.update_freq)
+    replica = Replica(model, world, options, precision)
     groups = parameter_groups(replica.model, options.weight_decay)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
     scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
@@ -57,7 +60,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
         scaler, precision, options.clip_grad,
     )  # fmt: skip
 
-    path = find_checkpoint(options.resume, options.auto_resume, options.output_dir, options.fsdp)
+    path = find_checkpoint(options.resume, options.auto_resume, options.output_dir, replica.sharded)
     state = TrainState(step=options.start_epoch * steps)
     if path is not None:
         state = TrainState(**replica.load(path, optimizer, scaler, steps))

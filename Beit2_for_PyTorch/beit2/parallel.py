@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from beit2 import training_files
+from beit2.initialization import materialize
 from beit2.pretraining_model import MaskedImageModel
 from common import checkpoint_file, distributed
 from common.device import UsageError
@@ -37,22 +38,25 @@ class Replica:
         model: the model itself, whose parameters the optimizer has.
         wrapped: what is called: the model, or DDP around it.
         sharded: whether parameters are FSDP2 shards (fp32 masters, gathered for compute in the run's precision).
+
+    Args:
+        model: on the meta device; here it gets its storage and its initial weights, drawn from the options' seed.
+        options: parallel, activation_checkpointing, update_freq and seed are read.
     """
 
-    def __init__(
-        self, model: MaskedImageModel, world: World, fsdp: bool, precision: str, recompute: bool, update_freq: int = 1
-    ):
-        self.world, self.sharded = world, fsdp
+    def __init__(self, model: MaskedImageModel, world: World, options: argparse.Namespace, precision: str):
+        self.world, self.sharded = world, options.parallel == "fsdp"
         self.parameter_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        model.activation_checkpointing = recompute
+        model.activation_checkpointing = options.activation_checkpointing
         self.model = self.wrapped = model
-        if fsdp:
+        if self.sharded:
             if not distributed.is_distributed():
-                raise UsageError("--fsdp shards over ranks: start with torchrun, e.g. --nproc_per_node 8")
+                raise UsageError("--parallel fsdp shards over ranks: start with torchrun, e.g. --nproc_per_node 8")
             shard(model, world, precision)
-        else:
+        materialize(model, world.device, options.seed)
+        if not self.sharded:
             # every parameter gets a gradient in every step, in the same order
-            self.wrapped = data_parallel(model.to(world.device), world, static_graph=update_freq == 1)
+            self.wrapped = data_parallel(model, world, static_graph=options.update_freq == 1)
 
     def save(
         self,
@@ -70,9 +74,8 @@ class Replica:
         """
         folder = Path(options.output_dir)
         if self.sharded:
-            save_shards(
-                self.model, optimizer, progress | {"steps_per_epoch": steps_per_epoch}, folder / training_files.SHARDED
-            )
+            rest = {"scaler": scaler.state_dict(), "steps_per_epoch": steps_per_epoch}
+            save_shards(self.model, optimizer, progress | rest, folder / training_files.SHARDED)
             if numbered:
                 whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
                 state = get_model_state_dict(self.model, options=whole)  # on rank 0; empty elsewhere
@@ -90,10 +93,10 @@ class Replica:
     ) -> dict[str, Any]:
         """Restores a checkpoint and returns its progress. Every rank calls it."""
         if path.is_dir() != self.sharded:
-            kind = "a sharded checkpoint: add --fsdp" if path.is_dir() else "not sharded: leave --fsdp out"
+            kind = "a sharded checkpoint: add --parallel fsdp" if path.is_dir() else "not sharded: use --parallel ddp"
             raise UsageError(f"{path} is {kind}, or start anew with --no_auto_resume")
         if self.sharded:
-            return load_shards(self.model, optimizer, path, steps_per_epoch)
+            return load_shards(self.model, optimizer, scaler, path, steps_per_epoch)
         return training_files.load_training_state(path, self.model, optimizer, scaler, steps_per_epoch)
 
 
@@ -103,14 +106,14 @@ def data_parallel(model: nn.Module, world: World, static_graph: bool = False) ->
         return model
     ids = None if world.device.type == "cpu" else [world.device.index]
     return DistributedDataParallel(
-        model, ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static_graph
+        model, ids, forward_sync_buffers=False, gradient_as_bucket_view=True, static_graph=static_graph
     )
 
 
 def shard(model: MaskedImageModel, world: World, precision: str) -> None:
     """FSDP2: every block a unit, the rest the root unit; fp32 masters and gradient sums, compute in `precision`.
 
-    The model comes from the host; a unit goes to the device as it is sharded, so no card ever holds all of it.
+    The model is on the meta device: neither host nor card ever holds all of it.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[precision], reduce_dtype=torch.float32)
@@ -139,16 +142,21 @@ def save_shards(model: nn.Module, optimizer: torch.optim.Optimizer, progress: di
 
 
 def load_shards(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, steps_per_epoch: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    folder: Path,
+    steps_per_epoch: int,
 ) -> dict[str, Any]:
     """Restores `save_shards`' folder, on any number of ranks, and returns the progress.
 
     Raises:
-        UsageError: another model's, or an epoch of another number of steps.
+        UsageError: another model's, or in the middle of an epoch of another number of steps.
     """
-    progress = checkpoint_file.load(folder / "progress.pt")
-    if progress.pop("steps_per_epoch") != steps_per_epoch:
-        raise UsageError(f"{folder}: its epochs had another number of steps: use the same data, batch and ranks")
+    progress = training_files.fit_progress(checkpoint_file.load(folder / "progress.pt"), steps_per_epoch, folder)
+    scaling = progress.pop("scaler", None)
+    if scaling and scaler.is_enabled():
+        scaler.load_state_dict(scaling)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:

@@ -43,7 +43,11 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight_decay_end", type=float, default=None, help="default: --weight_decay")
     add_run_options(parser)
     add_dead_options(parser, "decoupling_aug", "eval_data_path")
-    parser.add_argument("--fsdp", action="store_true", help="shard parameters, gradients and optimizer (FSDP2)")
+    parser.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="ddp",
+        help="fsdp: shard parameters, gradients and optimizer over the ranks (FSDP2)",
+    )  # fmt: skip
+    parser.add_argument("--fsdp", action="store_const", const="fsdp", dest="parallel", help="the same")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute blocks in backward")
     parser.add_argument("--plan_memory", type=int, nargs="?", const=8, metavar="RANKS", help="print memory and stop")
     return parse(parser, argv)

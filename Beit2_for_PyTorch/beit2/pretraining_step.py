@@ -47,20 +47,25 @@ class TrainState:
 
     def means(self) -> dict[str, float]:
         """The epoch's means so far, over all ranks."""
-        names = list(self.sums)
-        pairs = torch.tensor([[float(self.sums[n]), float(self.counts[n])] for n in names], dtype=torch.float64)
-        totals, counts = distributed.all_reduce_sum(pairs).unbind(dim=1)
-        return dict(zip(names, (totals / counts.clamp(min=1)).tolist(), strict=True))
+        totals, counts = self._over_ranks()
+        return dict(zip(self.sums, (totals / counts.clamp(min=1)).tolist(), strict=True))
+
+    def _over_ranks(self) -> tuple[Tensor, Tensor]:
+        """Sums and counts, each the mean over the ranks, in the order of the names."""
+        pairs = [[float(self.sums[name]), float(self.counts[name])] for name in self.sums]
+        return distributed.all_reduce_mean(torch.tensor(pairs, dtype=torch.float64).view(-1, 2)).unbind(dim=1)
 
     def begin_epoch(self) -> None:
         self.sums, self.counts = {}, {}
 
     def plain(self) -> dict:
-        """Numbers only, for a checkpoint."""
+        """Numbers only, for a checkpoint that every rank continues from. Every rank calls it."""
+        totals, counts = self._over_ranks()
+        names = list(self.sums)
         return {
             "step": self.step,
-            "sums": {name: float(value) for name, value in self.sums.items()},
-            "counts": {name: float(value) for name, value in self.counts.items()},
+            "sums": dict(zip(names, totals.tolist(), strict=True)),
+            "counts": dict(zip(names, counts.tolist(), strict=True)),
         }
 
 
@@ -148,8 +153,7 @@ def update(
 ) -> Tensor:
     """Clips, updates, and returns the gradient norm before clipping. A gradient that is not finite changes nothing.
 
-    Fused AdamW skips the update on the device, as fp16 loss scaling does; for other optimizers, and for sharded
-    gradients, the host looks first.
+    Fused AdamW skips the update on the device, as fp16 loss scaling does; for other optimizers the host looks first.
     """
     if scaler.is_enabled():
         scaler.unscale_(optimizer)
@@ -162,7 +166,7 @@ def update(
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
-    elif isinstance(optimizer, torch.optim.AdamW) and not hasattr(gradients[0], "full_tensor"):
+    elif isinstance(optimizer, torch.optim.AdamW):
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
         optimizer.step()
     elif bool(norm.isfinite()):

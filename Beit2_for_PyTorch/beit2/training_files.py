@@ -102,16 +102,26 @@ def load_training_state(
     load_optimizer(optimizer, checkpoint["optimizer"], path)
     if checkpoint.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])
-    progress = dict(checkpoint.get("progress") or {})
+    progress = checkpoint.get("progress") or {"step": (checkpoint["epoch"] + 1) * steps_per_epoch}
+    return fit_progress(progress, steps_per_epoch, path)
+
+
+def fit_progress(progress: dict[str, Any], steps_per_epoch: int, path: Path) -> dict[str, Any]:
+    """A checkpoint's progress for a run whose epochs have `steps_per_epoch` steps.
+
+    Raises:
+        UsageError: it is in mid-epoch, and its epochs had another number of steps.
+    """
+    progress = dict(progress)
     theirs = progress.pop("steps_per_epoch", steps_per_epoch)
-    if not progress or theirs != steps_per_epoch:
-        if progress.get("step", 0) % theirs:
-            raise UsageError(
-                f"{path} is in the middle of an epoch of {theirs} steps, this run's epochs have {steps_per_epoch}: "
-                "resume with the same data, --batch_size, --update_freq and number of ranks"
-            )
-        return {"step": (checkpoint["epoch"] + 1) * steps_per_epoch}
-    return progress
+    if theirs == steps_per_epoch:
+        return progress
+    if progress["step"] % theirs:
+        raise UsageError(
+            f"{path} is in the middle of an epoch of {theirs} steps, this run's epochs have {steps_per_epoch}: "
+            "resume with the same data, --batch_size, --update_freq and number of ranks"
+        )
+    return {"step": progress["step"] // theirs * steps_per_epoch}
 
 
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:

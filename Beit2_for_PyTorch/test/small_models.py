@@ -1,8 +1,9 @@
-"""Registers models small enough for tests under names of their own; run as a script, starts an entry script with them:
+"""Registers models small enough for tests under names of their own; run as a script, starts entry scripts with them:
 
-python small_models.py run_beitv2_pretraining.py --model beit_test_cls_pt ...
+python small_models.py run_beitv2_pretraining.py --model beit_test_cls_pt ... [--then run_vqkd_training.py ...]
 """
 
+import contextlib
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT.parent), str(PROJECT)]
 
 from beit2 import model_names  # noqa: E402
+from common import distributed  # noqa: E402
 
 SHAPE = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8}
 model_names.PRETRAINING_MODELS["beit_test_cls_pt"] = SHAPE | {"cls_pt": True}
@@ -26,5 +28,11 @@ OPTIONS = (
 ).split()
 
 if __name__ == "__main__":
-    sys.argv = sys.argv[1:]
-    runpy.run_path(str(PROJECT / sys.argv[0]), run_name="__main__")
+    runs = [[]]
+    for argument in sys.argv[1:]:
+        runs.append([]) if argument == "--then" else runs[-1].append(argument)
+    # one group for all: a second one under the same torchrun would wait for the first one's store for ever
+    with distributed.process_group("cpu") as world:
+        distributed.process_group = lambda *_, **__: contextlib.nullcontext(world)
+        for sys.argv in runs:
+            runpy.run_path(str(PROJECT / sys.argv[0]), run_name="__main__")

@@ -2,10 +2,7 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -141,35 +138,6 @@ def test_reference_checkpoint_resumes_here():
         k: (v.shape, v.dtype) for k, v in theirs["model"].items()
     }
     assert set(theirs["optimizer"]["param_groups"][0]) <= set(ours["optimizer"]["param_groups"][0])
-
-
-def torchrun(tmp_path, pictures, tokenizer_file, name, *extra):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(HERE / "small_models.py"), "run_beitv2_pretraining.py", *OPTIONS, "--model", "beit_test_cls_pt",
-        "--data_path", str(pictures / "train"), "--tokenizer_weight", str(tokenizer_file), "--epochs", "2",
-        "--save_ckpt_freq", "1", "--output_dir", str(tmp_path / name), "--drop_path", "0", *extra,
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return metrics(tmp_path / name)
-
-
-def test_two_ranks_ddp_and_fsdp_equal_one(pictures, tokenizer_file, tmp_path):
-    """Two ranks of 4 = one rank of 2 x 4 by accumulation = FSDP2 with recomputed blocks, resumed from its shards."""
-    ddp = torchrun(tmp_path, pictures, tokenizer_file, "ddp")
-    assert len(ddp) == 4
-    sharded = ("--fsdp", "--activation_checkpointing")
-    torchrun(tmp_path, pictures, tokenizer_file, "fsdp", *sharded, "--max_steps", "3")
-    fsdp = torchrun(tmp_path, pictures, tokenizer_file, "fsdp", *sharded)
-    for step, values in ddp.items():
-        assert fsdp[step] == pytest.approx(values, rel=1e-4), step
-    a = read_checkpoint(tmp_path / "ddp/checkpoint-1.pth")["model"]
-    b = read_checkpoint(tmp_path / "fsdp/checkpoint-1.pth")["model"]
-    assert list(a) == list(b)
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_accumulation_is_a_larger_batch(pictures, tokenizer_file, tmp_path):

@@ -25,7 +25,7 @@ def shell(script, *flags, cwd=PROJECT, **environment):
         ("test/train_performance_1p.sh", "--random_tokenizer"),
         ("test/train_performance_8p.sh", "--case_kind perf"),
         ("test/train_eval_1p.sh", "run_class_finetuning.py"),
-        ("pretraining.sh", "beit_huge_5B_cls_pt --fsdp --activation_checkpointing"),
+        ("pretraining.sh", "beit_huge_5B_cls_pt --parallel fsdp --activation_checkpointing"),
     ],
 )
 def test_every_script_starts_its_program(pictures, script, expected, tmp_path):

@@ -9,6 +9,6 @@ require data_path
 tokenizer=()
 [[ -z $tokenizer_weight ]] || tokenizer=(--tokenizer_weight "$tokenizer_weight")
 launch run_beitv2_pretraining.py --data_path "$data_path" --batch_size "$batch_size" --epochs "$epochs" \
-  --model beit_huge_5B_cls_pt --fsdp --activation_checkpointing "${tokenizer[@]}" --early_layers 6 --head_layers 2 \
+  --model beit_huge_5B_cls_pt --parallel fsdp --activation_checkpointing "${tokenizer[@]}" --early_layers 6 --head_layers 2 \
   --layer_scale_init_value 1e-5 --second_interpolation bicubic --min_crop_scale 0.2 --lr 3e-4 --warmup_epochs 10 \
   --clip_grad 3.0 --imagenet_default_mean_and_std --opt_betas 0.9 0.999

@@ -1,0 +1,137 @@
+"""Two ranks: DDP, FSDP2 and one process train the same model; sharded checkpoints; the shared codebook."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import OPTIONS
+
+from beit2.quantizer import NormEMAQuantizer
+from beit2.weight_files import read_checkpoint
+from common import checkpoint_file
+
+HERE = Path(__file__).resolve().parent
+
+
+def torchrun(ranks, *runs):
+    """Starts small_models.py once for all runs, each (script, argument, ...)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += [str(HERE / "small_models.py"), *runs[0]]
+    for run in runs[1:]:
+        command += ["--then", *run]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def train_lines(folder):
+    """Of each step what must not depend on how the work is shared out."""
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["kind"] == "train"}
+
+
+def epoch_lines(folder):
+    """The lines of log.txt, whose means are over all ranks."""
+    return [json.loads(text) for text in (folder / "log.txt").read_text().splitlines()]
+
+
+def assert_same_curve(folder, other, tolerance, names=("loss", "grad_norm", "lr")):
+    ours, theirs = train_lines(folder), train_lines(other)
+    assert list(ours) == list(theirs)
+    for step in ours:
+        for name in names:
+            assert ours[step][name] == pytest.approx(theirs[step][name], rel=tolerance), (step, name)
+
+
+# Four updates of a codebook on every rank, from k-means with other draws; rank 0 writes all ranks' codes.
+CODEBOOK = """
+import sys
+import torch
+from torch.nn.functional import normalize
+from beit2.quantizer import NormEMAQuantizer
+from common import distributed
+
+torch.manual_seed(distributed.rank())
+quantizer = NormEMAQuantizer(12, 4, decay=0.9, kmeans_init=True).train()
+batches = normalize(torch.randn(4, 2, 24, 4, generator=torch.Generator().manual_seed(5)), dim=-1)
+books = []
+for batch in batches:
+    quantizer(batch[distributed.rank()].unsqueeze(0))
+    books.append(distributed.gather_objects(quantizer.embedding.weight.clone()))
+if distributed.rank() == 0:
+    torch.save({"batches": batches, "books": books, "usage": quantizer.cluster_size}, sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(pictures, tokenizer_file, tmp_path_factory):
+    """The folder of all runs on two ranks. An epoch has two steps; "cut" runs stop after the first epoch or in it."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def run(name, *extra):
+        options = ["--model", "beit_test_cls_pt", "--epochs", "2", "--save_ckpt_freq", "1", "--drop_path", "0", *extra]
+        data = ["--data_path", str(pictures / "train"), "--tokenizer_weight", str(tokenizer_file)]
+        return ("run_beitv2_pretraining.py", *OPTIONS, *data, "--output_dir", str(folder / name), *options)
+
+    (folder / "codebook.py").write_text(CODEBOOK)
+    sharded = ("--parallel", "fsdp", "--activation_checkpointing")
+    half = ("--fsdp", "--precision", "fp16")
+    torchrun(
+        2,
+        run("ddp"),
+        run("fsdp", *sharded, "--max_steps", "3"),
+        run("fsdp", *sharded),
+        run("fp16", *half),
+        run("fp16_cut", *half, "--max_steps", "3"),
+        run("fp16_cut", *half),
+        run("moved", *sharded, "--max_steps", "2"),
+        (str(folder / "codebook.py"), str(folder / "codebook.pt")),
+    )
+    torchrun(1, run("moved", *sharded, "--batch_size", "8"))  # the same global batches on one rank
+    return folder
+
+
+def test_fsdp_with_recomputed_blocks_equals_ddp(runs):
+    """From the same initial weights, drawn whole or as shards, and resumed in mid-epoch from the shards."""
+    assert len(train_lines(runs / "ddp")) == 4
+    assert_same_curve(runs / "fsdp", runs / "ddp", 1e-4)
+    a, b = (read_checkpoint(runs / name / "checkpoint-1.pth")["model"] for name in ("ddp", "fsdp"))
+    assert list(a) == list(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+    for line, other in zip(epoch_lines(runs / "fsdp"), epoch_lines(runs / "ddp"), strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_a_sharded_checkpoint_goes_on_with_another_number_of_ranks(runs):
+    assert_same_curve(runs / "moved", runs / "ddp", 1e-4, ("grad_norm", "lr"))  # the loss there is rank 0's
+    moved, stayed = (epoch_lines(runs / name) for name in ("moved", "ddp"))
+    assert moved[1] == pytest.approx(stayed[1], rel=1e-4, abs=1e-6)
+
+
+def test_fp16_scaling_survives_a_sharded_resume(runs):
+    """The first gradient overflows in some shard: all ranks skip it, and the lower scale is in the checkpoint."""
+    assert_same_curve(runs / "fp16_cut", runs / "fp16", 0, ("loss", "loss_scale", "lr"))
+    assert_same_curve(runs / "fp16", runs / "ddp", 2e-2, ("loss", "lr"))
+    whole, cut = (checkpoint_file.load(runs / n / "checkpoint-sharded/progress.pt") for n in ("fp16", "fp16_cut"))
+    assert whole["scaler"] == cut["scaler"] and whole["scaler"]["scale"] < 65536
+    ours, theirs = (read_checkpoint(runs / name / "checkpoint-1.pth")["model"] for name in ("fp16", "fp16_cut"))
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]) and ours[name].isfinite().all(), name
+
+
+def test_ranks_share_one_codebook(runs):
+    """k-means starts all ranks from rank 0's codes, and every update is that of one process with the whole batch."""
+    result = torch.load(runs / "codebook.pt", weights_only=True)
+    torch.manual_seed(0)
+    alone = NormEMAQuantizer(12, 4, decay=0.9, kmeans_init=True).train()
+    alone._init_by_kmeans(result["batches"][0, 0])
+    for batch, (first, second) in zip(result["batches"], result["books"], strict=True):
+        alone(batch)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, alone.embedding.weight)
+    torch.testing.assert_close(result["usage"], alone.cluster_size)
