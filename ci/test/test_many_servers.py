@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ci import training_cases
 from ci.namespace_servers import NotPermitted, Server, servers
 from common import rank_table, result_file
 
@@ -105,6 +107,32 @@ def test_three_servers_one_is_cut_off_the_others_name_it_and_the_rerun_resumes(p
     logged = losses(tmp_path)
     assert list(logged) == list(range(1, before + 3))
     assert all(len(values) == 1 for values in logged.values())  # steps that both runs took have the same loss
+
+
+def test_two_servers_train_clip_until_one_is_cut_off(tmp_path):
+    clip_sample = runpy.run_path(str(ROOT / "CLIP_for_PyTorch" / "test" / "clip_sample.py"))
+    clip_sample["write_coco_zips"](tmp_path / "coco", {"train": 24, "val": 8})
+    training_cases.prepare_clip(tmp_path, training_cases.COUNTED)
+    output = tmp_path / "output"
+    with connected(2) as made:
+        flags = [f"--rank_table_file={table_of(made, tmp_path)}", f"--data_path={tmp_path / 'coco'}"]
+        flags += [f"--model_path={tmp_path / 'clip-roberta'}", f"--output_dir={output}", "--precision=fp32"]
+        flags += [
+            "--workers=0",
+            "--batch_size=4",
+            "--train_epochs=1000",
+            f"--collective_timeout={COLLECTIVE_TIMEOUT_S}",
+        ]
+        running = [start(server, "CLIP_for_PyTorch", *flags, "--", "--log_every", "1") for server in made]
+        wait_for(output / "metrics.jsonl", *running)
+        while len(losses(output)) < 3:
+            time.sleep(0.05)
+        made[1].pull_cable()
+        outputs = [process.communicate(timeout=200)[0] for process in running]
+        assert all(process.returncode != 0 for process in running)
+        for here, other in ((0, 1), (1, 0)):
+            assert f"no answer from rank {other} on {made[other].address}" in outputs[here]
+    assert result_file.read(next(output.glob("*_2p_acc.log")))["Status"] == "FAILED"
 
 
 def test_a_node_leaves_and_returns_and_the_run_goes_on(pictures, tmp_path):

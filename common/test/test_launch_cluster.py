@@ -201,6 +201,6 @@ def test_the_cluster_script_of_a_project_needs_a_cluster_and_shows_every_node(fo
     words = ["bash", script, f"--data_path={folder}", f"--output_dir={folder}", "--device=cpu", "--dry_run"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment(folder))
     assert done.returncode == 2 and "give --rank_table_file, --hostfile or --nnodes" in done.stderr
-    words.append(f"--rank_table_file={DUAL}")
+    words += [f"--rank_table_file={DUAL}", *([f"--model_path={folder}"] if "CLIP" in str(script) else [])]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment(folder))
     assert done.returncode == 0 and "# node 1, 10.90.43.22" in done.stdout and "--nnodes 2" in done.stdout, done.stderr
