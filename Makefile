@@ -41,7 +41,7 @@ demo: sample_data ## train a small model on real pictures and show the result; P
 test: sample_data ## run every test of the repo; PYTEST_ARGS="-k resume" for some
 	python -m pytest -q $(PYTEST_ARGS)
 
-peers: $(STAMP) ## benchmarks against other implementations, 45 minutes on one core; PEERS_ARGS="--only vit --quick" for some
+peers: $(STAMP) ## benchmarks against other implementations, an hour or more on one core; PEERS_ARGS="--only vit --quick" for some
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	python -m ci.peers $(PEERS_ARGS)
 
