@@ -46,7 +46,11 @@ def table_bias(module: nn.Module) -> Tensor:
 
 def logits(model: nn.Module, images: Tensor, mask: Tensor) -> list[Tensor]:
     """Masked logits of the main head, and of the CLS head when there is one: images, mask bool [B, N] -> [M, V]."""
-    x = model.embed(images, mask)
+    x = model.patch_embed(images)
+    weight = mask.flatten(1).unsqueeze(-1).type_as(model.mask_token)
+    x = x * (1 - weight) + model.mask_token * weight
+    x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)
+    x = x if model.pos_embed is None else x + model.pos_embed
     bias = table_bias(model.rel_pos_bias) if model.rel_pos_bias is not None else None
     early = None
     for number, module in enumerate(model.blocks, 1):
