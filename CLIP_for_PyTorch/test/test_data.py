@@ -1,7 +1,10 @@
 """Where pairs come from: COCO in its three layouts, tables, tars; and every way they can be wrong."""
 
 import json
+import multiprocessing
+import resource
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -226,14 +229,40 @@ def test_the_crop_cache_returns_what_decoding_would(tmp_path, monkeypatch):
     assert torch.equal(third[1], want[1]) and torch.equal(third[4], want[1]) and torch.equal(third[5], want[5])
 
 
-def test_a_full_disk_is_told_at_the_start(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+def read_again_and_again(folder: str, source: DecodedImages, seed: int) -> None:
+    """A process that fills and reads a cache in an order of its own; exit code 1 when a picture is the wrong one."""
+    want = [source[i] for i in range(len(source))]
+    for repeat in range(20):
+        cache = CropCache(Path(folder), "train", source)
+        for i in np.random.default_rng((seed, repeat)).permutation(len(source)):
+            cache._crops[i, :, 16:] = 0  # as one that is in the middle of writing another version of the picture
+            if not (torch.equal(cache[i], want[i]) and torch.equal(cache[i], want[i])):
+                sys.exit(1)
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+
+def test_processes_may_fill_one_crop_cache_together(tmp_path):
+    source = DecodedImages(many_pictures(tmp_path / "pictures", 6).images, 32)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=read_again_and_again, args=(str(tmp_path / "c"), source, n)) for n in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    cache = CropCache(tmp_path / "c", "train", source)
+    assert all(torch.equal(cache[i], source[i]) for i in range(6))
+
+
+def test_a_full_disk_is_told_at_the_start(tmp_path):
+    """The limit on a file's size stands for the disk: the system refuses the room in the same call."""
     source = DecodedImages(many_pictures(tmp_path / "pictures", 2).images, 32)
-    with pytest.raises(UsageError, match="no room"):
-        CropCache(tmp_path / "cache", "train", source)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(UsageError, match="no room; 0 MiB are needed"):
+            CropCache(tmp_path / "cache", "train", source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_picture_that_goes_away_during_the_run_is_named(tmp_path):
