@@ -5,9 +5,11 @@ Started by `python -m ci.npu_stub`, which sets up the process; alone it is skipp
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,18 @@ def on_npu(model: torch.nn.Module) -> torch.nn.Module:
                 if value is not None:
                     module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=NPU)
     return model
+
+
+def on_npu_all(plan: Any) -> Any:
+    """A tensor, or a data class of them, nested ones too, with fake tensors on the npu in the real ones' place."""
+    if isinstance(plan, torch.Tensor):
+        with MODE:
+            return torch.empty(plan.shape, dtype=plan.dtype, device=NPU)
+    if dataclasses.is_dataclass(plan):
+        return dataclasses.replace(
+            plan, **{f.name: on_npu_all(getattr(plan, f.name)) for f in dataclasses.fields(plan)}
+        )
+    return plan
 
 
 def half(*shape: int, grad: bool = False) -> torch.Tensor:
@@ -163,6 +177,25 @@ def test_data2vec_attention_with_padding_and_bias(fake, masked, biased):
     assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, NPU)
     out.sum().backward()
     assert q.grad.shape == q.shape
+
+
+def test_data2vec_step_with_its_patches():
+    from data2vec import build_model, npu_patches
+
+    sizes = {"embed_dim": 32, "ffn_embed_dim": 64, "layers": 2, "attention_heads": 2}
+    config = {"average_top_k_layers": 2, "transformer": {"encoder": sizes, "max_source_positions": 16}}
+    model = build_model(config, vocab_size=20)
+    npu_patches.apply_to_model(model, NPU)
+    source = torch.tensor([[0, 5, 19, 7, 2, 1], [0, 19, 6, 8, 9, 2]])  # [B, T]; 19 is <mask>, 1 is <pad>
+    target = torch.where(source == 19, 4, 1)
+    plan = on_npu_all(model.plan(source, target, 19))
+    source, target = on_npu_all(source), on_npu_all(target)
+    on_npu(model.encoder.make_teacher())  # no submodule of the model
+    on_npu(model)
+    with MODE, NPU, devices.autocast(NPU, "bf16"):
+        out = model(source, target, 19, plan)
+    assert out["pred"].shape == out["target"].shape == (2, 32) and out["loss_sum"].device == NPU
+    step(model, out["pred"])
 
 
 # -- CLIP --------------------------------------------------------------------------------------------------------------
