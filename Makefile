@@ -38,8 +38,8 @@ demo: sample_data ## train a small model on real pictures and show the result; P
 	@test -f $(PROJECT)/test/demo.sh || { echo "error: PROJECT=$(PROJECT): choose one of $(PROJECTS)" >&2; exit 2; }
 	bash $(PROJECT)/test/demo.sh $(CURDIR)/.sample_data
 
-test: sample_data ## run every test of the repo; PYTEST_ARGS="-k resume" for some
-	python -m pytest -q $(PYTEST_ARGS)
+test: sample_data ## run every test of the repo; PYTEST_ARGS="-k resume" for some, JOBS=2 for two files at a time
+	$(if $(JOBS),OMP_NUM_THREADS=1) python -m pytest -q $(if $(JOBS),-n $(JOBS) --dist loadfile) $(PYTEST_ARGS)
 
 peers: $(STAMP) ## benchmarks against other implementations, an hour or more on one core; PEERS_ARGS="--only vit --quick" for some
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
