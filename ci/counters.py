@@ -53,7 +53,7 @@ class _OneStep(training_steps.Observer):
         self.counter = OperationCounter()
         self._counting = False
 
-    def step_ended(self, step: int) -> None:
+    def step_ended(self, step: int, samples: int) -> None:
         if step == WARM_STEPS:
             gc.collect()
             gc.disable()  # memory is then freed at the same place in every run
@@ -77,7 +77,7 @@ class _OneStep(training_steps.Observer):
 class _Along(training_steps.Observer):
     """Of the ranks that are not counted."""
 
-    def step_ended(self, step: int) -> None:
+    def step_ended(self, step: int, samples: int) -> None:
         if step > WARM_STEPS:
             raise training_steps.TrainingStopped
 

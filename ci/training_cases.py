@@ -125,7 +125,7 @@ def clip_arguments(folder: Path, size: str) -> list[str]:
     return [
         "--model_name_or_path", str(folder / "clip-roberta"), "--train_file", str(folder / "pairs.csv"), "--do_train",
         "--per_device_train_batch_size", batch, "--dataloader_num_workers", "0", "--dataloader_drop_last",
-        "--num_train_epochs", EPOCHS, "--save_every", "0", "--cache_dir", str(folder / "cache"),
+        "--num_train_epochs", EPOCHS, "--save_every", "0", "--check_images", "False",
         "--overwrite_output_dir",
     ]  # fmt: skip
 

@@ -22,8 +22,8 @@ class TrainingStopped(BaseException):
 class Observer:
     """What happens at the boundaries of a step. The default does nothing."""
 
-    def step_ended(self, step: int) -> None:
-        """After `RunLog.step` of the step with this number, counted from 1."""
+    def step_ended(self, step: int, samples: int) -> None:
+        """After `RunLog.step` of the step with this number, counted from 1, and this many samples over all ranks."""
 
     def data_begins(self) -> None:
         """The run asks for its next batch."""
@@ -44,9 +44,9 @@ def observed(observer: Observer) -> Iterator[None]:
     step, data_wait = run_log.step, run_log.data_wait
 
     @functools.wraps(step)
-    def observed_step(self, number, *args, **kwargs):
-        step(self, number, *args, **kwargs)
-        observer.step_ended(number)
+    def observed_step(self, number, samples, *args, **kwargs):
+        step(self, number, samples, *args, **kwargs)
+        observer.step_ended(number, samples)
 
     @contextlib.contextmanager
     def observed_data_wait(self):
