@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,3 +169,45 @@ def test_epoch_order(golden, batching, train_sizes):
             assert [b.tolist() for b in order] == expected, key
     second = [b.tolist() for b in epoch_batches(batches, seed=1, epoch=1, shards=2, shard=1)]
     assert second == golden_order["shards1/epoch1"][0][1::2] + [[]]
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [{root!r}, {project!r}]
+from data2vec.config import load_config
+from data2vec.indexed_dataset import IndexedDatasetBuilder
+from data2vec.pretraining_data import PretrainingData
+
+folder = Path({folder!r})
+builder = IndexedDatasetBuilder(folder / "train", np.int64)
+builder._sizes.append(np.full({sentences}, 4096, dtype=np.int32))
+builder.finalize()
+with open(folder / "train.bin", "r+b") as file:
+    file.truncate({sentences} * 4096 * 8)  # zeros that take no room on the disk
+(folder / "dict.txt").write_text("word 1\\n")
+settings = ["task.data=" + str(folder), "task.sample_break_mode=none", "task.tokens_per_sample=4097"]
+settings += ["model.transformer.max_source_positions=4097", "dataset.max_tokens=8194"]
+settings += ["dataset.disable_validation=true", "dataset.required_batch_size_multiple=1"]
+config, _ = load_config({project!r} + "/test", "tiny", settings)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+data = PretrainingData(config)
+data.open_splits()
+batch = next(data.train_batches(1).loader(0))
+assert batch.src_tokens.shape == (2, 4097)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_large_corpus_is_mapped_and_not_read(tmp_path):
+    """4 GB of tokens: opening them, planning an epoch and making a batch take a fraction of that in memory."""
+    project = Path(__file__).resolve().parents[1]
+    sentences = 1 << 17
+    code = LARGE.format(root=str(project.parent), project=str(project), folder=str(tmp_path), sentences=sentences)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kilobytes = int(done.stdout)
+    assert 0 < kilobytes < sentences * 4096 * 8 / 1024 / 16

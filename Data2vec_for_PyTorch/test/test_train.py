@@ -380,6 +380,18 @@ def test_collapse_is_explained():
         check_collapse(*std.tolist(), num_updates=7)
 
 
+def test_collapse_stops_a_run(train_main, tiny, corpus, tmp_path, initial_weights):
+    """A head that says the same for every token, once the warm-up (of 4 updates) is over; nothing is saved."""
+    state = torch.load(initial_weights, weights_only=True)
+    for kind in ("weight", "bias"):
+        state["model"][f"encoder.regression_head.2.{kind}"].zero_()
+    torch.save(state, tmp_path / "constant.pt")
+    settings = [f"checkpoint.finetune_from_model={tmp_path / 'constant.pt'}", "optimization.lr=[0.0]"]
+    with pytest.raises(FloatingPointError, match="collapse at update 6: the student's predictions.*ema_decay"):
+        run(train_main, tiny, corpus, tmp_path / "out", *settings, "--save_every", "7")
+    assert not list((tmp_path / "out").glob("checkpoints/*.pt"))
+
+
 def test_loss_scaler_rules():
     from data2vec.loss_scaler import LossScaler
 
