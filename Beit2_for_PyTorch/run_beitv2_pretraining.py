@@ -47,7 +47,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     dataset = setup.build_dataset(options, model.window_size)
     tokenizer = setup.load_tokenizer(options, precision).to(world.device)
     setup.check_windows(options, model.window_size, tokenizer)
-    npu_patches.apply(model, tokenizer, world.device)
+    npu_patches.apply(model, tokenizer, world.device, options.npu_recompute_attention)
 
     steps = steps_per_epoch(len(dataset), options.batch_size, world.size, options.update_freq)
     rates, decays = setup.schedules(options, steps)

@@ -29,7 +29,7 @@ from beit2.pretraining_options import mean_and_std
 from beit2.pretraining_step import TrainState, Watch, update
 from beit2.training_files import append_epoch_log, find_checkpoint, load_training_state, open_log, save_whole
 from beit2.vision_transformer import VisionTransformer
-from beit2.weight_files import local_file, read_state_dict
+from beit2.weight_files import local_file, read_checkpoint, read_state_dict
 from common import device as devices
 from common import distributed
 from common.device import UsageError
@@ -52,8 +52,9 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--imagenet_default_mean_and_std", action="store_true", help="default: mean and std 0.5")
     parser.add_argument("--base_lr", type=float, default=0.001, help="times batch / 256, when --lr is 0")
     parser.add_argument("--save_ckpt_freq", type=int, default=100)
-    add_optimizer_options(parser, lr=0.0, min_lr=0.0, weight_decay=1e-4)
+    add_optimizer_options(parser, lr=0.0, weight_decay=1e-4)  # the rate falls to 0 in a cosine, by epoch
     add_run_options(parser)
+    parser.set_defaults(update_freq=1)
     return parse(parser, argv)
 
 
@@ -132,6 +133,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     state, best = TrainState(step=options.start_epoch * steps), 0.0
     if path is not None:
         state = TrainState(**load_training_state(path, probe, optimizer, scaler, steps))
+        best = float(read_checkpoint(path).get("best_acc1", 0.0))
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
 
     with open_log(options, world, last, path is not None) as log:
@@ -159,12 +161,15 @@ def train(options: argparse.Namespace, world: World) -> dict:
                 with log.pause("evaluate"):
                     results = evaluate(encoder, probe, test, options, normalizer, world, precision)
                 log.record(state.step, "eval", **results)
-                best = max(best, results["acc1"])
             if epoch_ends:
+                best = max(best, results["acc1"])
                 end_epoch(options, state, results, steps, world)
             if saves and options.case_kind == "acc":
                 with log.pause("save"):
-                    save_whole(world, options, probe, optimizer, scaler, state.plain(), steps, False)
+                    save_whole(world, options, probe, optimizer, scaler, state.plain(), steps, False, best_acc1=best)
+        if not results:
+            results = evaluate(encoder, probe, test, options, normalizer, world, precision)
+        best = max(best, results["acc1"])  # of a run that was stopped inside an epoch
         return log.finish(accuracy=round(best, 3), **results)
 
 

@@ -14,7 +14,7 @@ from beit2.convert import convert_pretrained
 from beit2.labelled_data import CentreCrop, CropAndFlip, LabelledImages, TimmTransform, find_classes
 from beit2.model_names import FINETUNING_MODELS, create_model
 from beit2.optimizers import layer_decay, parameter_groups
-from beit2.options import add_optimizer_options, add_run_options, parse
+from beit2.options import add_optimizer_options, add_run_options, add_schedule_options, parse
 from beit2.pretraining_options import mean_and_std
 from beit2.vision_transformer import VisionTransformer
 from beit2.weight_files import local_file, read_state_dict
@@ -31,7 +31,8 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt")
     _add_model_options(parser)
     _add_augmentation_options(parser)
-    add_optimizer_options(parser, lr=5e-4, min_lr=1e-6, weight_decay=0.05)
+    add_optimizer_options(parser, lr=5e-4, weight_decay=0.05)
+    add_schedule_options(parser, min_lr=1e-6)
     parser.add_argument("--weight_decay_end", type=float, default=None, help="default: --weight_decay")
     parser.add_argument("--layer_decay", type=float, default=0.9)
     parser.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")

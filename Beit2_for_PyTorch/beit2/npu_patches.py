@@ -31,12 +31,52 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
     return npu.fused_attention(q, k, v, scale, bias=bias, p=dropout)
 
 
+class _RecomputedAttention(torch.autograd.Function):
+    """The fused kernel forward; backward through `attend`, computed anew, which has the bias's gradient."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.scale = scale
+        return npu.fused_attention(q, k, v, scale, bias=bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q = ctx.saved_tensors[0]
+        with torch.enable_grad(), torch.autocast(q.device.type, dtype=q.dtype):
+            inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            out = attend(*inputs, ctx.scale)
+        return (*torch.autograd.grad(out, inputs, grad.to(out.dtype)), None)
+
+
+def fused_attend_recomputed(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """`fused_attend`, and for a trained bias the kernel forward and plain mathematics recomputed backward.
+
+    Behind --npu_recompute_attention and not the default: it keeps no [B, H, N, N] weights but computes them twice.
+    """
+    trainable = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if trainable and dropout == 0.0 and q.dtype in (torch.float16, torch.bfloat16):
+        return _RecomputedAttention.apply(q, k, v, bias, scale)
+    return fused_attend(q, k, v, bias, scale, dropout)
+
+
 PATCHES = {"exact_gelu": npu.use_exact_gelu, "fused_attention": use_fused_attention}
 
 
-def apply(model: nn.Module, tokenizer: nn.Module | None, device: torch.device) -> None:
-    """Prepares the model and the tokenizer that labels for it, on their device."""
-    if npu.is_npu(device):
-        for patch in npu.chosen(PATCHES).values():
-            for module in {model, tokenizer} - {None}:
-                patch(module)
+def apply(model: nn.Module, tokenizer: nn.Module | None, device: torch.device, recompute: bool = False) -> None:
+    """Prepares the model and the tokenizer that labels for it, on their device.
+
+    recompute: `fused_attend_recomputed` where the model trains a bias.
+    """
+    if not npu.is_npu(device):
+        return
+    patches = npu.chosen(PATCHES)
+    for patch in patches.values():
+        for module in {model, tokenizer} - {None}:
+            patch(module)
+    if recompute and "fused_attention" in patches:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = fused_attend_recomputed

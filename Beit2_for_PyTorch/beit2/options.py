@@ -73,7 +73,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_dead_options(parser, "dist_on_itp", "dist_url", "world_size", "local_rank", "local-rank", "log_dir")
 
 
-def add_optimizer_options(parser: argparse.ArgumentParser, *, lr: float, min_lr: float, weight_decay: float) -> None:
+def add_optimizer_options(parser: argparse.ArgumentParser, *, lr: float, weight_decay: float) -> None:
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="adamw")
     group.add_argument("--opt_eps", type=float, default=1e-8)
@@ -82,6 +82,10 @@ def add_optimizer_options(parser: argparse.ArgumentParser, *, lr: float, min_lr:
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight_decay", type=float, default=weight_decay)
     group.add_argument("--lr", type=float, default=lr)
+
+
+def add_schedule_options(parser: argparse.ArgumentParser, *, min_lr: float) -> None:
+    group = parser.add_argument_group("schedule")
     add_dead_options(parser, "warmup_lr")
     group.add_argument("--min_lr", type=float, default=min_lr)
     group.add_argument("--warmup_epochs", type=int, default=5)

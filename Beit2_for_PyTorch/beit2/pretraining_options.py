@@ -16,7 +16,15 @@ from timm.data.constants import (
 from beit2.image_data import PretrainingImages, check_images, find_images
 from beit2.masking import MaskingGenerator
 from beit2.model_names import FINETUNING_MODELS, TOKENIZER_URL, create_model, create_tokenizer
-from beit2.options import add_dead_options, add_optimizer_options, add_run_options, parse, schedule, truth
+from beit2.options import (
+    add_dead_options,
+    add_optimizer_options,
+    add_run_options,
+    add_schedule_options,
+    parse,
+    schedule,
+    truth,
+)
 from beit2.pretraining_model import MaskedImageModel
 from beit2.schedule import cosine_schedule
 from beit2.tokenizer import VQKD, load_tokenizer_weights
@@ -39,7 +47,8 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between two checkpoint-<epoch>.pth")
     _add_model_options(parser)
     _add_data_options(parser)
-    add_optimizer_options(parser, lr=5e-4, min_lr=1e-5, weight_decay=0.05)
+    add_optimizer_options(parser, lr=5e-4, weight_decay=0.05)
+    add_schedule_options(parser, min_lr=1e-5)
     parser.add_argument("--weight_decay_end", type=float, default=None, help="default: --weight_decay")
     add_run_options(parser)
     add_dead_options(parser, "decoupling_aug", "eval_data_path")
@@ -49,6 +58,11 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--fsdp", action="store_const", const="fsdp", dest="parallel", help="the same")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute blocks in backward")
+    parser.add_argument(
+        "--npu_recompute_attention", action="store_true",
+        help="npu: fused attention for the trained relative position bias, too. The kernel has no gradient for a bias, "
+        "so backward recomputes plain attention: less memory, more work; by default such attention is plain",
+    )  # fmt: skip
     parser.add_argument("--plan_memory", type=int, nargs="?", const=8, metavar="RANKS", help="print memory and stop")
     return parse(parser, argv)
 

@@ -20,11 +20,15 @@ SCHEMA = (
 
 @pytest.fixture
 def npu_kernel():
-    """npu_fusion_attention by its documented formula, in fp32 and rounded: softmax(scale * (pse + q k^T)) v."""
+    """npu_fusion_attention by its documented formula, in fp32 and rounded: softmax(scale * (pse + q k^T)) v.
+
+    The list of its calls' output shapes."""
+    calls = []
     library = torch.library.Library("npu", "FRAGMENT")
     library.define(SCHEMA)
 
     def kernel(q, k, v, head_num, layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, keep_prob=1.0):
+        calls.append(q.shape)
         assert layout == "BNSD" and head_num == q.shape[1] and keep_prob == 1.0
         assert q.dtype in (torch.float16, torch.bfloat16) and (pse is None or pse.dtype == q.dtype)
         weights = q.float() @ k.float().transpose(-2, -1)
@@ -32,7 +36,7 @@ def npu_kernel():
         return (weights.softmax(-1) @ v.float()).to(q.dtype), weights
 
     library.impl("npu_fusion_attention", kernel, "CompositeExplicitAutograd")
-    yield
+    yield calls
     library._destroy()
 
 
@@ -57,6 +61,22 @@ def test_a_bias_that_is_trained_keeps_its_gradient(npu_kernel):
         npu.fused_attention(q, q, q, 0.25, bias=bias)
 
 
+def test_recomputed_attention_has_the_gradients_of_the_plain_one(npu_kernel):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16).bfloat16().requires_grad_() for n in (5, 9, 9))
+    bias = torch.randn(1, 3, 5, 9, requires_grad=True)
+    outputs, gradients = [], []
+    for function in (npu_patches.fused_attend_recomputed, attend):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = function(q, k, v, bias, 0.25)
+        outputs.append(out.float())
+        gradients.append(torch.autograd.grad(out.float().square().sum(), (q, k, v, bias)))
+    torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
+    for ours, plain in zip(*gradients, strict=True):
+        assert (ours.float() - plain.float()).norm() < 2e-2 * plain.float().norm()
+    assert len(npu_kernel) == 1
+
+
 def test_patches_are_for_npus_and_can_be_left_out(monkeypatch):
     config = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "vocab_size": 8}
     model = beit2.build_pretraining_model(**config)
@@ -76,6 +96,9 @@ def test_patches_are_for_npus_and_can_be_left_out(monkeypatch):
     monkeypatch.delenv("NPU_PATCHES_OFF")
     npu_patches.apply(model, tokenizer, NPU)
     assert patched("gelu") and patched("attention")
+    npu_patches.apply(model, tokenizer, NPU, recompute=True)
+    assert {m.attend for m in attentions} == {npu_patches.fused_attend, npu_patches.fused_attend_recomputed}
+    assert {m.attend for m in tokenizer.modules() if isinstance(m, Attention)} == {npu_patches.fused_attend}
     monkeypatch.setenv("NPU_PATCHES_OFF", "fuse_attention")
     with pytest.raises(SystemExit, match="fuse_attention: this project's patches are exact_gelu, fused_attention"):
         npu_patches.apply(model, tokenizer, NPU)
