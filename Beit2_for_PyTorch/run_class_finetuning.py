@@ -108,7 +108,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
             log.step(state.step, samples, epoch=state.step / steps, **scalars)
             if epoch_ends or state.step == last:
                 results = end_epoch(options, log, average or model, test, normalizer, world, state, steps)
-                if results.get("acc1", -2.0) > best:
+                if epoch_ends and results.get("acc1", -2.0) > best:
                     best = results["acc1"]
                     save_best(options, world, model, average, state.step // steps - 1, best)
             if saves and options.save_ckpt and options.case_kind == "acc":
@@ -116,9 +116,11 @@ def train(options: argparse.Namespace, world: World) -> dict:
                     numbered = epoch_ends and due(state.step // steps, options.save_ckpt_freq)
                     extra = {"best_acc1": best} | ({"model_ema": average.state_dict()} if average is not None else {})
                     save_whole(world, options, model, optimizer, scaler, state.plain(), steps, numbered, **extra)
-        if "acc1" not in results:  # nothing was evaluated
+        if test is None:
             return log.finish()
-        return log.finish(accuracy=round(results["acc1"], 3), BestAccuracy=round(best, 3))
+        if not results:  # a run that was finished before
+            results = evaluate(average or model, test, options, normalizer, world)
+        return log.finish(accuracy=round(results["acc1"], 3), BestAccuracy=round(max(best, results["acc1"]), 3))
 
 
 def resume(path: Path, model, average, optimizer, scaler, steps: int) -> tuple[TrainState, float]:

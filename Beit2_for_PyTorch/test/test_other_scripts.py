@@ -116,7 +116,8 @@ def test_finetuning_and_resume(pictures, pretrained, tmp_path):
     result = run("whole")
     assert 0 <= result["TrainAccuracy"] <= 100 and result["BestAccuracy"] >= result["TrainAccuracy"]
     run("cut", "--max_steps", "3")
-    run("cut", "--num_workers", "1")
+    for resumed in (run("cut", "--num_workers", "1"), run("cut")):  # the second has nothing left to do
+        assert all(resumed[key] == result[key] for key in ("TrainAccuracy", "BestAccuracy"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
     checkpoint = read_checkpoint(tmp_path / "whole/checkpoint.pth")
@@ -162,11 +163,25 @@ def test_finetuning_errors(pictures, pretrained, tokenizer_file, tmp_path):
 
 
 def test_linear_probe(pictures, pretrained, tmp_path):
-    result = run_linear_eval.main([
-        *PROBE, *data_of(pictures), "--pretrained_weights", str(pretrained), "--output_dir", str(tmp_path),
-    ])  # fmt: skip
+    def run(name, *extra):
+        output = ["--pretrained_weights", str(pretrained), "--output_dir", str(tmp_path / name)]
+        return run_linear_eval.main([*PROBE, *data_of(pictures), *output, *extra])
+
+    result = run("whole")
     assert result["TrainAccuracy"] == 100  # the colours are in the features of any encoder
     assert {f"acc1_block{i}" for i in range(1, 5)} <= set(result)
+    run("cut", "--max_steps", "5")  # an epoch has two steps
+    cut = run("cut")
+    assert {name: cut[name] for name in cut if name.startswith("acc1")} == {
+        name: result[name] for name in result if name.startswith("acc1")
+    }
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "whole/log.txt").read_text() == (tmp_path / "cut/log.txt").read_text()
+
+    # the best accuracy outlives a resume that does not reach it again
+    checkpoint = read_checkpoint(tmp_path / "cut/checkpoint.pth")
+    torch.save(checkpoint | {"best_acc1": 101.0}, tmp_path / "cut/checkpoint.pth")
+    assert run("cut")["TrainAccuracy"] == 101
     with pytest.raises(UsageError) as caught:
         run_linear_eval.main([*PROBE, *data_of(pictures), "--output_dir", str(tmp_path)])
     assert "--pretrained_weights is missing" in caught.value.message
