@@ -42,7 +42,6 @@ test: sample_data ## run every test of the repo; PYTEST_ARGS="-k resume" for som
 	$(if $(JOBS),OMP_NUM_THREADS=1) python -m pytest -q $(if $(JOBS),-n $(JOBS) --dist loadfile) $(PYTEST_ARGS)
 
 peers: $(STAMP) ## benchmarks against other implementations, an hour or more on one core; PEERS_ARGS="--only vit --quick" for some
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	python -m ci.peers $(PEERS_ARGS)
 
 outcomes: sample_data ## does every project still learn? all demos from three seeds; OUTCOMES_ARGS="--only CLIP_for_PyTorch" for some

@@ -133,7 +133,7 @@ def open_clip_step(size: str, device: torch.device, precision: str, compiled: bo
     try:
         import open_clip
     except ImportError:
-        raise UsageError("open_clip is not installed: pip install -r requirements-peers.txt") from None
+        raise UsageError("open_clip is not installed: pip install -r requirements-dev.txt") from None
     if size == "tiny":
         raise UsageError("open_clip has no tiny model: choose the size full or cpu")
     shape = SIZES[size]
