@@ -67,6 +67,9 @@ def load_model(
             "save_clip_roberta.py joins a vision and a text model into one"
         )
     model = family(config) if name_or_path is None else _load_weights(family, name_or_path, config, hub_kwargs)
+    # transformers leaves it out for the dual encoder, whose towers can
+    towers = (model.vision_model, model.text_model)
+    model.supports_gradient_checkpointing = all(tower.supports_gradient_checkpointing for tower in towers)
     if siglip:
         _attach_logit_bias(model, name_or_path)
     return model

@@ -111,6 +111,14 @@ def test_accumulated_chunks_train_as_the_large_batch(pairs_table, model_without_
     assert result["BatchSize"] == 2
 
 
+def test_checkpointed_activations_change_nothing(pairs_table, tiny_model, tmp_path):
+    """With dropout, which the second forward pass of a layer repeats."""
+    for checkpointing in ("False", "True"):
+        options = train_options(pairs_table, "--max_steps", "3", "--activation_checkpointing", checkpointing)
+        run(tmp_path / checkpointing, tiny_model, *options)
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-6)
+
+
 def test_clip_model_with_the_sigmoid_loss_learns_and_keeps_its_bias(pairs_table, tiny_clip, tmp_path, check_profile):
     options = train_options(pairs_table, "--loss", "siglip", "--max_steps", "12", "--profile")
     run(tmp_path / "a", tiny_clip, *options)
