@@ -1,6 +1,7 @@
 """Says what is wrong with this host, line by line, and the command that mends it: `make doctor`.
 
     python -m common.doctor [--device auto|npu|cuda|cpu]
+    python -m common.doctor --table                          the known-good sets as Markdown, for a README
 
 Prints the versions of Python, torch, torchvision, torch_npu, CANN, driver and firmware and the cards with their
 health, compares them with common/known_good_sets.json, multiplies two matrices on the device and lets two ranks meet.
@@ -53,6 +54,9 @@ SYMPTOMS = (
     # hiyouga/LlamaFactory#3839
     (r"EJ0001|last training process is running", "another process still holds the card",
      "npu-smi info lists it; end it with kill PID"),
+    # Ascend/pytorch#48: most often the consequence of another rank's end
+    (r"EI000[26]|socket times out", "the ranks did not meet: one ended before, or the cards' network is down",
+     "read the log of the rank that ended first; hccn_tool -i 0 -link -g"),
     # Ascend/pytorch#7, flagos-ai/FlagGems#5708: the compiler's own import error is swallowed
     (r"\b500001\b|AclSetCompileopt|E10001|E40021", "CANN's operator compiler did not start: often a missing package",
      "pip install {cann_packages}"),
@@ -222,13 +226,13 @@ def nearest_set(facts: Facts, table: dict[str, Any], wanted: dict[str, Any]) -> 
         **{name: facts.packages[name] for name in ("torch", "torchvision", "torch_npu")},
     }
     for entry in table["sets"]:
-        if entry is wanted or "torch" not in entry or have["torch"] != entry["torch"]:
+        if entry is wanted or "torch" not in entry or not f"{have['torch']}.".startswith(f"{entry['torch']}."):
             continue
         strays = []
         for name, value in have.items():
             known = entry.get(name)
             known = [known] if isinstance(known, str) else known
-            if known and str(value).lower() not in [text.lower() for text in known]:
+            if known and name != "torch" and str(value).lower() not in [text.lower() for text in known]:
                 strays.append(f"{name} {value} (there: {known[0]})")
         yield Line(
             NOTE, f"this is the published set '{entry['name']}'" + (", but " + ", ".join(strays) if strays else "")
@@ -323,11 +327,27 @@ def probe(facts: Facts, test: str, device: str, variables: list[dict[str, str]])
     return results
 
 
+def markdown(table: dict[str, Any]) -> str:
+    """The sets as a Markdown table; "-" where a source names no version."""
+    names = ("python", "torch", "torchvision", "torch_npu", "cann", "driver", "firmware")
+    rows = ["| set | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for entry in table["sets"]:
+        least = {"cann": f"{entry['cann_at_least']} or newer"} if "cann_at_least" in entry else {}
+        values = [{**entry, **least}.get(name, "-") for name in names]
+        cells = [", ".join(value) if isinstance(value, list) else value for value in values]
+        rows.append(f"| {entry['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="what is to work")
+    parser.add_argument("--table", action="store_true", help="print the known-good sets as Markdown and stop")
     options = parser.parse_args(argv)
     table = json.loads(TABLE.read_text())
+    if options.table:
+        print(markdown(table))
+        return 0
     wanted = next(entry for entry in table["sets"] if entry.get("supported"))
     facts = gather()
     tests, found = run_tests(facts, wanted, options.device)

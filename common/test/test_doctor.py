@@ -121,6 +121,8 @@ def test_the_published_set_of_a_host_is_recognised():
     assert {"Python", "torch", "torchvision", "torch_npu", "CANN"} <= {
         line.text.split()[0] for line in lines if line.verdict == doctor.WRONG
     }
+    old = doctor.diagnose(host(packages={"torch": "1.8.1"}), TABLE, "auto", [])
+    assert any("PyTorch 1.8'" in line.text for line in old)
     strayed = doctor.diagnose(host(**versions, cann="8.0.0"), TABLE, "auto", [])
     assert any("but cann 8.0.0 (there: 7.0.0.alpha002)" in line.text for line in strayed)
 
@@ -145,6 +147,11 @@ def test_the_table_agrees_with_the_pinned_versions():
         ("ImportError: /a/torch_npu/lib/libtorch_npu.so: undefined symbol: _ZN3c10", "another torch or CANN", "pip"),
         ("RuntimeError: NPU function error: AclSetCompileopt(), error code is 500001\n[ERROR] x", "missing", "attrs"),
         ("EJ0001: Failed to initialize HCCP: last training process is running", "holds the card", "kill PID"),
+        (
+            "RuntimeError: EI0006: Getting socket times out. Reason: Remote Rank did not send",
+            "did not meet",
+            "hccn_tool",
+        ),
         ("AttributeError: module 'torch_npu' has no attribute '_npu_flash_attention'", "not a pair", "torch_npu=="),
         ("RuntimeError: Two accelerators cannot be used at the same time in PyTorch: npu and cuda", "another", "cpu"),
     ],
@@ -218,6 +225,26 @@ def test_torch_npu_without_cann_breaks_torch_and_is_named(tmp_path):
         "torch_npu 2.9.0",
     ):
         assert text in with_cards.stdout
+
+
+def test_a_failing_all_reduce_is_wrong(monkeypatch):
+    found = '{"device": "npu", "name": "Ascend910B2", "count": 2}'
+    error = "RuntimeError: EI0006: Getting socket times out\n"
+
+    def probe(facts, test, device, ranks):
+        return [(0, f"CANN environment: x\n{found}\n", "")] if test == "product" else [(0, "{}", ""), (1, "", error)]
+
+    monkeypatch.setattr(doctor, "probe", probe)
+    lines, device = doctor.run_tests(host(), WANTED, "npu")
+    assert device["count"] == 2 and [line.verdict for line in lines] == [doctor.GOOD, doctor.WRONG]
+    assert "all-reduce of 2 ranks on npu: RuntimeError: EI0006" in lines[1].text
+
+
+def test_the_table_is_printed_for_a_readme(capsys):
+    assert doctor.main(["--table"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].startswith("| this repository | 3.10, 3.11, 3.12 | 2.13.0 | 0.28.0 | 2.13.0 | 9.1.0 or newer | - |")
+    assert len(rows) == 2 + len(TABLE["sets"])
 
 
 @pytest.mark.skipif(fake_npu.why_missing() is not None, reason=str(fake_npu.why_missing()))
