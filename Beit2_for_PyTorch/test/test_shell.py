@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import beit2
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +52,54 @@ def test_a_whole_run_from_the_test_folder(pictures, tmp_path):
     result = (tmp_path / "out put/Beit2_for_PyTorch_bs4_1p_perf.log").read_text()
     assert "Status = OK" in result and "ActualFPS" in result
     assert not list((tmp_path / "out put").glob("*.pth"))
+
+
+@pytest.fixture(scope="module")
+def tiny(pictures, tmp_path_factory):
+    """Flags for the scripts, and Python options behind --, that make a pretraining run take seconds."""
+    name = "vqkd_encoder_tiny_decoder_1x192x3_clip"
+    weights = tmp_path_factory.mktemp("tiny") / "tokenizer.pth"
+    tokenizer = beit2.create_tokenizer(name, img_size=32, n_code=16, code_dim=8)
+    torch.save({"model": tokenizer.state_dict()}, weights)
+    flags = [f"--data_path={pictures / 'train'}", f"--tokenizer_weight={weights}", "--batch_size=8", "--device=cpu"]
+    sizes = ["--input_size", "32", "--second_input_size", "32", "--num_mask_patches", "2", "--codebook_size", "16"]
+    sizes += ["--codebook_dim", "8", "--tokenizer_model", name, "--model", "beit_tiny_patch16_224_8k_vocab_cls_pt"]
+    return flags, [*sizes, "--warmup_epochs", "0", "--num_workers", "0", "--save_ckpt_freq", "1"]
+
+
+def result(folder, name):
+    lines = (folder / f"{name}.log").read_text().splitlines()
+    return dict(line.split(" = ", 1) for line in lines if " = " in line)
+
+
+def test_pretraining_and_its_accuracy(pictures, tiny, tmp_path):
+    """train_full_1p.sh, then train_eval_1p.sh from its checkpoint."""
+    flags, options = tiny
+    output = tmp_path / "full"
+    done = shell("test/train_full_1p.sh", *flags, "--epochs=1", f"--output_dir={output}", "--", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result(output, "Beit2_for_PyTorch_bs8_1p_acc")["Status"] == "OK"
+    assert "Final Performance images/sec : " in done.stdout and "Final Train Accuracy : " in done.stdout
+
+    checkpoint = output / "checkpoint-0.pth"
+    done = shell(
+        "test/train_eval_1p.sh", f"--data_path={pictures}", f"--ckpt_path={checkpoint}", "--device=cpu", "--epochs=1",
+        "--batch_size=8", "--model=beit_tiny_patch16_224", f"--output_dir={tmp_path / 'eval'}",
+        "--", "--input_size", "32", "--warmup_epochs", "0", "--num_workers", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "new in this model: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in done.stdout
+    values = result(tmp_path / "eval", "Beit2_for_PyTorch_bs8_1p_acc")
+    assert values["Status"] == "OK" and 0 <= float(values["TrainAccuracy"]) <= 100
+
+
+def test_pretraining_sh_shards_over_its_ranks(tiny, tmp_path):
+    flags, options = tiny
+    run = [*flags, "--nproc=2", "--epochs=1", f"--output_dir={tmp_path}"]
+    done = shell("pretraining.sh", *run, "--", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result(tmp_path, "Beit2_for_PyTorch_bs8_2p_acc")["Status"] == "OK"
+    assert (tmp_path / "checkpoint-sharded/.metadata").exists() and (tmp_path / "checkpoint-0.pth").exists()
 
 
 def test_a_failed_run_keeps_its_exit_code(pictures, tmp_path):
