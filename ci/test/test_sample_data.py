@@ -112,6 +112,15 @@ def test_building_twice_gives_the_same_bytes_and_keeps_a_current_set(output, sam
     builder.build(output, ["text"])
 
 
+def test_a_cache_in_a_set_does_not_rebuild_it(output, monkeypatch):
+    """CLIP keeps `.clip_cache/` beside the annotations; a rebuild would take the pictures from under a run."""
+    builder.build(output, ["text"])
+    (output / "text/.clip_cache").mkdir()
+    (output / "text/.clip_cache/unreadable.json").write_text("[]")
+    monkeypatch.setattr(plain_text, "build", lambda *_: pytest.fail("a current set was built again"))
+    builder.build(output, ["text"])
+
+
 def test_a_changed_pin_or_a_missing_file_rebuilds(output):
     builder.build(output, ["text"])
     manifest = output / "text" / builder.MANIFEST
