@@ -86,7 +86,7 @@ def _build_set(target: Path, stamp: dict[str, object], fill: Callable[[Path], No
 
 
 def _count_files(folder: Path) -> int:
-    """Hidden folders are left out: training keeps caches in a data set's folder, and a set in use must not be rebuilt."""
+    """Hidden folders are left out: training keeps caches in a set's folder, and a set in use must not be rebuilt."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return sum(not any(part.startswith(".") for part in path.relative_to(folder).parts) for path in paths)
 
