@@ -68,7 +68,7 @@ def write(run: Run, rows: list[Row], folder: Path) -> Path:
     if any(row.itself for row in rows):
         plots["ratios.png"] = plot_ratios(run, rows, folder / "ratios.png")
     if history:
-        plots["history.png"] = plot_history(history, folder / "history.png")
+        plots["history.png"] = plot_history(history, folder / "history.png", _unit(run.device))
     (folder / "report.json").write_text(json.dumps({**asdict(run), "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
     (folder / "report.html").write_text(_html(run, rows, plots))
     path = folder / "report.md"
@@ -89,6 +89,10 @@ def _history(run: Run, rows: list[Row], path: Path) -> list[dict]:
     cases = {(row.project, row.size, row.precision) for row in rows}
     wanted = [line for line in lines if {k: line[k] for k in key} == key]
     return [line for line in wanted if (line["project"], line["size"], line["precision"]) in cases]
+
+
+def _unit(device: str) -> str:
+    return "samples a CPU second, one thread" if device == "cpu" else "samples a second"
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
@@ -141,8 +145,13 @@ def _interval(axes: Any, interval: Interval, height: float, colour: str) -> None
     axes.plot(interval.median, height, "o", color="white", markeredgecolor=colour, markersize=6)
 
 
-def plot_history(history: list[dict], path: Path) -> Path:
-    """Samples a second of the head over the runs on this machine, one panel a project."""
+def plot_history(history: list[dict], path: Path, unit: str) -> Path:
+    """Speeds over the runs on one machine, a panel a case, oldest first.
+
+    Args:
+        history: {"project", "size", "precision", "commit", "speed", "machine"} of every run.
+        unit: of the speeds, in words.
+    """
     pyplot = _pyplot()
     cases = list(dict.fromkeys((line["project"], line["size"], line["precision"]) for line in history))
     columns = min(2, len(cases))
@@ -163,8 +172,7 @@ def plot_history(history: list[dict], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(cases) :]:
         axes.set_visible(False)
-    seconds = "CPU second, one thread" if history[0]["device"] == "cpu" else "second"
-    figure.supylabel(f"samples a {seconds}", fontsize=9)
+    figure.supylabel(unit, fontsize=9)
     figure.suptitle(f"Speed by run: {history[0]['machine']}", fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

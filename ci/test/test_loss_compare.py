@@ -140,6 +140,13 @@ def test_two_revisions_are_trained_and_compared(tmp_path, capsys, monkeypatch):
     source.write_text(text.replace("out = forward(model, batch)", planted, 1))
     subprocess.run([*commit, "three"], check=True)
     monkeypatch.setattr(revisions, "ROOT", repo)
+    train, trained = loss_compare.train_revision, {}
+
+    def train_once(revision, *rest):
+        trained[revision] = trained.get(revision) or train(revision, *rest)
+        return trained[revision]
+
+    monkeypatch.setattr(loss_compare, "train_revision", train_once)  # both comparisons have the one in the middle
     arguments = ["--project", "data2vec", "--steps", "3"]
     code, out = run("HEAD~2", "HEAD~1", *arguments, capsys=capsys)
     assert code == 0 and "PASS: identical over 3 lines" in out
