@@ -5,7 +5,8 @@
 
 Prints the versions of Python, torch, torchvision, torch_npu, CANN, driver and firmware and the cards with their
 health, compares them with common/known_good_sets.json, multiplies two matrices on the device and lets two ranks meet.
-Exit code: 0 all good, 1 something is wrong, 2 a wrong command line. It runs without torch: only the tests import it.
+Exit code: 0 all good, 1 something is wrong, 2 a wrong command line. It runs without torch, which only the tests import,
+and on Python 3.8, of which it then says that it is too old.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ def install_torch_npu(wanted: dict[str, Any]) -> str:
 
 def set_env(facts: Facts) -> str:
     folder = facts.cann_folder or "/usr/local/Ascend/cann"
-    return f"{folder.removesuffix('/latest')}/set_env.sh"
+    return re.sub("/latest$", "", folder) + "/set_env.sh"
 
 
 def explain(error: str, facts: Facts, wanted: dict[str, Any]) -> tuple[str, str]:
@@ -291,7 +292,7 @@ def run_tests(facts: Facts, wanted: dict[str, Any], device: str) -> tuple[list[L
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [meeting | {"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2"} for r in range(2)]
+    ranks = [{**meeting, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2"} for r in range(2)]
     failed = [done for done in probe(facts, "all_reduce", where, ranks) if done[0] != 0]
     if failed:
         text, remedy = explain(failed[0][2], facts, wanted)

@@ -1,7 +1,9 @@
 """The doctor on this machine, and on hosts that are broken in the ways that users report."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +189,14 @@ def test_the_files_of_driver_and_cann_are_read(tmp_path):
     assert facts.device_nodes == [str(tmp_path / "dev/davinci0")] and len(facts.cards) == 2
     assert doctor.set_env(facts) == str(tmp_path / "usr/local/Ascend/ascend-toolkit/set_env.sh")
     assert gather(tmp_path, lambda command: (255, "dcmi failed\n"), environment={}).npu_smi_error == "dcmi failed"
+
+
+def test_it_runs_on_the_python_of_old_hosts():
+    for name in ("doctor.py", "doctor_facts.py"):
+        source = (ROOT / "common" / name).read_text()
+        ast.parse(source, feature_version=(3, 8))
+        assert "from __future__ import annotations" in source  # list[str] is evaluated otherwise
+        assert not re.search(r"\.remove(pre|suf)fix\(|\| \{", source), "newer than Python 3.8"
 
 
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
