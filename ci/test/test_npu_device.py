@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(fake_npu.why_missing() is not None, reason=str(fake_npu.why_missing()))
 
 
-def test_on_the_simulated_device():
+def test_on_the_simulated_device(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "ci/fake_npu/test"]
-    done = subprocess.run(command, cwd=ROOT, env=fake_npu.environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=fake_npu.environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -15,13 +15,13 @@ torch.set_num_threads(1)
 @pytest.fixture
 def events(monkeypatch):
     """List of the (kind, operator) that csrc/observe.h tells of during the test."""
-    from torch_npu import build
+    from torch_npu import build, watch
 
     seen: list[tuple[str, str]] = []
     native = build.load()
     native.observe(lambda kind, operator: seen.append((kind, operator)))
     yield seen
-    native.observe(None)
+    native.observe(watch.note)
 
 
 @pytest.fixture(autouse=True)

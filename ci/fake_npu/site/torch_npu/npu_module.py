@@ -96,13 +96,18 @@ def _add_random(module, native, index) -> None:
         for each, state in zip(generators(), states, strict=True):
             each.set_state(state)
 
-    module.manual_seed = lambda seed: generator().manual_seed(int(seed)) and None
-    module.manual_seed_all = manual_seed_all
-    module.initial_seed = lambda: generator().initial_seed()
-    module.get_rng_state = lambda device="npu": generator(device).get_state()
-    module.set_rng_state = lambda state, device="npu": generator(device).set_state(state) and None
-    module.get_rng_state_all = lambda: [each.get_state() for each in generators()]
-    module.set_rng_state_all = set_rng_state_all
+    random = types.SimpleNamespace(
+        manual_seed=lambda seed: generator().manual_seed(int(seed)) and None,
+        manual_seed_all=manual_seed_all,
+        initial_seed=lambda: generator().initial_seed(),
+        get_rng_state=lambda device="npu": generator(device).get_state(),
+        set_rng_state=lambda state, device="npu": generator(device).set_state(state) and None,
+        get_rng_state_all=lambda: [each.get_state() for each in generators()],
+        set_rng_state_all=set_rng_state_all,
+    )
+    module.random = random
+    for name, function in vars(random).items():
+        setattr(module, name, function)
 
 
 def _add_memory(module, native, index) -> None:

@@ -33,7 +33,7 @@ def start(native) -> None:
     folder = os.environ.get("FAKE_NPU_REPORT")
     if not folder:
         return
-    native.observe(_note)
+    native.observe(note)
     folder_path = Path(folder)
 
     def step_done(*_) -> None:
@@ -50,14 +50,30 @@ def start(native) -> None:
     atexit.register(process_ends, os.getpid())
 
 
-def _note(kind: str, operator: str) -> None:
+def note(kind: str, operator: str) -> None:
+    """Counts one event, in the step that is under way."""
     _events[_steps + 1, kind, operator, _place()] += 1
+
+
+def restart() -> None:
+    """Forgets all, for another run in this process."""
+    global _steps
+    _steps = 0
+    _events.clear()
+
+
+def rows() -> list[dict]:
+    """The events so far, as in the report."""
+    return [
+        {"step": step, "kind": kind, "operator": operator, "place": place, "count": count}
+        for (step, kind, operator, place), count in sorted(_events.items())
+    ]
 
 
 def _place() -> str:
     """The innermost line of this repository that led here, and of a library it called; else "backward"."""
     library = None
-    frame = sys._getframe(2)
+    frame = sys._getframe()
     while frame is not None:
         name = frame.f_code.co_filename
         where = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
@@ -70,17 +86,13 @@ def _place() -> str:
 
 
 def _write(native, folder: Path) -> None:
-    rows = [
-        {"step": step, "kind": kind, "operator": operator, "place": place, "count": count}
-        for (step, kind, operator, place), count in sorted(_events.items())
-    ]
     report = {
         "rank": int(os.environ.get("RANK", 0)),
         "program": Path(sys.argv[0]).name if sys.argv else "",
         "steps": _steps,
         "operators": native.operators_run(),
         "peak_bytes": torch.npu.max_memory_allocated(),
-        "events": rows,
+        "events": rows(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{os.getpid()}.json").write_text(json.dumps(report, indent=1) + "\n")
