@@ -136,6 +136,10 @@ class StaticGradScaler(torch.amp.GradScaler):
     torch refuses `growth_factor=1`, so the constant needs its own `update` (Ascend apex's `loss_scale=128.0`).
     """
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Keeps this run's scale: a constant is what the command says, not what the checkpoint had."""
+        super().load_state_dict({**state_dict, "scale": self.get_scale()} if state_dict else state_dict)
+
     def update(self, new_scale=None) -> None:
         if not self._enabled:
             return

@@ -77,6 +77,20 @@ def test_static_scale_stays_and_skips_an_infinite_step():
     assert scaler.get_scale() == 128.0
 
 
+def test_a_resumed_static_scale_is_the_command_s():
+    cpu = torch.device("cpu")
+    saved = device.grad_scaler(cpu, "fp16", 64).state_dict()
+    resumed = device.grad_scaler(cpu, "fp16", 128)
+    resumed.load_state_dict(saved)
+    assert resumed.get_scale() == 128.0
+    resumed.scale(torch.ones(1, requires_grad=True))
+    assert resumed.get_scale() == 128.0
+    dynamic = device.grad_scaler(cpu, "fp16")
+    dynamic.load_state_dict(saved)
+    assert dynamic.get_scale() == 64.0
+    device.grad_scaler(cpu, "bf16", 128).load_state_dict({})
+
+
 def test_scaler_is_off_outside_fp16_and_rejects_nonsense():
     assert not device.grad_scaler(torch.device("cpu"), "bf16").is_enabled()
     for scale in ("often", "-1"):
