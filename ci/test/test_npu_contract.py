@@ -4,7 +4,7 @@ import pytest
 
 from ci.npu_contract import contract
 from ci.npu_contract.update import README, with_table
-from ci.npu_contract.uses import Use, repository_uses, uses_in
+from ci.npu_contract.uses import ROOT, Use, repository_uses, uses_in
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,14 @@ def test_planted_mistakes_are_caught(apis, planted, words):
     found = contract.complaints(calls(planted), apis)
     assert len(found) == len(contract.REQUIRED), found
     assert all(line.startswith("planted.py:3: ") and words in line for line in found)
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("atten_mask=", "attn_mask="), ("jit_compile=", "jit=")])
+def test_a_mistake_planted_in_common_npu_is_caught(apis, right, wrong):
+    source = (ROOT / "common" / "npu.py").read_text(encoding="utf-8")
+    assert right in source and contract.complaints(uses_in(source, "npu.py"), apis) == []
+    found = contract.complaints(uses_in(source.replace(right, wrong), "npu.py"), apis)
+    assert found and all(f"has no argument {wrong[:-1]}" in line for line in found)
 
 
 def test_older_versions_are_told_apart(apis):
