@@ -7,7 +7,7 @@ PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor npu-contract npu-stub demo test counters counters-accept perf perf-run peers outcomes lint format sample_data clean
+.PHONY: help install doctor npu-contract npu-stub demo test counters counters-accept perf perf-run peers scaling outcomes lint format sample_data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: sample_data ## run every test of the repo; PYTEST_ARGS="-k resume" for som
 
 peers: $(STAMP) ## benchmarks against other implementations, an hour or more on one core; PEERS_ARGS="--only vit --quick" for some
 	python -m ci.peers $(PEERS_ARGS)
+
+scaling: $(STAMP) ## what 1 to 1,000 cards would do: measured steps, a model of the links, its check on gloo; SCALING_ARGS="--inter_gbps 25"
+	python -m ci.scaling $(SCALING_ARGS)
 
 outcomes: sample_data ## does every project still learn? all demos from three seeds; OUTCOMES_ARGS="--only CLIP_for_PyTorch" for some
 	python -m ci.outcomes $(OUTCOMES_ARGS)
