@@ -37,6 +37,7 @@ from common.device import UsageError, print_usage_errors
 
 MODES = ("refactor", "resume", "cross-device")
 EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
+SAME_START = 0.001  # relative; runs of one init and one batch are closer than that at their first step, bf16 included
 NO_BIAS = 0.001  # relative; below it a bias is of no consequence and seeds need not be asked
 
 
@@ -215,6 +216,8 @@ def describe(a: Curve, b: Curve, gap: Gap) -> str:
         ("spread of seeds", spread),
         ("diverging from", "nowhere" if gap.diverging_step is None else f"{a.unit} {gap.diverging_step}"),
     ]
+    if abs(gap.first) > SAME_START:
+        rows.append(("note", "the first losses differ: another initialisation, batch, mask or dropout draw?"))
     return "\n".join(f"  {name:<20} {text}" for name, text in rows)
 
 
