@@ -23,6 +23,7 @@ DEAD = {
     "world_size": "start with torchrun",
     "local_rank": "start with torchrun",
     "local-rank": "start with torchrun",
+    "enable_deepspeed": "ranks are DDP's: start with torchrun",
     "teacher_input_size": "the teacher's size is in its weights",
     "log_dir": "TensorBoard files are in <output_dir>/tensorboard",
 }
