@@ -18,6 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 COUNTED, TIMED, FULL = SIZES = ("counted", "timed", "full")  # milliseconds, half a second on a CPU core, a real model
 EPOCHS = "1000"
+# On an accelerator a loader must keep up with the device, and epochs be long: both are part of a timed step there.
+PICTURES = {COUNTED: 64, TIMED: 64, FULL: 4096}
+WORKERS = {COUNTED: "0", TIMED: "0", FULL: "8"}
 WORDS = "a the red blue green small large dog cat house tree runs sits on under near two three old new".split()
 
 
@@ -43,7 +46,7 @@ class Case:
         return [*self.arguments(data, size), *common, *logging, *more]
 
 
-def write_pictures(folder: Path, count: int = 64, side: int = 64) -> None:
+def write_pictures(folder: Path, count: int, side: int = 64) -> None:
     """PNGs of noise in two class folders of `folder`/train."""
     generator = np.random.default_rng(0)
     for number in range(count):
@@ -69,8 +72,8 @@ def run_script(project: str, script: str, *arguments: str | Path) -> None:
 # -- ViT ---------------------------------------------------------------------------------------------------------------
 
 
-def prepare_vit(folder: Path, size: str) -> None:
-    write_pictures(folder)
+def prepare_pictures(folder: Path, size: str) -> None:
+    write_pictures(folder, PICTURES[size])
 
 
 def vit_arguments(folder: Path, size: str) -> list[str]:
@@ -80,8 +83,8 @@ def vit_arguments(folder: Path, size: str) -> list[str]:
         FULL: ["model.name=vit_base_p16", "--batch_size", "64"],
     }[size]
     return [
-        "--train_dataset_dir", str(folder / "train"), "--do_eval", "false", "--num_workers", "0", "--epochs", EPOCHS,
-        "--save_every", "1000000", "data.auto_augment=", *model,
+        "--train_dataset_dir", str(folder / "train"), "--do_eval", "false", "--num_workers", WORKERS[size],
+        "--epochs", EPOCHS, "--save_every", "1000000", "data.auto_augment=", *model,
     ]  # fmt: skip
 
 
@@ -98,7 +101,7 @@ def beit2_arguments(folder: Path, size: str) -> list[str]:
         "--tokenizer_model", tokenizer.format(*tokenizers[size]), "--random_tokenizer",
         "--data_path", str(folder / "train"), "--input_size", str(side), "--second_input_size", str(side),
         "--second_interpolation", "bicubic", "--num_mask_patches", str(masked), "--min_mask_patches_per_block", "4",
-        "--batch_size", str(batch), "--clip_grad", "3.0", "--num_workers", "0", "--epochs", EPOCHS,
+        "--batch_size", str(batch), "--clip_grad", "3.0", "--num_workers", WORKERS[size], "--epochs", EPOCHS,
         "--no_auto_resume",
     ]  # fmt: skip
 
@@ -107,8 +110,8 @@ def beit2_arguments(folder: Path, size: str) -> list[str]:
 
 
 def prepare_clip(folder: Path, size: str) -> None:
-    write_pictures(folder)
-    captions = sentences(64, longest=16)
+    write_pictures(folder, PICTURES[size])
+    captions = sentences(PICTURES[size], longest=16)
     (folder / "captions.txt").write_text("\n".join(captions))
     pictures = sorted((folder / "train").rglob("*.png"))
     rows = [f"{path.relative_to(folder)},{caption}" for path, caption in zip(pictures, captions, strict=True)]
@@ -124,7 +127,7 @@ def clip_arguments(folder: Path, size: str) -> list[str]:
     batch = {COUNTED: "4", TIMED: "8", FULL: "64"}[size]
     return [
         "--model_name_or_path", str(folder / "clip-roberta"), "--train_file", str(folder / "pairs.csv"), "--do_train",
-        "--per_device_train_batch_size", batch, "--dataloader_num_workers", "0", "--dataloader_drop_last",
+        "--per_device_train_batch_size", batch, "--dataloader_num_workers", WORKERS[size], "--dataloader_drop_last",
         "--num_train_epochs", EPOCHS, "--save_every", "0", "--check_images", "False",
         "--overwrite_output_dir",
     ]  # fmt: skip
@@ -176,14 +179,14 @@ def prepare_data2vec(folder: Path, size: str) -> None:
 
 def data2vec_arguments(folder: Path, size: str) -> list[str]:
     config = ["--config-dir", str(folder), "--config-name", "case", f"task.data={folder / 'corpus'}"]
-    return [*config, "--resume", "none"]
+    return [*config, "--resume", "none", "--num_workers", WORKERS[size]]
 
 
 CASES = {
     case.project: case
     for case in (
-        Case("ViT_for_PyTorch", "run_vit", prepare_vit, vit_arguments),
-        Case("Beit2_for_PyTorch", "run_beitv2_pretraining", prepare_vit, beit2_arguments),
+        Case("ViT_for_PyTorch", "run_vit", prepare_pictures, vit_arguments),
+        Case("Beit2_for_PyTorch", "run_beitv2_pretraining", prepare_pictures, beit2_arguments),
         Case("CLIP_for_PyTorch", "run_clip", prepare_clip, clip_arguments),
         Case("Data2vec_for_PyTorch", "train", prepare_data2vec, data2vec_arguments),
     )
