@@ -108,11 +108,11 @@ def fused_attention(
     )[0]
 
 
-def open_profiler(folder: Path) -> Any | None:
+def open_profiler(folder: Path, steps: int) -> Any | None:
     """torch_npu's own profiler, which sees the kernels on the card; None where there is none.
 
-    It has `start` and `stop`, and writes a folder `<host>_<pid>_<time>_ascend_pt` into `folder` when it stops.
-    `torch.profiler` would see the host's side only.
+    It has `start`, `step` and `stop`, and after so many steps writes a folder `<host>_<pid>_<time>_ascend_pt` into
+    `folder`. `torch.profiler` would see the host's side only.
     """
     try:
         import torch_npu
@@ -123,6 +123,7 @@ def open_profiler(folder: Path) -> Any | None:
     # Level1 adds what each kernel took, by kind, to Level0's timeline
     config = torch_npu.profiler._ExperimentalConfig(profiler_level=torch_npu.profiler.ProfilerLevel.Level1)
     return torch_npu.profiler.profile(
+        schedule=torch_npu.profiler.schedule(wait=0, active=steps, repeat=1),
         on_trace_ready=torch_npu.profiler.tensorboard_trace_handler(str(folder)),
         profile_memory=True,
         experimental_config=config,

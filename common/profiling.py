@@ -55,6 +55,8 @@ class StepProfiler:
             self._fit(self.total_steps - step + 1)
         if self._steps == self.last:
             return self.finish()
+        if self._window is not None:
+            self._session.step()
         if self._steps == self.first - 1:
             self._begin()
         return None
@@ -80,6 +82,8 @@ class StepProfiler:
         devices.synchronize(self.world.device)
         window.seconds = time.perf_counter() - self._began
         window.steps = self._steps - self.first + 1
+        if self._steps == self.last:
+            self._session.step()
         self._session.stop()
         if window.steps < 1:
             return "--profile: no step was recorded"
@@ -105,7 +109,9 @@ class StepProfiler:
     def _begin(self) -> None:
         self.folder = _unused(self.output_dir)
         self.folder.mkdir(parents=True)
-        self._session = (npu.is_npu(self.world.device) and npu.open_profiler(self.folder)) or torch.profiler.profile(
+        steps = self.last - self.first + 1
+        npu_session = npu.open_profiler(self.folder, steps) if npu.is_npu(self.world.device) else None
+        self._session = npu_session or torch.profiler.profile(
             activities=_activities(self.world.device), profile_memory=True, acc_events=True
         )
         self._window = Window()

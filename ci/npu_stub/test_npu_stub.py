@@ -96,8 +96,11 @@ def test_mixed_precision_is_torch_s_own(fake):
     assert devices.grad_scaler(NPU, "fp16", "128").is_enabled()
 
 
-def test_the_profiler_opens(tmp_path):
-    assert type(npu.open_profiler(tmp_path)).__module__.startswith("torch_npu.profiler")
+def test_the_profiler_opens_for_three_steps(tmp_path):
+    session = npu.open_profiler(tmp_path, 3)
+    assert type(session).__module__.startswith("torch_npu.profiler")
+    actions = [session.schedule(step).name for step in range(4)]
+    assert actions == ["RECORD", "RECORD", "RECORD_AND_SAVE", "NONE"]
 
 
 # -- the contract, at run time -----------------------------------------------------------------------------------------
