@@ -158,6 +158,12 @@ def read_shards(folder: str | Path) -> dict[str, Any]:
     return parts
 
 
+def saved_at(folder: Path) -> Path | None:
+    """`folder` if it is a whole sharded checkpoint; else the one before it, where a crash came between two renames."""
+    found = (path for path in (folder, folder.with_name(f".{folder.name}.old")) if (path / PROGRESS).is_file())
+    return next(found, None)
+
+
 def newest_shards(folder: str | Path, pattern: str = "checkpoint-*") -> Path | None:
     """The sharded checkpoint with the highest number in its name that is whole, or None."""
     found = [path for path in Path(folder).glob(pattern) if path.is_dir() and re.search(r"\d+$", path.name)]

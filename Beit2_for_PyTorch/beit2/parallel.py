@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from beit2 import training_files
 from beit2.initialization import materialize
 from beit2.pretraining_model import MaskedImageModel
-from common import checkpoint_file, distributed
+from common import checkpoint_file, distributed, sharding
+from common.checkpoint_file import CheckpointError
 from common.device import UsageError
 from common.distributed import World
-
-_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Replica:
@@ -50,9 +38,7 @@ class Replica:
         model.activation_checkpointing = options.activation_checkpointing
         self.model = self.wrapped = model
         if self.sharded:
-            if not distributed.is_distributed():
-                raise UsageError("--parallel fsdp shards over ranks: start with torchrun, e.g. --nproc_per_node 8")
-            shard(model, world, precision)
+            sharding.shard(model, (*model.blocks, *getattr(model, "cls_pt_layers", ())), world, precision)
         materialize(model, world.device, options.seed)
         if not self.sharded:
             # every parameter gets a gradient in every step, in the same order
@@ -74,11 +60,10 @@ class Replica:
         """
         folder = Path(options.output_dir)
         if self.sharded:
-            rest = {"scaler": scaler.state_dict(), "steps_per_epoch": steps_per_epoch}
-            save_shards(self.model, optimizer, progress | rest, folder / training_files.SHARDED)
+            rest = {"scaler": scaler.state_dict(), **training_files.run_shape(steps_per_epoch)}
+            sharding.save_shards(folder / training_files.SHARDED, progress | rest, optimizer, self.model)
             if numbered:
-                whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-                state = get_model_state_dict(self.model, options=whole)  # on rank 0; empty elsewhere
+                state = sharding.whole_state(self.model)  # on rank 0; empty elsewhere
                 if self.world.is_main:
                     epoch = progress["step"] // steps_per_epoch - 1
                     content = {"model": state, "epoch": epoch, "args": training_files.plain_options(options)}
@@ -110,37 +95,6 @@ def data_parallel(model: nn.Module, world: World, static_graph: bool = False) ->
     )
 
 
-def shard(model: MaskedImageModel, world: World, precision: str) -> None:
-    """FSDP2: every block a unit, the rest the root unit; fp32 masters and gradient sums, compute in `precision`.
-
-    The model is on the meta device: neither host nor card ever holds all of it.
-    """
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[precision], reduce_dtype=torch.float32)
-    for block in (*model.blocks, *getattr(model, "cls_pt_layers", ())):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def save_shards(model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], folder: Path) -> None:
-    """Every rank writes its shards into a new folder, which then takes the old one's name."""
-    writing = folder.with_name(f".{folder.name}.writing")
-    if distributed.rank() == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-    distributed.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=writing)
-    if distributed.rank() == 0:
-        checkpoint_file.save(progress, writing / "progress.pt")
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(writing, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    distributed.barrier()
-
-
 def load_shards(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -148,20 +102,17 @@ def load_shards(
     folder: Path,
     steps_per_epoch: int,
 ) -> dict[str, Any]:
-    """Restores `save_shards`' folder, on any number of ranks, and returns the progress.
+    """Restores the folder that `Replica.save` wrote, on any number of ranks, and returns the progress.
 
     Raises:
         UsageError: another model's, or in the middle of an epoch of another number of steps.
     """
-    progress = training_files.fit_progress(checkpoint_file.load(folder / "progress.pt"), steps_per_epoch, folder)
-    scaling = progress.pop("scaler", None)
-    if scaling and scaler.is_enabled():
-        scaler.load_state_dict(scaling)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
     try:
-        dcp.load(state, checkpoint_id=folder)
-    except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
-        raise UsageError(f"{folder}: the checkpoint of another model ({str(error).splitlines()[0]})") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        progress = training_files.fit_progress(sharding.load_progress(folder), steps_per_epoch, folder)
+        scaling = progress.pop("scaler", None)
+        if scaling and scaler.is_enabled():
+            scaler.load_state_dict(scaling)
+        sharding.load_shards(folder, optimizer, model)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
     return progress

@@ -17,6 +17,7 @@ from common import checkpoint_file, distributed
 from common.device import UsageError
 from common.distributed import World
 from common.run_log import RunLog
+from common.sharding import saved_at
 
 NETWORK = "Beit2_for_PyTorch"
 LATEST = "checkpoint.pth"
@@ -51,7 +52,7 @@ def training_state(
         "epoch": progress["step"] // steps_per_epoch - 1,
         "args": plain_options(options),
         "scaler": scaler.state_dict() or dict(_NO_SCALING),
-        "progress": progress | {"steps_per_epoch": steps_per_epoch},
+        "progress": progress | run_shape(steps_per_epoch),
         **extra,
     }
 
@@ -68,7 +69,7 @@ def find_checkpoint(resume: str, auto_resume: bool, output_dir: str | Path, shar
         return None
     folder = Path(output_dir)
     if sharded:
-        return folder / SHARDED if (folder / SHARDED).is_dir() else None
+        return saved_at(folder / SHARDED)
     numbered = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
     numbered.sort(key=lambda p: int(p.stem.split("-")[1]), reverse=True)
     for path in (folder / LATEST, *numbered):
@@ -106,16 +107,27 @@ def load_training_state(
     return fit_progress(progress, steps_per_epoch, path)
 
 
+def run_shape(steps_per_epoch: int) -> dict[str, int]:
+    """What a checkpoint notes beside the progress, for `fit_progress`."""
+    return {"steps_per_epoch": steps_per_epoch, "ranks": distributed.world_size()}
+
+
 def fit_progress(progress: dict[str, Any], steps_per_epoch: int, path: Path) -> dict[str, Any]:
     """A checkpoint's progress for a run whose epochs have `steps_per_epoch` steps.
 
     Raises:
-        UsageError: it is in mid-epoch, and its epochs had another number of steps.
+        UsageError: its epochs had another number of steps, and it is in mid-epoch or was made on other ranks: a step
+            would be of another batch.
     """
     progress = dict(progress)
-    theirs = progress.pop("steps_per_epoch", steps_per_epoch)
+    theirs, ranks = progress.pop("steps_per_epoch", steps_per_epoch), progress.pop("ranks", None)
     if theirs == steps_per_epoch:
         return progress
+    if ranks not in (None, distributed.world_size()):
+        raise UsageError(
+            f"{path} was made on {ranks} ranks, with epochs of {theirs} steps; on {distributed.world_size()} they have "
+            f"{steps_per_epoch}: choose --batch_size and --update_freq so that their product with the ranks stays"
+        )
     if progress["step"] % theirs:
         raise UsageError(
             f"{path} is in the middle of an epoch of {theirs} steps, this run's epochs have {steps_per_epoch}: "

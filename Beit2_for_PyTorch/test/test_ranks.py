@@ -11,8 +11,10 @@ import torch
 from small_models import OPTIONS
 
 from beit2.quantizer import NormEMAQuantizer
+from beit2.training_files import fit_progress
 from beit2.weight_files import read_checkpoint
 from common import checkpoint_file
+from common.device import UsageError
 
 HERE = Path(__file__).resolve().parent
 
@@ -122,6 +124,17 @@ def test_fp16_scaling_survives_a_sharded_resume(runs):
     ours, theirs = (read_checkpoint(runs / name / "checkpoint-1.pth")["model"] for name in ("fp16", "fp16_cut"))
     for name in ours:
         assert torch.equal(ours[name], theirs[name]) and ours[name].isfinite().all(), name
+
+
+def test_other_ranks_go_on_with_the_same_global_batch_only():
+    kept = {"step": 4, "sums": {}}
+    notes = {"steps_per_epoch": 4, "ranks": 8}
+    assert fit_progress(kept | notes, 4, Path("checkpoint.pth")) == kept
+    with pytest.raises(UsageError, match="made on 8 ranks.*so that their product with the ranks stays"):
+        fit_progress(kept | notes, 8, Path("checkpoint.pth"))
+    assert fit_progress(kept | notes | {"ranks": 1}, 8, Path("checkpoint.pth")) == {
+        "step": 8
+    }  # other data, as upstream
 
 
 def test_ranks_share_one_codebook(runs):
