@@ -20,7 +20,8 @@ READERS = {
 # the options of the reference's recipes: PRETRAINING.md (large), VQ-KD and fine-tuning
 RECIPES = {
     "run_beitv2_pretraining.py": "--data_set image_folder --data_path D --output_dir O --log_dir L "
-    "--model beit_large_patch16_224_8k_vocab_cls_pt --shared_lm_head True --early_layers 21 --head_layers 2 --num_mask_patches 75 --second_input_size 224 "
+    "--model beit_large_patch16_224_8k_vocab_cls_pt --shared_lm_head True --early_layers 21 --head_layers 2 "
+    "--num_mask_patches 75 --second_input_size 224 "
     "--second_interpolation bicubic --min_crop_scale 0.2 --tokenizer_model vqkd_encoder_base_decoder_3x768x12_clip "
     "--tokenizer_weight W --batch_size 32 --lr 1.5e-3 --warmup_epochs 10 --clip_grad 3.0 --drop_path 0.1 "
     "--layer_scale_init_value 1e-5 --imagenet_default_mean_and_std --opt_betas 0.9 0.999 --opt_eps 1e-8 "
