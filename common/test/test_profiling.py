@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from common import profile_summary
+from common import npu, profile_summary
 from common.device import UsageError
 from common.distributed import World
 from common.profile_summary import Cost, Window
@@ -99,3 +99,21 @@ def test_the_page_reads_what_torch_npu_writes(tmp_path):
     (folder / "operator_details.csv").unlink()
     trace, costs = profile_summary.from_torch_npu(tmp_path)
     assert costs == [] and "no list of operators" in profile_summary.summary("Net", Window(1.0, 1), costs, trace)
+
+
+@pytest.mark.parametrize(("steps", "calls"), [(20, "start step step step stop"), (11, "start step step stop")])
+def test_torch_npu_s_profiler_hears_of_every_step(tmp_path, monkeypatch, steps, calls):
+    heard = []
+
+    class Session:
+        def __getattr__(self, name):
+            return lambda: heard.append(name)
+
+    monkeypatch.setattr(npu, "is_npu", lambda device: True)
+    monkeypatch.setattr(npu, "open_profiler", lambda folder, count: Session() if count == 3 else None)
+    profiler = StepProfiler(tmp_path, "Net", World(), total_steps=None)
+    for _ in range(steps):
+        profiler.step()
+    profiler.finish()
+    assert " ".join(heard) == calls
+    assert "no list of operators" in (tmp_path / "profile" / "summary.txt").read_text()
