@@ -10,7 +10,8 @@ The verdict is one-sided, on the mean over seeds: it fails below `limit` = mean 
 sample standard deviation are those of the three stored seeds and the spread is at least FLOOR of the mean (three values
 can lie close by luck). Between two means of three that is 3.7 standard errors: by Student's t with two degrees of
 freedom an unchanged program fails about once in 30 releases. However noisy a metric is, its limit is at least KEPT of
-the way from what a model gets that learned nothing. A demo that ends with an error fails whatever it wrote.
+the way from what a model gets that learned nothing. A demo that ends without its numbers fails; one whose own check,
+made for its one seed, is not content has written them, and the band decides.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SPREADS, FLOOR, KEPT = 3.0, 0.02, 0.25
 METRICS = {
     "ViT_for_PyTorch": {"top1": 18.0},  # the share of the largest of nine classes
     "Beit2_for_PyTorch": {"finetune_gain": 0.0, "pretrained": 18.0},
-    "CLIP_for_PyTorch": {"text_to_image_R@1": 0.27, "text_to_image_R@10": 2.72, "image_to_text_R@10": 2.72},  # of 367
+    "CLIP_for_PyTorch": {"text_to_image_R@1": 0.27, "text_to_image_R@10": 2.72, "image_to_text_R@10": 2.72},  # chance
     "Data2vec_for_PyTorch": {"probe_gain": 0.0},
 }
 
@@ -87,10 +88,10 @@ def read_results(project: str, seeds: list[int], output: Path) -> tuple[dict[str
             failures.append(f"seed {seed} did not run")
             continue
         status = json.loads((folder / "run.json").read_text())["exit"]
-        if status != 0:
-            failures.append(f"seed {seed} ended with exit code {status}")
         if (folder / "demo.json").exists():
             numbers.append(json.loads((folder / "demo.json").read_text(encoding="utf-8")))
+        else:
+            failures.append(f"seed {seed} ended with exit code {status}")
     for metric in METRICS[project]:
         if any(metric not in found for found in numbers):
             raise UsageError(f"{output / project}: demo.json has no {metric!r}; METRICS in ci/outcomes.py names it")

@@ -67,6 +67,7 @@ def test_the_limit_follows_spread_and_what_was_learned():
 def test_a_run_that_failed_or_is_missing_fails(tmp_path, capsys):
     project = PROJECTS[0]
     write_runs(tmp_path / "failed", project, stored_numbers(project), status=3)
+    (tmp_path / "failed" / project / "seed-0" / "demo.json").unlink()
     assert judged(tmp_path / "failed", project) == 1
     assert "seed 0 ended with exit code 3" in capsys.readouterr().out
     write_runs(tmp_path / "missing", project, stored_numbers(project))
