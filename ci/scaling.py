@@ -24,8 +24,10 @@ stays in memory and of what backward needs. Links have a latency a and a bandwid
   memory, DDP          what stays + gradients + what backward needs: the same for every N.
   memory, FSDP         weights, gradients and optimizer state divide by N; two gathered units do not.
 
-Not in it: slow cards and hosts that all others wait for, shared switches, data loading and file systems, and the growth
-of CLIP's N-fold logits. So it is a bound from below, and a measured run on two servers should replace its constants.
+Not in it: trees, which libraries take instead of rings for small buckets on many servers (a ring's latency grows with
+their number, a tree's with its logarithm), slow cards and hosts that all others wait for, shared switches, data loading
+and file systems, and the growth of CLIP's N-fold logits. So it is a bound from below, and a measured run on two servers
+should replace its constants.
 """
 
 from __future__ import annotations

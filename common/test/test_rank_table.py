@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common import hccl_tools, hccn_address, merge_hccl, rank_table
-from common.rank_table import RankTableError, check, merge, read, torchrun_lines, warnings, world
+from common import hccl_tools, hccn_address, merge_hccl, rank_table, rank_table_commands
+from common.rank_table import RankTableError, check, merge, read, torchrun_lines, world
+from common.rank_table_check import warnings
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden" / "ranktable"
@@ -358,14 +359,14 @@ def test_explicit_and_ipv6_addresses(tmp_path, capsys):
         "--device_ip",
         "fd01::1,fd01::2",
     ]
-    rank_table.main(arguments)
+    rank_table_commands.main(arguments)
     assert check(read(out)) == []
     assert world(read(out))["master_addr"] == "fd00::1"
     capsys.readouterr()
     with pytest.raises(SystemExit, match="1 addresses for 2 devices"):
-        rank_table.main([*arguments[:-1], "fd01::1"])
+        rank_table_commands.main([*arguments[:-1], "fd01::1"])
     with pytest.raises(SystemExit, match="duplicate device_ip fd01::1"):
-        rank_table.main([*arguments[:-1], "fd01::1,fd01:0::1"])
+        rank_table_commands.main([*arguments[:-1], "fd01::1,fd01:0::1"])
 
 
 def test_hccn_conf_fills_in_and_a_contradiction_is_reported(tmp_path):
