@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from clip_sample import write_coco_zips
 
 import run_clip
 from common.result_file import read as read_result
@@ -97,8 +98,18 @@ def test_two_ranks_train_as_one_and_evaluate_as_one(coco_zips, model_without_dro
     assert float(stored["EvalLoss"]) == pytest.approx(one["EvalLoss"], abs=1e-5)
 
 
-def test_evaluation_through_the_script(coco_zips, tiny_model, tmp_path):
-    flags = ["--device=cpu", "--precision=fp32", "--workers=0", "--batch_size=4", f"--output_dir={tmp_path / 'eval'}"]
-    done = bash("train_eval_1p.sh", f"--data_path={coco_zips}", f"--ckpt_path={tiny_model}", *flags)
+def test_the_readme_commands_train_on_zips_and_evaluate_what_they_trained(tiny_model, tmp_path):
+    """As the README has them: the recipe of the published table, fp16, batch 64, 3 epochs; only results go aside."""
+    write_coco_zips(tmp_path / "coco", {"train": 16, "val": 8}, captions_each=8)
+    data, trained = f"--data_path={tmp_path / 'coco'}", tmp_path / "trained"
+    done = bash("train_clip_full_1p.sh", data, f"--model_path={tiny_model}", f"--output_dir={trained}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert json.loads((tmp_path / "eval/eval_results.json").read_text())["eval_samples"] == 16
+    stored = read_result(trained / "CLIP_for_PyTorch_bs64_1p_acc.log")
+    assert stored["Status"] == "OK" and len(losses(trained)) >= 1
+    assert json.loads((trained / "trainer_state.json").read_text())["global_step"] == 6
+
+    done = bash("train_eval_1p.sh", data, f"--ckpt_path={trained}", f"--output_dir={tmp_path / 'eval'}")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    evaluated = json.loads((tmp_path / "eval/eval_results.json").read_text())
+    assert evaluated["eval_samples"] == 64
+    assert evaluated["eval_loss"] == pytest.approx(float(stored["EvalLoss"]), abs=1e-3)
