@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root: t
 
 from common import rank_table
 from common.rank_table import RankTable
-from common.rank_table_check import RankTableError, parse_servers
+from common.rank_table_check import RankTableError, parse_servers, warnings
 
 _OUTPUT_NAME = re.compile(r"hccl_[0-9]+s_[0-9]+p\.json")
 
@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
     doubtful = rank_table.check(merged, options.devices_per_server)
     if doubtful and options.strict:
         raise RankTableError(doubtful)
-    for warning in doubtful + rank_table.warnings(merged):
+    for warning in doubtful + warnings(merged):
         print(f"warning: {warning}", file=sys.stderr)
     hosts = [server["server_id"] for server in merged["server_list"]]
     print(f"hosts {'as given' if keep_order else 'by number'}: {', '.join(hosts)}")
