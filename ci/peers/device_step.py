@@ -36,7 +36,8 @@ from common import device as devices  # noqa: E402
 from common.device import UsageError  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MATMUL_SIZES = (2048, 4096, 8192)
+MATMUL_SIZES = (512, 2048, 4096, 8192)
+LONG_MATMUL_S = 1e-3  # a product that takes this long has shown the device's peak: larger ones add nothing
 
 
 class Side:
@@ -147,6 +148,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
             devices.synchronize(device)
             seconds = (time.perf_counter() - began) / repeats
         best = max(best, 2 * size**3 / seconds)
+        if seconds > LONG_MATMUL_S:
+            break
     return best
 
 
