@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,13 +59,18 @@ def checkout(revision: str) -> Iterator[Path]:
         yield ROOT
         return
     commit = commit_of(revision)
-    with tempfile.TemporaryDirectory(prefix="revision-") as folder:
-        path = Path(folder) / commit[:12]
-        git("worktree", "add", "--detach", "--force", str(path), commit)
-        try:
-            yield path
-        finally:
-            git("worktree", "remove", "--force", str(path))
+    # an exception, so that what follows is undone
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with tempfile.TemporaryDirectory(prefix="revision-") as folder:
+            path = Path(folder) / commit[:12]
+            git("worktree", "add", "--detach", "--force", str(path), commit)
+            try:
+                yield path
+            finally:
+                git("worktree", "remove", "--force", str(path))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def touched_projects(base: str, head: str) -> list[str]:

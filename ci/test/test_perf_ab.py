@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +193,17 @@ def test_changed_files_name_their_projects():
         perf_ab.main(["HEAD", "HEAD", "--project", "nothing"])
     with pytest.raises(UsageError, match="--rounds"):
         perf_ab.main(["HEAD", "HEAD", "--rounds", "1"])
+
+
+def test_a_revision_s_folder_goes_when_the_command_is_ended():
+    with pytest.raises(SystemExit):
+        with revisions.checkout("HEAD") as tree:
+            assert (tree / "common" / "run_log.py").is_file() and (tree / ".git").is_file()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert not tree.exists() and str(tree) not in revisions.git("worktree", "list")
+    with revisions.checkout(".") as tree:
+        assert tree == revisions.ROOT
 
 
 def test_report_of_several_projects(tmp_path):
