@@ -55,10 +55,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     groups = parameter_groups(replica.model, options.weight_decay)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
     scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
-    step_once = functools.partial(
-        gradient_step, replica.wrapped, tokenizer, Normalizer(*setup.mean_and_std(options), world.device), optimizer,
-        scaler, precision, options.clip_grad,
-    )  # fmt: skip
+    sides = (replica.wrapped, tokenizer, Normalizer(*setup.mean_and_std(options), world.device))
+    step_once = functools.partial(gradient_step, *sides, optimizer, scaler, precision, options.clip_grad)
 
     path = find_checkpoint(options.resume, options.auto_resume, options.output_dir, replica.sharded)
     state = TrainState(step=options.start_epoch * steps)
@@ -67,11 +65,10 @@ def train(options: argparse.Namespace, world: World) -> dict:
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
 
     with open_log(options, world, last, path is not None) as log:
-        batch = f"{options.batch_size} x {options.update_freq} x {world.size} ranks"
         log.info(f"{options.model}: {replica.parameter_count:,} parameters, {precision} on {world.device.type}")
-        log.info(
-            f"{len(dataset)} pictures, {steps} steps an epoch of {batch}; from step {state.step} ({path or 'new'})"
-        )
+        batch = f"{options.batch_size} x {options.update_freq} x {world.size} ranks"
+        start = f"from step {state.step} ({path or 'new'})"
+        log.info(f"{len(dataset)} pictures, {steps} steps an epoch of {batch}; {start}")
         batches = run_batches(dataset, options, world, steps, state.step, last, collate)
         watch, means = Watch(), {}
         for step in range(state.step, last):

@@ -6,7 +6,6 @@ python run_class_finetuning.py --finetune checkpoint-1599.pth --data_path DIR/tr
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 import sys
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from beit2 import cosine_schedule, npu_patches
 from beit2 import finetuning_options as setup
+from beit2 import npu_patches
 from beit2.image_data import Normalizer, check_images, run_batches, steps_per_epoch
 from beit2.optimizers import create_optimizer, lr_range, set_step
-from beit2.options import due, pick_precision, schedule
+from beit2.options import due, pick_precision
 from beit2.parallel import data_parallel
-from beit2.pretraining_options import mean_and_std
+from beit2.pretraining_options import mean_and_std, schedules
 from beit2.pretraining_step import TrainState, Watch, gradients_stay_local, update
 from beit2.training_files import (
     append_epoch_log,
@@ -58,17 +57,13 @@ def train(options: argparse.Namespace, world: World) -> dict:
     check_images(training.paths + (test.paths if test else []))
     model = setup.build_model(options, len(names)).to(world.device)
     npu_patches.apply(model, None, world.device)
-    average = copy.deepcopy(model).requires_grad_(False) if options.model_ema else None
-    if average is not None and options.model_ema_force_cpu:
-        average = average.cpu()
+    average = setup.build_average(options, model)
     mixup = setup.build_mixup(options, len(names))
     criterion = setup.build_criterion(options, mixup)
     normalizer = Normalizer(*mean_and_std(options), world.device)
 
     steps = steps_per_epoch(len(training), options.batch_size, world.size, options.update_freq)
-    rates = schedule(options, steps)
-    end = options.weight_decay if options.weight_decay_end is None else options.weight_decay_end
-    decays = cosine_schedule(options.weight_decay, end, options.epochs, steps)
+    rates, decays = schedules(options, steps)
     wrapped = data_parallel(model, world)
     groups = setup.finetuning_groups(model, options)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
@@ -116,11 +111,16 @@ def train(options: argparse.Namespace, world: World) -> dict:
                     numbered = epoch_ends and due(state.step // steps, options.save_ckpt_freq)
                     extra = {"best_acc1": best} | ({"model_ema": average.state_dict()} if average is not None else {})
                     save_whole(world, options, model, optimizer, scaler, state.plain(), steps, numbered, **extra)
-        if test is None:
-            return log.finish()
-        if not results:  # a run that was finished before
+        if test is not None and not results:  # a run that was finished before
             results = evaluate(average or model, test, options, normalizer, world)
-        return log.finish(accuracy=round(results["acc1"], 3), BestAccuracy=round(max(best, results["acc1"]), 3))
+        return finish(log, results, best)
+
+
+def finish(log: RunLog, results: dict[str, float], best: float) -> dict:
+    """The result file, with accuracies where there was a test set."""
+    if "acc1" not in results:
+        return log.finish()
+    return log.finish(accuracy=round(results["acc1"], 3), BestAccuracy=round(max(best, results["acc1"]), 3))
 
 
 def resume(path: Path, model, average, optimizer, scaler, steps: int) -> tuple[TrainState, float]:

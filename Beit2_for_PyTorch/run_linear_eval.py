@@ -107,17 +107,26 @@ def load_encoder(options: argparse.Namespace) -> VisionTransformer:
     return encoder.requires_grad_(False).eval()
 
 
-def train(options: argparse.Namespace, world: World) -> dict:
-    precision = pick_precision(options, world.device)
+def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, LabelledImages, list[str]]:
+    """Training set, test set, class names.
+
+    Raises:
+        UsageError: a folder that is missing, or an unreadable picture.
+    """
     for name in ("data_path", "eval_data_path"):
         if not getattr(options, name):
             raise UsageError(f"--{name} is missing: a folder of class folders")
-    devices.seed_everything(options.seed)
     paths, labels, names = find_classes(options.data_path)
     test_paths, test_labels, _ = find_classes(options.eval_data_path, names)
     check_images(paths + test_paths)
-    dataset = LabelledImages(paths, labels, CropAndFlip(options.input_size, 0.08), options.seed)
-    test = LabelledImages(test_paths, test_labels, CentreCrop(options.input_size))
+    training = LabelledImages(paths, labels, CropAndFlip(options.input_size, 0.08), options.seed)
+    return training, LabelledImages(test_paths, test_labels, CentreCrop(options.input_size)), names
+
+
+def train(options: argparse.Namespace, world: World) -> dict:
+    precision = pick_precision(options, world.device)
+    devices.seed_everything(options.seed)
+    dataset, test, names = build_datasets(options)
     encoder = load_encoder(options).to(world.device)
     probe = LinearProbe(encoder, len(names)).to(world.device)
     wrapped = data_parallel(probe, world)

@@ -41,15 +41,18 @@ def main(argv: list[str] | None = None) -> dict:
         return train(options, world)
 
 
+def build_dataset(options: argparse.Namespace) -> LabelledImages:
+    """The training pictures; their class numbers mean nothing."""
+    paths = find_images(options.data_path)
+    check_images(paths)
+    crop = CropAndFlip(options.input_size, options.min_crop_scale, options.train_interpolation, options.color_jitter)
+    return LabelledImages(paths, [0] * len(paths), crop, options.seed)
+
+
 def train(options: argparse.Namespace, world: World) -> dict:
     precision = pick_precision(options, world.device)
     devices.seed_everything(options.seed)
-    paths = find_images(options.data_path)
-    check_images(paths)
-    transform = CropAndFlip(
-        options.input_size, options.min_crop_scale, options.train_interpolation, options.color_jitter
-    )
-    dataset = LabelledImages(paths, [0] * len(paths), transform, options.seed)
+    dataset = build_dataset(options)
     tokenizer = build_tokenizer(options).to(world.device)
     npu_patches.apply(tokenizer, tokenizer, world.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import Any
 
 import torch
@@ -218,6 +219,14 @@ def build_criterion(options: argparse.Namespace, mixup: Mixup | None) -> nn.Modu
     if mixup is not None:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing > 0 else nn.CrossEntropyLoss()
+
+
+def build_average(options: argparse.Namespace, model: nn.Module) -> nn.Module | None:
+    """The weight average of --model_ema, equal to the model; None without the option."""
+    if not options.model_ema:
+        return None
+    average = copy.deepcopy(model).requires_grad_(False)
+    return average.cpu() if options.model_ema_force_cpu else average
 
 
 @torch.no_grad()
