@@ -72,6 +72,37 @@ def test_help_and_dry_run_run_nothing(project):
     assert process.returncode == 0 and "--nproc_per_node 4" in process.stdout and "ARGS" not in process.stdout
 
 
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--nproc=2"], ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "--standalone --max_restarts 2"]),
+        (
+            ["--nnodes=2", "--nproc=2", "--master_addr=127.0.0.1", "--min_nodes=1", "--node_rank=1"],
+            ["--nnodes 1:2 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:29500", "is_host=0", "-u RANK_TABLE_FILE"],
+        ),
+    ],
+)
+def test_max_restarts_is_torchruns_with_a_new_store_for_every_attempt(project, flags, shown):
+    process = bash(project, "--data_path=.", "--max_restarts=2", *flags, "--dry_run")
+    assert process.returncode == 0, process.stderr
+    assert all(text in process.stdout for text in shown), process.stdout
+    assert "--max_restarts" not in bash(project, "--data_path=.", "--nproc=2", "--dry_run").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_restarts=2"], "--max_restarts needs several ranks"),
+        (["--nproc=2", "--min_nodes=1"], "--min_nodes=1 needs --max_restarts=N"),
+        (["--nproc=2", "--min_nodes=2", "--max_restarts=1"], "--min_nodes=2: choose 1 to 1"),
+        (["--max_restarts=often"], "--max_restarts=often: must be a whole number"),
+    ],
+)
+def test_restarts_that_cannot_be_are_refused(project, flags, message):
+    process = bash(project, "--data_path=.", *flags)
+    assert process.returncode == 2 and message in process.stderr
+
+
 def test_exit_code_is_the_programs_and_the_result_says_failed(project):
     process = bash(project, "--data_path=.", "--", "--die=0")
     assert process.returncode == 7
