@@ -182,6 +182,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     output = options.results or options.output_dir or DEFAULT_OUTPUT / time.strftime("%Y%m%d-%H%M%S")
     output = output.resolve()
+    if not options.update:  # known before hours of training, not after
+        for project in options.only:
+            load_stored(project, options.stored)
     if options.results is None:
         if output.is_dir() and any(output.iterdir()):
             raise UsageError(f"--output_dir {output} is not empty; --results {output} judges what is in it")

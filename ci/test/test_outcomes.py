@@ -84,6 +84,12 @@ def test_update_stores_a_reference_that_then_passes(tmp_path):
     assert record["metrics"]["top1"] == {"values": [40.0, 44.0, 42.0], "mean": 42.0, "spread": 2.0, "limit": 36.0}
 
 
+def test_a_missing_reference_is_said_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(outcomes, "run_demo", lambda *_: pytest.fail("a demo was started"))
+    with pytest.raises(outcomes.UsageError, match="ViT_for_PyTorch --update"):
+        outcomes.main(["--only", "ViT_for_PyTorch", "--stored", str(tmp_path), "--output_dir", str(tmp_path / "runs")])
+
+
 def test_update_without_all_runs_changes_nothing(tmp_path):
     with pytest.raises(outcomes.UsageError, match="stays as it is"):
         judged(tmp_path, PROJECTS[0], "--update", "--stored", str(tmp_path / "stored"))
