@@ -149,6 +149,17 @@ def test_attention_with_dropout_keeps_the_mean():
     assert out.mean().item() == pytest.approx(1.0, abs=0.05) and out.std().item() > 0.01
 
 
+def test_the_backward_pass_drops_what_the_forward_pass_dropped(events):
+    """The output is linear in v: its gradient has to give the output back."""
+    q, k, v = (x.to(NPU) for x in heads())
+    v.requires_grad_()
+    events.clear()
+    out = npu.fused_attention(q, k, v, 0.35, p=0.5)
+    (out * torch.ones_like(out)).sum().backward()
+    assert events == []
+    torch.testing.assert_close((v.grad * v).sum().cpu(), out.sum().cpu())
+
+
 def test_attention_of_a_beit2_model_is_fused_where_nothing_is_trained():
     config = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "vocab_size": 8}
     model = beit2.build_pretraining_model(**config, use_shared_rel_pos_bias=True).eval()

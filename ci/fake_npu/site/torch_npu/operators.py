@@ -153,9 +153,9 @@ def _dropped(probabilities: Tensor, keep_prob: float, seed: int) -> Tensor:
 
 
 def _dropout_factors(like: Tensor, keep_prob: float, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(like.shape, generator=generator) < keep_prob
-    return (kept.float() / keep_prob).to(like.device)
+    generator = torch.Generator(like.device).manual_seed(seed)  # the same numbers on the device and on the host
+    kept = torch.rand(like.shape, generator=generator, device=like.device) < keep_prob
+    return kept.float() / keep_prob
 
 
 def _keep_for_attention(ctx, inputs, output) -> None:
