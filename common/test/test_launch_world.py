@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ci.namespace_servers import NotPermitted, servers
 from common import launch_world, rank_table
 from common.launch_world import LaunchError, Node, nodes_of_hostfile, nodes_of_table, own_node, own_rank
 
@@ -219,45 +219,29 @@ def test_two_nodes_meet_and_share_a_folder_of_logs(project):
 
 @pytest.fixture
 def two_servers():
-    """Two network namespaces, joined by a virtual cable, and their addresses: as good as two machines for sockets."""
-    if shutil.which("ip") is None:
-        pytest.skip("the ip command is not installed")
-    names = [f"rank{os.getpid()}{letter}" for letter in "ab"]
-    addresses = ["10.213.7.1", "10.213.7.2"]
-    steps = [f"ip netns add {name}" for name in names]
-    steps.append(f"ip link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}")
-    for name, address in zip(names, addresses, strict=True):
-        steps += [f"ip -n {name} addr add {address}/24 dev eth0", f"ip -n {name} link set eth0 up"]
-        steps.append(f"ip -n {name} link set lo up")
     try:
-        for step in steps:
-            try:
-                subprocess.run(step.split(), check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                pytest.skip(f"network namespaces are not permitted here: {step}: {error}")
-        yield list(zip(names, addresses, strict=True))
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        with servers(2) as made:
+            yield made
+    except NotPermitted as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize("way", ["rank table", "flags"])
 def test_two_servers_find_themselves_and_meet(project, two_servers, way):
     (project / "run.py").write_text(SUM_OF_RANKS)
-    tables = [rank_table.generate(address, {0: f"192.168.{n}.1"}) for n, (_, address) in enumerate(two_servers)]
+    tables = [rank_table.generate(server.address, {0: f"192.168.{n}.1"}) for n, server in enumerate(two_servers)]
     table = rank_table.write(rank_table.merge(tables), project / "table.json")
     command = ["bash", "test/trial.sh", "--data_path=.", "--device=cpu"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    servers = []
-    for rank, (name, _) in enumerate(two_servers):
+    running = []
+    for rank, server in enumerate(two_servers):
         flags = [f"--rank_table_file={table}"]
         if way == "flags":
-            flags = ["--nnodes=2", f"--node_rank={rank}", f"--master_addr={two_servers[0][1]}"]
-        inside = ["ip", "netns", "exec", name, *command, *flags]
-        servers.append(subprocess.Popen(inside, cwd=project, env=environment(), **streams))
-    for rank, (server, (_, address)) in enumerate(zip(servers, two_servers, strict=True)):
-        output, errors = server.communicate()
-        assert server.returncode == 0, errors
-        expected = address if way == "rank table" else f"the way to {two_servers[0][1]}"
+            flags = ["--nnodes=2", f"--node_rank={rank}", f"--master_addr={two_servers[0].address}"]
+        running.append(server.start([*command, *flags], cwd=project, env=environment(), **streams))
+    for rank, (process, server) in enumerate(zip(running, two_servers, strict=True)):
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        expected = server.address if way == "rank table" else f"the way to {two_servers[0].address}"
         assert f"GLOO_SOCKET_IFNAME=eth0, the interface of {expected}" in output
         assert f"TOTAL 3 rank {rank} local 0" in (project / f"test/output/0/train_{rank}.log").read_text()
