@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -124,7 +125,9 @@ def plot_ratios(run: Run, rows: list[Row], path: Path) -> Path:
             _interval(axes, row.slowdown, number - 0.12, COLOURS[row.verdict])
             for start, pairs in enumerate(row.ratios):
                 height = number - 0.2 - 0.18 * (start + 1) / len(row.ratios)
-                axes.plot([100 * ratio for ratio in pairs], [height] * len(pairs), ".", color=GREY, markersize=2.5)
+                axes.plot(
+                    [100 * math.expm1(ratio) for ratio in pairs], [height] * len(pairs), ".", color=GREY, markersize=2.5
+                )
     axes.set_yticks(ticks, labels)
     for tick, text in zip(axes.get_yticklabels(), labels, strict=True):
         verdict = text.rpartition(" ")[2]
