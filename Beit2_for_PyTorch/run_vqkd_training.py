@@ -77,7 +77,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
 
     with open_log(options, world, last, path is not None) as log:
         batches = run_batches(dataset, options, world, steps, state.step, last)
-        watch, results = Watch(), {}
+        watch, results, normalizer = Watch(), {}, Normalizer(HALF, HALF, world.device)
         for step in range(state.step, last):
             with log.data_wait():
                 micro_batches = [next(batches)[0] for _ in range(options.update_freq)]
@@ -85,7 +85,9 @@ def train(options: argparse.Namespace, world: World) -> dict:
                 tokenizer.quantize.reset_usage()
             set_step(optimizer, rates[step], None)
             devices.seeded(options.seed, step, world.rank)
-            scalars = tokenizer_step(wrapped, world, optimizer, scaler, precision, options.clip_grad, micro_batches)
+            scalars = tokenizer_step(
+                wrapped, normalizer, optimizer, scaler, precision, options.clip_grad, micro_batches
+            )
             watch.add(scalars, skips_allowed=scaler.is_enabled())
             lr, min_lr = lr_range(optimizer)
             state.add(scalars | {"lr": lr, "min_lr": min_lr})
@@ -109,15 +111,16 @@ def train(options: argparse.Namespace, world: World) -> dict:
         return log.finish(accuracy=None if similarity is None else round(similarity, 3), **results)
 
 
-def tokenizer_step(model, world: World, optimizer, scaler, precision, clip_grad, batches: list[torch.Tensor]) -> dict:
+def tokenizer_step(
+    model, normalizer: Normalizer, optimizer, scaler, precision, clip_grad, batches: list[torch.Tensor]
+) -> dict:
     """One update over the micro-batches, uint8 [B, H, W, 3] each. Returns the logged scalars, on the device."""
     model.train()
-    normalizer = Normalizer(HALF, HALF, world.device)
     means: dict = {}
     optimizer.zero_grad(set_to_none=True)
     for number, pictures in enumerate(batches, 1):
         with gradients_stay_local(model, number < len(batches)):
-            with devices.autocast(world.device, precision):
+            with devices.autocast(normalizer.device, precision):
                 loss, logs = model(normalizer.unit(pictures), unit_range=True)
             scaler.scale(loss / len(batches)).backward()
         for name, value in logs.items():

@@ -39,6 +39,7 @@ class NormEMAQuantizer(nn.Module):
         self.beta, self.decay = beta, decay
         self.register_buffer("cluster_size", torch.zeros(n_code))  # running use of each code; 0 = unused
         self.embedding = Codebook(n_code, code_dim, kmeans_init)
+        self._codes_are_set = False
 
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the nearest code: z [..., C], any length -> int64 [...]. Changes no state.
@@ -62,8 +63,10 @@ class NormEMAQuantizer(nn.Module):
             the indices int64 [B, N].
         """
         z = F.normalize(z, dim=-1)
-        if self.training and not self.embedding.initted.item():
-            self._init_by_kmeans(z.detach().flatten(0, 1))
+        if self.training and not self._codes_are_set:  # looked up once: the host waits for the device to answer
+            if not self.embedding.initted.item():
+                self._init_by_kmeans(z.detach().flatten(0, 1))
+            self._codes_are_set = True
         indices = self.nearest(z.detach())
         codes = F.embedding(indices, self.embedding.weight)  # [B, N, C], before the update
         if self.training:
