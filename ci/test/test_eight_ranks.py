@@ -13,11 +13,10 @@ STEPS = 2
 
 
 @pytest.mark.parametrize("project", ["Beit2_for_PyTorch", "CLIP_for_PyTorch", "Data2vec_for_PyTorch"])
-def test_eight_ranks_train_as_one_run(project, tmp_path):
+def test_eight_ranks_train_as_one_run(project, small_case, tmp_path):
     case = CASES[project]
-    case.prepare(tmp_path, COUNTED)
     options = ["--log_every", "1", "--max_steps", str(STEPS)]
-    arguments = case.command(tmp_path, COUNTED, tmp_path / "output", "cpu", "fp32", *options)
+    arguments = case.command(small_case(project), COUNTED, tmp_path / "output", "cpu", "fp32", *options)
     done = run(ROOT / project / f"{case.entry}.py", [], (8, arguments))
     assert done.returncode == 0, done.stdout
     result = result_file.read(next((tmp_path / "output").glob("*_8p_perf.log")))

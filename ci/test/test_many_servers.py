@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ci import training_cases
 from ci.namespace_servers import NotPermitted, Server, servers
 from common import rank_table, result_file
 
@@ -109,14 +108,17 @@ def test_three_servers_one_is_cut_off_the_others_name_it_and_the_rerun_resumes(p
     assert all(len(values) == 1 for values in logged.values())  # steps that both runs took have the same loss
 
 
-def test_two_servers_train_clip_until_one_is_cut_off(tmp_path):
+def test_two_servers_train_clip_until_one_is_cut_off(small_case, tmp_path):
     clip_sample = runpy.run_path(str(ROOT / "CLIP_for_PyTorch" / "test" / "clip_sample.py"))
     clip_sample["write_coco_zips"](tmp_path / "coco", {"train": 24, "val": 8})
-    training_cases.prepare_clip(tmp_path, training_cases.COUNTED)
     output = tmp_path / "output"
     with connected(2) as made:
         flags = [f"--rank_table_file={table_of(made, tmp_path)}", f"--data_path={tmp_path / 'coco'}"]
-        flags += [f"--model_path={tmp_path / 'clip-roberta'}", f"--output_dir={output}", "--precision=fp32"]
+        flags += [
+            f"--model_path={small_case('CLIP_for_PyTorch') / 'clip-roberta'}",
+            f"--output_dir={output}",
+            "--precision=fp32",
+        ]
         flags += [
             "--workers=0",
             "--batch_size=4",
