@@ -34,7 +34,8 @@ DTYPES = {"bf16": torch.bfloat16}
 def build(size: str, device: torch.device):
     """(configuration, model, source, target); the text is random, every row full."""
     shape = SIZES[size]
-    settings = ["task.data=none", "lr_scheduler.warmup_updates=1"]
+    # the plain side is the released code, whose teacher sees the masked tokens only
+    settings = ["task.data=none", "lr_scheduler.warmup_updates=1", "model.teacher_input=masked_only"]
     settings += [f"model.transformer.{name}={shape['dropout']}" for name in ("dropout", "attention_dropout")]
     config, _ = load_config(ROOT / "Data2vec_for_PyTorch/configs/text/pretraining", shape["config"], settings)
     devices.seed_everything(0)
