@@ -10,7 +10,7 @@ output=$(realpath -m "${2:-$project/test/output/demo}")
 first_seed=${3:-0}
 cd "$project"
 export OMP_NUM_THREADS=1 # a thread a run, and two runs side by side
-common=(--input_size 48 --num_workers 0 --log_every 23 --no_auto_resume --precision fp32)
+common=(--input_size 64 --num_workers 0 --log_every 23 --no_auto_resume --precision fp32)
 classify=(run_class_finetuning.py "${common[@]}" --model beit_tiny_patch16_224 --batch_size 64
   --data_path "$pictures/train" --eval_data_path "$pictures/val" --aa none --reprob 0 --color_jitter 0
   --layer_decay 1.0 --drop_path 0 --init_scale 1 --lr 1e-3 --warmup_epochs 1 --disable_eval_during_finetuning)
@@ -42,8 +42,8 @@ python3 run_vqkd_training.py "${common[@]}" --seed "$first_seed" --model vqkd_en
 echo "3. pretraining: predict the tokens of masked patches"
 python3 run_beitv2_pretraining.py "${common[@]}" --seed "$first_seed" --model beit_tiny_patch16_224_8k_vocab_cls_pt --batch_size 32 \
   --epochs 6 --tokenizer_model vqkd_encoder_tiny_decoder_1x192x3_dino --codebook_size 256 --codebook_dim 16 \
-  --tokenizer_weight "$output/tokenizer/checkpoint.pth" --second_input_size 48 --second_interpolation bicubic \
-  --num_mask_patches 4 --min_mask_patches_per_block 2 --min_crop_scale 0.4 --drop_path 0 --lr 1.5e-3 \
+  --tokenizer_weight "$output/tokenizer/checkpoint.pth" --second_input_size 64 --second_interpolation bicubic \
+  --num_mask_patches 6 --min_mask_patches_per_block 2 --min_crop_scale 0.4 --drop_path 0 --lr 1.5e-3 \
   --warmup_epochs 1 --clip_grad 3.0 --data_path "$pictures/train" --output_dir "$output/pretraining"
 python3 draw_predictions.py --checkpoint "$output/pretraining/checkpoint.pth" \
   --tokenizer_weight "$output/tokenizer/checkpoint.pth" --data_path "$pictures/val" --output "$output/predictions.png"
