@@ -1,6 +1,7 @@
 # One set-up, the same for users and CI: .venv with pinned dependencies, then the target.
 PROJECT ?= ViT_for_PyTorch
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
 PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTorch
@@ -38,8 +39,8 @@ demo: sample_data ## train a small model on real pictures and show the result; P
 	@test -f $(PROJECT)/test/demo.sh || { echo "error: PROJECT=$(PROJECT): choose one of $(PROJECTS)" >&2; exit 2; }
 	bash $(PROJECT)/test/demo.sh $(CURDIR)/.sample_data
 
-test: sample_data ## run every test of the repo; PYTEST_ARGS="-k resume" for some, JOBS=2 for two files at a time
-	$(if $(JOBS),OMP_NUM_THREADS=1) python -m pytest -q $(if $(JOBS),-n $(JOBS) --dist loadfile) $(PYTEST_ARGS)
+test: sample_data ## run every test of the repo, two files at a time (JOBS=0: one); PYTEST_ARGS="-k resume" for some
+	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 peers: $(STAMP) ## benchmarks against other implementations, an hour or more on one core; PEERS_ARGS="--only vit --quick" for some
 	python -m ci.peers $(PEERS_ARGS)

@@ -210,4 +210,4 @@ def test_a_large_corpus_is_mapped_and_not_read(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kilobytes = int(done.stdout)
-    assert 0 < kilobytes < sentences * 4096 * 8 / 1024 / 16
+    assert 0 <= kilobytes < sentences * 4096 * 8 / 1024 / 16  # 0: importing torch had taken more

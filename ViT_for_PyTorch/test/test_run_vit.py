@@ -91,7 +91,8 @@ def test_kill_9_and_resume_give_the_run_that_was_not_interrupted(pictures, tmp_p
 
     command = [sys.executable, str(PROJECT / "run_vit.py"), *folders(pictures), *TINY, *options]
     command += ["--device", "cpu", "--output_dir", str(tmp_path / "killed"), "--num_workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums depends on it
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
     while not (tmp_path / "killed" / "checkpoints" / "checkpoint-10.pt").exists():
         assert process.poll() is None, "training ended before it could be killed"
         time.sleep(0.01)
