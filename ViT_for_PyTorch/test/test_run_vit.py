@@ -173,18 +173,14 @@ def test_variants_of_the_recipe_train(pictures, tmp_path, options):
     assert all(0 < value < 3 for value in values)
 
 
-def test_apex_is_used_where_it_is_and_asked_for(pictures, tmp_path, monkeypatch):
+def test_apex_is_used_where_it_is_and_asked_for(pictures, tmp_path, install_apex):
     options = ["--epochs", "1", "--log_every", "1", *PLAIN]
     asked = [*options, "--amp_backend", "apex", "--fp16_opt_level", "O1", "--loss_scale", "128"]
     with pytest.raises(UsageError, match="no apex.amp is installed"):
         train(pictures, tmp_path / "none", *asked)
     with pytest.raises(UsageError, match="give --fp16_opt_level O1"):
         train(pictures, tmp_path / "none", *options, "--amp_backend", "apex")
-    for name, content in PACKAGE.items():
-        path = tmp_path / "apex" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    install_apex(PACKAGE)
     train(pictures, tmp_path / "apex_run", *asked)
     train(pictures, tmp_path / "plain", *options)
     assert losses(tmp_path / "apex_run") == losses(tmp_path / "plain")  # the stand-in does not cast; 128 divides out

@@ -1,6 +1,5 @@
 """apex's options in torch's words; a stand-in of apex's interface, and PyPI's apex, which is something else."""
 
-import importlib
 import sys
 
 import pytest
@@ -29,38 +28,21 @@ def test_what_means_nothing_is_said_and_what_contradicts_is_refused():
         translate("O2", "bf16")
 
 
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Function that puts files of an `apex` package on the path."""
-
-    def write(files: dict[str, str]) -> None:
-        for name, content in files.items():
-            path = tmp_path / "apex" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
-        monkeypatch.syspath_prepend(str(tmp_path))
-        importlib.invalidate_caches()
-
-    yield write
-    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
-        del sys.modules[name]
-
-
 def parameter_and_optimizer():
     weight = torch.nn.Parameter(torch.ones(2))
     return weight, torch.optim.SGD([weight], lr=1.0)
 
 
-def test_the_unrelated_apex_of_pypi_is_neither_run_nor_used(install):
-    install({"__init__.py": "raise SystemExit('foreign code ran')", "lib.py": ""})
+def test_the_unrelated_apex_of_pypi_is_neither_run_nor_used(install_apex):
+    install_apex({"__init__.py": "raise SystemExit('foreign code ran')", "lib.py": ""})
     assert find_apex() is None
     with pytest.raises(UsageError, match="no apex.amp is installed"):
         ApexScaler(torch.nn.Linear(1, 1), parameter_and_optimizer()[1], "O1")
     assert "apex" not in sys.modules
 
 
-def test_apex_scales_unscales_skips_and_is_saved(install):
-    install(PACKAGE)
+def test_apex_scales_unscales_skips_and_is_saved(install_apex):
+    install_apex(PACKAGE)
     assert find_apex().name == "amp"
     weight, optimizer = parameter_and_optimizer()
     scaler = ApexScaler(torch.nn.Linear(1, 1), optimizer, "O1", "128.0")
@@ -85,6 +67,6 @@ def test_apex_scales_unscales_skips_and_is_saved(install):
     assert scaler.get_scale() == 64.0
 
 
-def test_apex_at_another_level_is_refused(install):
+def test_apex_at_another_level_is_refused(install_apex):
     with pytest.raises(UsageError, match="only --fp16_opt_level O1, not O2"):
         ApexScaler(torch.nn.Linear(1, 1), parameter_and_optimizer()[1], "O2")
