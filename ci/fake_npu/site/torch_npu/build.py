@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -35,18 +37,36 @@ def build() -> Path:
     """Compiles if needed (about half a minute of one core) and returns the library's path.
 
     A build is moved into the cache when it is complete, so processes that build at once do no harm to each other.
+    torch loads what it compiles, so a process of its own does it: this one must not get the device, as its autograd
+    would start threads for it and refuse to work in forks.
+
+    Raises:
+        RuntimeError: with the compiler's output, when it fails.
     """
     path = library()
     if path.is_file():
         return path
-    from torch.utils.cpp_extension import load as compile_and_load
-
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        compile_and_load(NAME, [str(SOURCES / "fake_npu.cpp")], extra_cflags=FLAGS, build_directory=folder)
+        environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # which would build, too
+        done = subprocess.run(
+            [sys.executable, __file__, str(SOURCES / "fake_npu.cpp"), folder],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"the simulated npu device does not compile:\n{done.stdout}")
         path.parent.mkdir(exist_ok=True)
         os.replace(Path(folder) / path.name, path)
     return path
+
+
+def _compile(source: str, folder: str) -> None:
+    from torch.utils.cpp_extension import load as compile_and_load
+
+    compile_and_load(NAME, [source], extra_cflags=FLAGS, build_directory=folder)
 
 
 def load() -> ModuleType:
@@ -54,3 +74,7 @@ def load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+if __name__ == "__main__":
+    _compile(*sys.argv[1:])
