@@ -18,6 +18,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,17 @@ def _number(path: Path) -> int:
     return int(found[1]) if found else -1
 
 
+def _enum_member(kind: Any, name: str) -> Enum:
+    """What `builtins.getattr` may do in an index: the first Pythons 3.11 pickle an enum's member by it."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"its index wants {name!r} of {kind!r}")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its index wants to run {module}.{name}")

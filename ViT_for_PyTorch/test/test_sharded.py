@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,29 @@ def test_a_folder_with_foreign_code_is_refused_and_does_not_run_it(runs, tmp_pat
     with pytest.raises(checkpoint_file.CheckpointError, match="not a readable sharded checkpoint"):
         sharding.read_shards(folder)
     assert "the code has run" not in capsys.readouterr().out
+
+
+class EnumsByName(pickle.Pickler):
+    """Writes the members of enums as Python 3.11.2 does."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+class TakesAttribute:
+    def __reduce__(self):
+        return (getattr, (sharding.Metadata, "__init__"))
+
+
+def test_an_index_of_an_early_python_3_11_is_read_and_no_attribute_but_of_enums(runs, tmp_path):
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(runs / "fsdp" / "checkpoints" / "checkpoint-6", folder)
+    want = sharding.read_shards(folder)["model"]
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    with open(folder / ".metadata", "wb") as file:
+        EnumsByName(file).dump(index)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    torch.testing.assert_close(sharding.read_shards(folder)["model"], want, rtol=0, atol=0)
+    (folder / ".metadata").write_bytes(pickle.dumps(TakesAttribute()))
+    with pytest.raises(checkpoint_file.CheckpointError, match="its index wants '__init__' of"):
+        sharding.read_shards(folder)
