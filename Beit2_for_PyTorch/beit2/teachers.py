@@ -26,16 +26,19 @@ class ScalingLayer(nn.Module):
         return (x - self.shift) / self.scale
 
 
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's models, and most that open_clip has trained
+
+
 class ResidualAttentionBlock(nn.Module):
     """CLIP's transformer block, under OpenAI's names."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, width * 4))
-        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("gelu", ACTIVATIONS[activation]())
         self.mlp.add_module("c_proj", nn.Linear(width * 4, width))
         self.ln_2 = nn.LayerNorm(width)
 
@@ -48,7 +51,16 @@ class ResidualAttentionBlock(nn.Module):
 class CLIPVisionTower(nn.Module):
     """CLIP's ViT (Radford et al. 2021), returning the projected state of every patch."""
 
-    def __init__(self, width: int, layers: int, heads: int, output_dim: int, patch: int, res: int):
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        output_dim: int,
+        patch: int,
+        res: int,
+        activation: str = "quick_gelu",
+    ):
         super().__init__()
         self.output_dim, self.grid = output_dim, res // patch
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
@@ -56,7 +68,9 @@ class CLIPVisionTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(self.grid**2 + 1, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.Module()
-        self.transformer.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads) for _ in range(layers)))
+        self.transformer.resblocks = nn.Sequential(
+            *(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
+        )
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, output_dim) * width**-0.5)
 
@@ -127,19 +141,19 @@ def load_teacher(path: str | Path, kind: str, heads: int | None = None) -> nn.Mo
     """A teacher from a weight file; its sizes are read off the tensors.
 
     Args:
-        path: for clip: a transformers CLIP folder or file, or an OpenAI / open_clip state dict; for dino: a DINO or
-            timm ViT state dict, or a classifier of run_class_finetuning.py that is such a ViT (--use_cls --abs_pos_emb
-            --disable_rel_pos_bias --layer_scale_init_value 0).
+        path: for clip: a transformers CLIP folder or file, or an OpenAI / open_clip state dict; a folder says in its
+            config.json which activation and how many heads it has, else it is QuickGELU as in OpenAI's models. For
+            dino: a DINO or timm ViT state dict, or a classifier of run_class_finetuning.py that is such a ViT
+            (--use_cls --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value 0).
         kind: "clip" or "dino".
-        heads: attention heads; by default the width over 64, as in all published CLIP and DINO models. A transformers
-            folder says so itself (config.json).
+        heads: attention heads; by default the width over 64, as in the published CLIP and DINO models of these sizes.
 
     Raises:
         ValueError: the file is no such model.
     """
     path = Path(path)
-    if path.is_dir():
-        heads = heads or _heads_of_folder(path)
+    shape = _vision_config(path) if kind == "clip" else {}
+    heads = heads or shape.get("num_attention_heads")
     state = read_state_dict(path)
     state = _clip_state(state, path) if kind == "clip" else _dino_state(state, path)
     if kind == "clip":
@@ -152,6 +166,10 @@ def load_teacher(path: str | Path, kind: str, heads: int | None = None) -> nn.Mo
     width, patch = conv.shape[0], conv.shape[-1]
     side = round((position.shape[0] - 1) ** 0.5)
     config = {"type": kind, "width": width, "layers": layers, "heads": heads or max(1, width // 64), "patch": patch}
+    if "hidden_act" in shape:
+        if shape["hidden_act"] not in ACTIVATIONS:
+            raise ValueError(f"{path}: its activation {shape['hidden_act']} is none of {', '.join(ACTIVATIONS)}")
+        config["activation"] = shape["hidden_act"]
     teacher = build_teacher(config | {"res": side * patch, "output_dim": output_dim})
     missing, _ = teacher.load_state_dict(state, strict=False)
     if missing:
@@ -164,12 +182,11 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _heads_of_folder(folder: Path) -> int | None:
+def _vision_config(folder: Path) -> dict:
+    """What a transformers folder says of its vision tower; nothing for any other path."""
     file = folder / "config.json"
-    if not file.exists():
-        return None
-    config = json.loads(file.read_text())
-    return config.get("vision_config", config).get("num_attention_heads")
+    config = json.loads(file.read_text()) if file.exists() else {}
+    return config.get("vision_config", config)
 
 
 def _dino_state(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -186,6 +203,8 @@ def _dino_state(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 def _clip_state(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """OpenAI's names, from OpenAI, open_clip or transformers ones."""
     if "vision_model.embeddings.patch_embedding.weight" in state:
+        if "visual_projection.weight" not in state:
+            raise ValueError(f"{path}: has no visual_projection.weight: take the folder of the whole CLIP model")
         return _from_transformers(state)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if "visual.conv1.weight" not in state:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
@@ -42,10 +43,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = checkpoint_file.load(path, allow=NUMPY_SCALARS)
     except CheckpointError as error:
+        if "TorchScript" in str(error):  # OpenAI publishes CLIP in this form
+            raise UsageError(
+                f"{path}: a TorchScript archive, which is code and not weights: give the same model as a folder of "
+                "transformers, or a file of its state_dict"
+            ) from error
         raise UsageError(str(error)) from error
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint dictionary")
     return checkpoint
+
+
+def saved_options(path: Path | None) -> argparse.Namespace | None:
+    """The options that a training script kept in its checkpoint; None in any other weight file."""
+    if path is None or path.is_dir() or path.suffix == ".safetensors":
+        return None
+    return read_checkpoint(path).get("args")
 
 
 def read_state_dict(path: str | Path, keys: tuple[str, ...] = _WRAPPERS) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """The VQ-KD tokenizer against the reference: ids, losses, gradients, codebook updates, k-means, weight files."""
 
+import json
+
 import pytest
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -148,29 +150,46 @@ def test_codebook_use_is_counted():
     assert quantizer.unused_codes() == 5
 
 
-def test_clip_teacher_from_transformers_and_openai_files(golden, tmp_path):
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_clip_teacher_from_a_transformers_folder(tmp_path, activation):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=32, intermediate_size=128, projection_dim=12, num_hidden_layers=2, num_attention_heads=4,
-        image_size=32, patch_size=8,
+        image_size=32, patch_size=8, hidden_act=activation,
     )  # fmt: skip
     theirs = CLIPVisionModelWithProjection(config).eval()
-    theirs.save_pretrained(tmp_path / "hf")
-    ours = load_teacher(tmp_path / "hf", "clip")
+    for name, parameter in theirs.named_parameters():  # large enough for the activations to differ
+        if "fc1" in name:
+            torch.nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    ours = load_teacher(tmp_path, "clip")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         states = theirs.vision_model(images).last_hidden_state[:, 1:]
         expected = theirs.visual_projection(theirs.vision_model.post_layernorm(states))
         torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"hidden_act": "silu"}))
+    with pytest.raises(ValueError, match="its activation silu is none of"):
+        load_teacher(tmp_path, "clip")
 
+
+def test_clip_teacher_from_an_openai_file(golden, tmp_path):
     g = golden("vqkd_V1_clip")
     torch.save(g.state("sd.teacher_model."), tmp_path / "openai.pt")
     teacher = load_teacher(tmp_path / "openai.pt", "clip", heads=1)
     tokenizer = build(g)
     x = tokenizer.scaling_layer(tokenizer.pre_process(g["images"]))
     torch.testing.assert_close(teacher(x), g["target"], rtol=1e-4, atol=1e-5)
+
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "ViT-B-16.pt")
+    with pytest.raises(UsageError) as caught:
+        load_teacher(tmp_path / "ViT-B-16.pt", "clip")
+    assert "a TorchScript archive, which is code" in caught.value.message
+    torch.save({"vision_model.embeddings.patch_embedding.weight": torch.zeros(4, 3, 8, 8)}, tmp_path / "tower.bin")
+    with pytest.raises(ValueError, match="has no visual_projection.weight"):
+        load_teacher(tmp_path / "tower.bin", "clip")
 
 
 def test_dino_teacher_is_timm_s_vit(tmp_path):
