@@ -11,13 +11,15 @@
 set -euo pipefail
 
 common_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-launcher_script=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/$(basename "${BASH_SOURCE[1]}")
+launcher_script=$(cd "$(dirname "${BASH_SOURCE[-1]}")" && pwd)/$(basename "${BASH_SOURCE[-1]}") # as the user called it
 project_dir=$(cd "$(dirname "$launcher_script")/.." && pwd)
 
 house_flags="data_path batch_size epochs max_steps device device_id nproc precision ckpt_path output_dir
-  nnodes node_rank master_addr master_port rank_table_file hostfile cpu_bind max_restarts min_nodes collective_timeout"
+  nnodes node_rank master_addr master_port rank_table_file devices_per_server hostfile cpu_bind
+  max_restarts min_nodes collective_timeout"
 switches="dry_run help profile" # flags without a value
 pass_through=()
+given_flags=" "
 
 die() {
   echo "error: $*" >&2
@@ -68,14 +70,17 @@ parse_flags() {
       [[ $value != /* && -n $value && -e $value ]] && value=$(realpath "$value")
       printf -v "$name" '%s' "$value"
     fi
+    given_flags+="$name "
     shift
   done
 }
 
 check_flags() {
   local name
-  for name in batch_size epochs max_steps device_id nproc nnodes node_rank master_port max_restarts min_nodes collective_timeout; do
-    [[ -z ${!name} || ${!name} =~ ^[0-9]+$ ]] || die "--$name=${!name}: must be a whole number"
+  refuse_inherited_flags
+  for name in batch_size epochs max_steps device_id nproc nnodes node_rank master_port devices_per_server max_restarts \
+    min_nodes collective_timeout; do
+    [[ -z ${!name} || ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "--$name=${!name}: must be a whole number, such as 8"
   done
   [[ -z $data_path || -e $data_path ]] || die "--data_path=$data_path: no such file or folder"
   # a bare word such as mae_vit_base_p16 is a published name, which Python looks up
@@ -84,6 +89,15 @@ check_flags() {
   [[ -z $precision || $precision =~ ^(fp32|bf16|fp16)$ ]] || die "--precision=$precision: choose fp32, bf16 or fp16"
   [[ ${cpu_bind:=auto} =~ ^(auto|off)$ ]] || die "--cpu_bind=$cpu_bind: choose auto or off"
   find_world
+}
+
+# A flag's shell variable must come from the script or the command line, never unseen from the environment.
+refuse_inherited_flags() {
+  local name
+  for name in $(compgen -e); do
+    [[ " ${house_flags//$'\n'/ } ${ExtraFlags:-} $switches " != *" $name "* || $given_flags == *" $name "* ]] ||
+      die "the environment variable $name=${!name} has the name of a flag: unset $name, or give --$name on the command line"
+  done
 }
 
 # Sets nnodes node_rank nproc world_size master_addr master_port, the arrays node_addresses node_nproc node_devices,
@@ -97,8 +111,9 @@ find_world() {
   [[ -z $rank_table_file || -z $device_id ]] || die "--device_id=$device_id: the rank table says which devices are used"
   local world
   world=$(cd "$common_dir/.." && python3 -m common.launch_world --rank_table_file="$rank_table_file" \
-    --hostfile="$hostfile" --nnodes="$nnodes" --node_rank="$node_rank" --nproc="$nproc" --master_addr="$master_addr" \
-    --master_port="$master_port" --default_nproc="${RankSize:-1}" --dry_run="$dry_run") || exit 2
+    --devices_per_server="$devices_per_server" --hostfile="$hostfile" --nnodes="$nnodes" --node_rank="$node_rank" \
+    --nproc="$nproc" --master_addr="$master_addr" --master_port="$master_port" --default_nproc="${RankSize:-1}" \
+    --dry_run="$dry_run") || exit 2
   eval "$world"
   nproc=${node_nproc[node_rank]}
   check_elastic

@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("give one of --rank_table_file and --hostfile")
     try:
         if options.rank_table_file:
-            nodes = nodes_of_table(options.rank_table_file, options.nproc)
+            nodes = nodes_of_table(options.rank_table_file, options.nproc, options.devices_per_server)
         else:
             nodes = nodes_of_hostfile(options.hostfile, options.nproc, default_nproc=1)
     except LaunchError as error:
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("rank_table_file", "hostfile"):
         if value := getattr(options, name):
             flags.append(f"--{name}={Path(value).resolve()}")
-    for name in ("nproc", "master_addr", "master_port"):
+    for name in ("nproc", "devices_per_server", "master_addr", "master_port"):
         if value := getattr(options, name):
             flags.append(f"--{name}={value}")
     commands = [node_command(options.script, node_rank, flags) for node_rank in range(len(nodes))]

@@ -44,16 +44,20 @@ class Node:
     devices: tuple[int, ...] = ()
 
 
-def nodes_of_table(path: str, nproc: int | None = None) -> list[Node]:
+def nodes_of_table(path: str, nproc: int | None = None, devices_per_server: int | None = None) -> list[Node]:
     """The nodes of a rank table, in order of rank.
 
-    Raises LaunchError with every problem of the table, or when `nproc` is given and a server has another count.
+    Args:
+        nproc: the devices that every server is said to have.
+        devices_per_server: the most that a server may have; by default what its version says (`rank_table.check`).
+
+    Raises LaunchError with every problem of the table, or when a server has another count than `nproc`.
     """
     try:
         table = rank_table.read(path)
-        if problems := rank_table.check(table):
+        if problems := rank_table.check(table, devices_per_server):
             raise RankTableError(problems)
-        plan = rank_table.world(table)
+        plan = rank_table.world(table, devices_per_server)
     except RankTableError as error:
         raise LaunchError("\n".join(error.problems)) from None
     for warning in warnings(table):
@@ -193,7 +197,7 @@ def shell_assignments(options: argparse.Namespace, environ: Mapping[str, str]) -
     if options.rank_table_file and options.hostfile:
         raise LaunchError("--rank_table_file and --hostfile: give only one of them")
     if options.rank_table_file:
-        nodes = nodes_of_table(options.rank_table_file, options.nproc)
+        nodes = nodes_of_table(options.rank_table_file, options.nproc, options.devices_per_server)
     elif options.hostfile:
         nodes = nodes_of_hostfile(options.hostfile, options.nproc, options.default_nproc)
     else:
@@ -255,6 +259,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank_table_file", default="", metavar="FILE", help="rank table of the run")
     parser.add_argument("--hostfile", default="", metavar="FILE", help="a line 'address [slots=N]' for each node")
     parser.add_argument("--nproc", type=_number, help="ranks a node")
+    text = "most devices of a server in the rank table; default: 8, or 16 for version 1.2"
+    parser.add_argument("--devices_per_server", type=_number, help=text)
     parser.add_argument("--master_addr", default="", help="default: the address of node 0")
     parser.add_argument("--master_port", type=_number, help=f"default: {MASTER_PORT}")
 

@@ -1,6 +1,6 @@
 """The arguments of MindFormers' run_distribute.sh, checked against the rank table; printed as shell assignments.
 
-    python -m common.rank_range RANK_TABLE CONFIG [a,b] MODE [RANK_SIZE] [PREDICT_DATA]
+    python -m common.rank_range RANK_TABLE CONFIG [a,b] MODE [RANK_SIZE] [PREDICT_DATA] [FLAGS of launch.sh]
 
 As in the reference, [a,b] leaves out b. Without RANK_SIZE it names the devices of the only server; with it, the ranks
 of this server among RANK_SIZE. Unlike the reference, which never opens the table, a range that the table does not have
@@ -9,6 +9,8 @@ is refused, and predicting is done once, by rank 0, not the same by every rank. 
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import re
 import shlex
 import sys
@@ -21,7 +23,7 @@ USAGE = "bash run_distribute.sh RANK_TABLE CONFIG [a,b] MODE [RANK_SIZE], or ...
 MODES = ("train", "finetune", "eval", "predict")
 
 
-def share_of_server(words: Sequence[str]) -> dict[str, str]:
+def share_of_server(words: Sequence[str], devices_per_server: int | None = None) -> dict[str, str]:
     """What the server that is meant by `words` runs, by shell variable: the flags of launch.sh and of run_vit.py.
 
     `starts_nothing` is the reason, where another server does all there is to do. Raises LaunchError otherwise.
@@ -44,7 +46,7 @@ def share_of_server(words: Sequence[str]) -> dict[str, str]:
     if found is None or int(found[1]) >= int(found[2]):
         raise LaunchError(f"range {text!r} is not [a,b] with a below b, both whole numbers, such as [0,8]")
     first, end = int(found[1]), int(found[2])
-    nodes = nodes_of_table(table)
+    nodes = nodes_of_table(table, devices_per_server=devices_per_server)
     node_rank = _node_of_ranks(nodes, first, end, rest[0]) if rest else _only_node(nodes, first, end)
 
     share = {"config": str(Path(config).resolve()), "run_mode": mode, "starts_nothing": ""}
@@ -84,8 +86,13 @@ def _node_of_ranks(nodes: Sequence[Node], first: int, end: int, rank_size: str) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    positional = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--devices_per_server", type=int)  # the one of launch.sh's flags that the range depends on
+    flags, _ = parser.parse_known_args(words[len(positional) :])
     try:
-        share = share_of_server(sys.argv[1:] if argv is None else argv)
+        share = share_of_server(positional, flags.devices_per_server)
     except LaunchError as error:
         raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
     for name, value in share.items():

@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 KEYS = (
     "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime ActualLoss E2ETrainingTime TrainAccuracy"
 ).split()
+# what a training run leaves in its folder
+OF_A_RUN = (
+    "metrics.jsonl",
+    "tensorboard",
+    "profile*",
+    "loss.png",
+    "log.txt",
+    "train_*_loss.txt",
+    "checkpoint*",
+    "*_acc.log",
+    "*_perf.log",
+)
 
 
 class ResultFile:
@@ -66,22 +79,11 @@ def read(path: str | Path) -> dict[str, str]:
     return dict(pairs)
 
 
-def keep_aside(folder: Path) -> Path | None:
-    """Moves an earlier run's files to `earlier/<time>/` in the folder; returns that folder, None when there was no run.
+def keep_aside(folder: Path, patterns: Sequence[str] = OF_A_RUN) -> Path | None:
+    """Moves an earlier run's files to `earlier/<time>/` in the folder; returns that folder, None when there were none.
 
     Launcher logs (train_*.log) stay: they are being written already, and the launcher has seen to them.
     """
-    patterns = (
-        "metrics.jsonl",
-        "tensorboard",
-        "profile*",
-        "loss.png",
-        "log.txt",
-        "train_*_loss.txt",
-        "checkpoint*",
-        "*_acc.log",
-        "*_perf.log",
-    )
     found = [path for pattern in patterns for path in folder.glob(pattern)]
     if not found:
         return None
@@ -106,6 +108,8 @@ def main() -> None:
     parser.add_argument("--error", required=True)
     options = parser.parse_args()
     file = ResultFile(options.output_dir, options.network, options.batch_size, options.ranks, options.case_kind, "")
+    if file.status() == "OK":  # of an earlier run: this one did not come so far as to say RUNNING
+        keep_aside(options.output_dir, [file.path.name])
     if file.status() != "FAILED":
         file.write({"Status": "FAILED", "Error": options.error})
 

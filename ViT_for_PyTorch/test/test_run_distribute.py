@@ -88,6 +88,17 @@ def test_an_invalid_world_is_refused_where_the_reference_may_start_it(folder, na
     assert message in str(caught.value)
 
 
+def test_a_server_of_sixteen_cards(folder):
+    addresses = {n: f"192.168.1.{n + 1}" for n in range(16)}
+    path = rank_table.write(rank_table.generate("127.0.0.1", addresses, 16), folder / "one.json")
+    words = [str(path), str(DEMO), "[0,16]", "train", "--device=cpu", "--dry_run"]
+    done = bash("run_distribute.sh", *words)
+    assert done.returncode == 2 and "say --devices_per_server 16" in done.stderr
+    for flags in (["--devices_per_server=16"], ["--devices_per_server", "16"]):
+        done = bash("run_distribute.sh", *words, *flags, "--", "epochs=1")
+        assert done.returncode == 0 and "--nproc_per_node 16" in done.stdout, done.stderr
+
+
 def test_predicting_is_done_once_by_rank_0(folder):
     share, _ = share_of(folder, "predict_single", "two.json")
     assert share["device_id"] == "0" and share["nproc"] == "1" and share["starts_nothing"] == ""

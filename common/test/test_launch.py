@@ -36,6 +36,7 @@ def log_of(project: Path, name: str = "train_0.log", device_id: str = "0") -> st
         ([], "--data_path is required"),
         (["--data_path=/no/such/place"], "--data_path=/no/such/place: no such file or folder"),
         (["--data_path=.", "--epochs=many"], "--epochs=many: must be a whole number"),
+        (["--data_path=.", "--max_restarts=08"], "--max_restarts=08: must be a whole number"),  # 8 in octal
         (["--data_path=.", "--device=tpu"], "--device=tpu: choose auto, npu, cuda or cpu"),
         (["--data_path"], "--data_path needs a value"),
         (["--data_path", "--epochs=1"], "--data_path needs a value"),
@@ -49,6 +50,13 @@ def test_bad_flags_are_one_clear_error_before_anything_runs(project, flags, mess
     assert process.returncode == 2
     assert message in process.stderr and "ARGS" not in process.stdout
     assert not (project / "test" / "output").exists()
+
+
+def test_a_flag_is_never_taken_from_the_environment(project):
+    process = bash(project, "--data_path=.", max_steps="10")
+    assert process.returncode == 2 and "max_steps=10 has the name of a flag: unset max_steps" in process.stderr
+    process = bash(project, "--data_path=.", "--max_steps=3", "--dry_run", max_steps="10")
+    assert process.returncode == 0 and process.stdout.rstrip().endswith("--max_steps 3")
 
 
 @pytest.mark.parametrize("folder", [".", "test"])
@@ -109,6 +117,18 @@ def test_exit_code_is_the_programs_and_the_result_says_failed(project):
     assert "rank 0 failed with exit code 7" in process.stderr and "the cause is here" in process.stderr
     values = result_file.read(project / "test" / "output" / "0" / "Trial_bs4_1p_acc.log")
     assert values["Status"] == "FAILED" and "exit code 7" in values["Error"]
+
+
+def test_a_failing_run_leaves_the_result_of_an_earlier_one(project):
+    output = project / "test" / "output" / "0"
+    output.mkdir(parents=True)
+    name = "Trial_bs4_1p_acc.log"
+    (output / name).write_text("ActualFPS = 3.5\nStatus = OK\n")
+    for _ in range(2):
+        assert bash(project, "--data_path=.", "--", "--die=0").returncode == 7
+    assert result_file.read(output / name)["Status"] == "FAILED"
+    (kept,) = (output / "earlier").glob(f"*/{name}")
+    assert result_file.read(kept)["ActualFPS"] == "3.5"
 
 
 def test_each_rank_has_a_log_and_the_first_failing_one_gives_the_exit_code(project):

@@ -111,6 +111,15 @@ def test_bad_options_are_one_clear_error(folder, words, message):
     assert code == 2 and message in errors and "Traceback" not in errors
 
 
+def test_the_size_of_a_server_is_passed_on(folder):
+    words = [f"--rank_table_file={DUAL}", "--devices_per_server=4", "bash", "node.sh"]
+    code, _, errors = cluster(folder, *words)
+    assert code == 2 and "8 devices on one server (max 4 per server)" in errors
+    words[1] = "--devices_per_server=16"
+    code, output, errors = cluster(folder, *words)
+    assert code == 0 and output.count("--devices_per_server=16") == 2, errors
+
+
 def test_every_node_runs_and_has_a_log(folder):
     code, output, errors = cluster(
         folder, "--hostfile=hosts", "--master_port=4000", "--run", "bash", "node.sh", "--x=a b"

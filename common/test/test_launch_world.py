@@ -182,6 +182,16 @@ def test_a_dry_run_shows_the_command_of_every_node(project):
     assert "--nproc_per_node 4" in output and "RANK_TABLE_FILE" not in output and "VISIBLE_DEVICES" not in output
 
 
+def test_servers_of_sixteen_cards_are_launched_when_they_are_said_to_be(project, tmp_path):
+    addresses = {n: f"192.168.1.{n + 1}" for n in range(16)}
+    path = rank_table.write(rank_table.generate("127.0.0.1", addresses, 16), tmp_path / "sixteen.json")
+    flags = [f"--rank_table_file={path}", "--device=cpu", "--dry_run"]
+    code, _, errors = bash(project, *flags)
+    assert code == 2 and "max 8 per server); remove rows, or say --devices_per_server 16" in errors
+    code, output, errors = bash(project, *flags, "--devices_per_server=16")
+    assert code == 0 and "--nproc_per_node 16" in output, errors
+
+
 def test_the_rank_table_of_the_environment_counts_on_an_npu_only(project):
     variables = {"RANK_TABLE_FILE": str(SINGLE), "etp_running_flag": "true"}
     script = project / "test" / "trial.sh"
