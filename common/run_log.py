@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class RunLog:
         self._profiler = StepProfiler(self.folder, network, world, total_steps) if profile else None
         self._window = _Window()
         self._losses: dict[int, float] = {}  # by step: a resumed run goes over some steps again
+        self._has_trained = False
         self._started = time.perf_counter()
 
     # -- the run as a whole ------------------------------------------------------------------------------------------
@@ -238,6 +240,7 @@ class RunLog:
         line["data_ms"] = round(1000 * window.data_seconds / window.steps, 3)
         self._window = _Window(step=window.step)
         self._losses[window.step] = values["loss"]
+        self._has_trained = True
         self._write_metrics(line)
         if self.world.is_main:
             for key, value in line.items():
@@ -252,7 +255,7 @@ class RunLog:
         fps = self._clock.fps()
         if self.total_steps and fps and self._clock.is_steady:
             left = (self.total_steps - line["step"]) * self._clock.seconds_per_step()
-            text += f" left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+            text += f" left {timedelta(seconds=round(left))}"  # as in "1 day, 2:03:04"
         return text
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
@@ -261,7 +264,7 @@ class RunLog:
             self._metrics.flush()
 
     def _write_losses(self) -> None:
-        if not self._losses:
+        if not self._has_trained:  # an evaluation in a training's folder leaves its losses alone
             return
         losses = sorted(self._losses.items())
         name = f"train_{self.result.case_name}_loss"

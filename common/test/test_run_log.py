@@ -71,6 +71,16 @@ def test_fps_leaves_out_first_steps_and_pauses_but_not_waiting_for_data(tmp_path
     assert lines(tmp_path)[-1]["data_ms"] == pytest.approx(200)
 
 
+def test_the_time_left_may_be_days(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    with RunLog(tmp_path, World(), "Net", batch_size=10, total_steps=1000, skip_steps=2, log_every=10) as log:
+        for step in range(1, 11):
+            now[0] += 100.0
+            log.step(step, samples=10, loss=1.0, lr=0.1)
+    assert capsys.readouterr().out.strip().endswith("left 1 day, 3:30:00")  # 990 steps of 100 s
+
+
 def test_a_crash_leaves_failed_with_the_reason(tmp_path):
     with pytest.raises(RuntimeError), RunLog(tmp_path, World(), "Net", batch_size=4) as log:
         log.step(1, samples=4, loss=1.0, lr=0.1)
