@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, f
 from common import apex_options  # noqa: E402
 from common.checkpoint_file import CheckpointError  # noqa: E402
 from common.device import UsageError, print_usage_errors, resolve  # noqa: E402
+from common.result_file import keep_aside  # noqa: E402
 from vit import config as configuration  # noqa: E402
 from vit.config import Config  # noqa: E402
+from vit.download import DownloadError  # noqa: E402
 
 RUN_MODES = ("train", "finetune", "eval", "predict")
 # option of the reference's run_mindformer.py -> key of our configuration
@@ -109,15 +111,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 
 def _precision(options: argparse.Namespace) -> str | None:
-    """The precision that --precision and apex's options come to; under apex itself torch's own stays fp32."""
-    mixed = apex_options.translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
+    """The precision that --precision and apex's options come to."""
+    given = options.fp16_opt_level, options.precision, options.use_combine_grad, options.amp_backend
+    mixed = apex_options.translate(*given)
     for note in mixed.notes:
         print(f"note: {note}", file=sys.stderr)
-    if options.amp_backend != "apex":
-        return mixed.precision
-    if options.fp16_opt_level != "O1":
-        raise UsageError("--amp_backend apex: give --fp16_opt_level O1; native does the other levels")
-    return "fp32"
+    return mixed.precision
 
 
 def _free_overrides(rest: list[str]) -> list[str]:
@@ -145,6 +144,8 @@ def check(options: argparse.Namespace, config: Config) -> None:
         raise UsageError(f"--load_checkpoint is required for {options.run_mode}: a file, or vit_base_p16")
     if options.run_mode == "predict" and not options.predict_data:
         raise UsageError("--predict_data is required for prediction: pictures, or folders of pictures")
+    if options.predict_batch_size < 1:
+        raise UsageError(f"--predict_batch_size {options.predict_batch_size}: must be at least 1")
     if options.run_mode == "train" and not config.load_checkpoint and not config.resume_training:
         print("training from scratch: no --load_checkpoint given (--run_mode finetune insists on one)")
 
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         resolve(config.device, options.device_id)
     try:
         run(options, config)
-    except (CheckpointError, ValueError) as error:  # a file or folder that does not fit; the message says which and why
+    except (CheckpointError, DownloadError, ValueError) as error:  # a file that does not fit; the message says which
         raise UsageError(str(error)) from error
 
 
@@ -200,6 +201,7 @@ def predict(options: argparse.Namespace, config: Config) -> None:
             print(f"{picture}: " + ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in labels), flush=True)
     target = Path(config.output_dir) / "predictions.json"
     target.parent.mkdir(parents=True, exist_ok=True)
+    keep_aside(target.parent, [target.name])
     target.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"written to {target}")
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from common.device import UsageError
 from common.test.apex_stand_in import PACKAGE
 
 PROJECT = Path(__file__).resolve().parents[1]
-CASE = "ViT_for_PyTorch_bs4_1p_acc"
+CASE, EVALUATION = "ViT_for_PyTorch_bs4_1p_acc", "ViT_for_PyTorch_eval_bs4_1p_acc"
 TINY = ["model.name=vit_demo", "model.img_size=24", "--batch_size", "4", "--num_workers", "0", "--seed", "3"]
 PLAIN = ["data.mixup=0", "data.cutmix=0", "model.drop_path=0"]  # what draws from the rank is off: ranks can be compared
 
@@ -139,6 +140,33 @@ def test_evaluation_counts_every_picture_once_on_any_number_of_ranks(pictures, t
     assert float(one["ActualLoss"]) == pytest.approx(float(three["ActualLoss"]), abs=2e-6)
 
 
+def test_an_evaluation_in_the_training_s_folder_takes_nothing_away(pictures, tmp_path):
+    """As the scripts do it: train_eval_1p.sh and train_full_1p.sh have the same folder by default."""
+    trained = train(pictures, tmp_path, "--epochs", "1", "--log_every", "3")
+    before = {path.name for path in tmp_path.iterdir()} | {f"{EVALUATION}.log"}
+    plot, logged = (tmp_path / "loss.png").stat().st_mtime_ns, losses(tmp_path)
+    options = ["--run_mode", "eval", "--load_checkpoint", str(tmp_path / "checkpoints" / "best.pt"), "--device", "cpu"]
+    options += [*TINY, "--eval_dataset_dir", str(pictures / "val"), "--output_dir", str(tmp_path)]
+    for _ in range(2):
+        run_vit.main(options)
+    assert result_file.read(tmp_path / f"{EVALUATION}.log")["Count"] == "13"
+    assert result_file.read(tmp_path / f"{CASE}.log") == trained
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert losses(tmp_path) == logged and (tmp_path / "loss.png").stat().st_mtime_ns == plot
+    result = train(pictures, tmp_path, "--epochs", "2", "--log_every", "3", "--resume_training", "auto")
+    assert result["Status"] == "OK" and list(losses(tmp_path)) == [3, 6, 9, 12]
+
+
+def test_weights_that_cannot_be_downloaded_are_one_line(pictures, tmp_path, monkeypatch):
+    def no_network(url, path):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(UsageError, match="cannot download https://.*no route to host.*put it at"):
+        train(pictures, tmp_path / "out", "--run_mode", "finetune", "--load_checkpoint", "mae_vit_base_p16")
+
+
 def test_a_run_with_a_weight_average_is_evaluated_with_it(pictures, tmp_path):
     train(pictures, tmp_path, "--epochs", "2", "optimizer.ema_decay=0.9", "optimizer.warmup_epochs=0")
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -181,6 +209,8 @@ def test_apex_is_used_where_it_is_and_asked_for(pictures, tmp_path, install_apex
     with pytest.raises(UsageError, match="give --fp16_opt_level O1"):
         train(pictures, tmp_path / "none", *options, "--amp_backend", "apex")
     install_apex(PACKAGE)
+    with pytest.raises(UsageError, match="amp_backend=apex: does its own casts, precision=bf16"):
+        train(pictures, tmp_path / "none", *options, "amp_backend=apex", "--precision", "bf16")
     train(pictures, tmp_path / "apex_run", *asked)
     train(pictures, tmp_path / "plain", *options)
     assert losses(tmp_path / "apex_run") == losses(tmp_path / "plain")  # the stand-in does not cast; 128 divides out
@@ -227,9 +257,11 @@ def test_a_corrupt_picture_is_skipped_named_and_counted_and_many_are_an_error(tm
 def test_predictions_carry_the_class_names_of_the_training_folder(pictures, tmp_path, capsys):
     train(pictures, tmp_path, "--epochs", "1")
     options = ["--run_mode", "predict", "--load_checkpoint", str(tmp_path / "checkpoints" / "best.pt"), *TINY]
+    (tmp_path / "predictions.json").write_text("earlier ones")
     run_vit.main(
         [*options, "--predict_data", str(pictures / "val" / "flags"), "--top_k", "2", "--output_dir", str(tmp_path)]
     )
+    assert next((tmp_path / "earlier").glob("*/predictions.json")).read_text() == "earlier ones"
     predictions = json.loads((tmp_path / "predictions.json").read_text())
     assert len(predictions) == 5
     for labels in predictions.values():
@@ -249,6 +281,8 @@ def test_predictions_carry_the_class_names_of_the_training_folder(pictures, tmp_
         (["--load_checkpoint", "/no/such.pth"], "/no/such.pth: no such checkpoint"),
         (["--resume_training", "/no/such.pt"], "--resume_training /no/such.pt: no such file"),
         (["--batch_size", "100"], "fewer than one global batch"),
+        (["--max_steps", "-5"], "max_steps=-5: must not be negative"),
+        (["--predict_batch_size", "0"], "--predict_batch_size 0: must be at least 1"),
         (["model.num_classes=7"], "model.num_classes=7, but"),
         (["--config", "gone.yaml"], "--config gone.yaml: no such file"),
     ],

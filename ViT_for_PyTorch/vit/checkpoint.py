@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from common import checkpoint_file, sharding
+from common.apex_options import restore_scale
 from common.device import UsageError
 
 
@@ -175,7 +176,7 @@ def restore(
         if ema is not None and has_ema:
             sharding.load_whole_model(ema, content["ema"])
     if content["scaler"]:
-        scaler.load_state_dict(content["scaler"])
+        restore_scale(scaler, content["scaler"])
     if ema is not None and not has_ema:
         warnings.warn(f"{path} has no weight average: it starts from the loaded weights", stacklevel=2)
         ema.load_state_dict(model.state_dict())

@@ -179,6 +179,11 @@ def _check(config: Config) -> None:
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise UsageError(f"{key}={value}: choose one of {', '.join(allowed)}")
+    if config.amp_backend == "apex" and config.precision != "fp32":
+        raise UsageError(f"amp_backend=apex: does its own casts, precision={config.precision} would be a second one")
     for key in ("epochs", "batch_size", "accumulate", "eval_every", "log_every"):
         if getattr(config, key) < 1:
             raise UsageError(f"{key}={getattr(config, key)}: must be at least 1")
+    for key in ("max_steps", "save_every", "keep_checkpoints"):
+        if getattr(config, key) < 0:
+            raise UsageError(f"{key}={getattr(config, key)}: must not be negative")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint_file, sharding
 from common import device as devices
-from common.apex_options import ApexScaler
+from common.apex_options import ApexScaler, gradient_scaler
 from common.device import UsageError
 from common.distributed import World, all_reduce_mean, barrier, broadcast_object, gather_objects, process_group
 from common.run_log import RunLog
@@ -51,7 +51,7 @@ class Run:
     model: VisionTransformer  # the plain module: what is saved and evaluated
     trained: nn.Module  # the same weights, compiled and wrapped for several ranks
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler | ApexScaler
     ema: ModelEmaV3 | None
     guard: FiniteGuard
     state: TrainState
@@ -122,18 +122,11 @@ def prepare(config: Config, world: World, data: Data, model: VisionTransformer) 
         model=model,
         trained=trained,
         optimizer=optimizer,
-        scaler=loss_scaler(config, world, model, optimizer),
+        scaler=gradient_scaler(config.amp_backend, model, optimizer, world.device, config.precision, config.loss_scale),
         ema=ema,
         guard=FiniteGuard(optimizer, world.device),
         state=TrainState(),
     )
-
-
-def loss_scaler(config: Config, world: World, model: VisionTransformer, optimizer: torch.optim.Optimizer):
-    """The gradient scaler of the configured precision, or apex in its place."""
-    if config.amp_backend == "apex":
-        return ApexScaler(model, optimizer, "O1", config.loss_scale)
-    return devices.grad_scaler(world.device, config.precision, config.loss_scale)
 
 
 def over_ranks(config: Config, world: World, model: VisionTransformer, ema: ModelEmaV3 | None) -> nn.Module:
@@ -343,8 +336,16 @@ def evaluate(config: Config) -> dict[str, Any]:
         names = load_class_names(config.load_checkpoint) if Path(config.load_checkpoint).exists() else None
         data = open_evaluation_data(config, world, class_names=names)
         model = build(config, len(data.class_names), world, head="required")
+        # resume: an evaluation adds to a folder and moves nothing of a training run aside
         with RunLog(
-            config.output_dir, world, NETWORK, config.batch_size, config.case_kind, skip_steps=1, profile=config.profile
+            config.output_dir,
+            world,
+            f"{NETWORK}_eval",
+            config.batch_size,
+            config.case_kind,
+            resume=True,
+            skip_steps=1,
+            profile=config.profile,
         ) as log:
             score = evaluate_model(model, counted(data.evaluation, log, world), world, config.precision)
             log.info(f"ViT: Top1 Accuracy = {{'Top1 Accuracy': {score.top1 / score.count}}}; {score}")
