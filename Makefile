@@ -57,7 +57,7 @@ counters: $(STAMP) ## does a training step of each project do what was accepted?
 counters-accept: $(STAMP) ## write the counts of the code as it is, for the commit that means to change them
 	python -m ci.counters --accept $(COUNTERS_ARGS)
 
-perf: $(STAMP) ## is a step slower than at the merge base? paired, for the projects that changed; PERF_ARGS="--base v1.0" for more
+perf: $(STAMP) ## is a step slower than at the merge base? paired, for the projects that changed; PERF_ARGS="v1.0 HEAD" for others
 	python -m ci.perf_ab $(PERF_ARGS)
 
 perf-run: sample_data ## every project's train_performance_1p.sh against earlier nights on this device; PERF_RUN_ARGS="--update"

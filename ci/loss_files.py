@@ -64,7 +64,7 @@ def read(path: str | Path, name: str | None = None) -> Curve:
     if not path.is_file():
         raise UsageError(f"{path}: no such file or folder")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file") from None
     lines = _csv_lines(text) if path.suffix == ".csv" else _state_lines(text) or _json_lines(text)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,9 +104,9 @@ def run_case(
     script = ROOT / project / "test" / f"train_performance_{ranks}p.sh"
     fixed = [f"--device={device}", f"--precision={precision}", f"--output_dir={output}"]
     started = time.time()
-    run = subprocess.run(
-        ["bash", script, *given, *settings, *fixed], cwd=ROOT / project, capture_output=True, text=True
-    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # scripts call python3
+    command = ["bash", script, *given, *settings, *fixed]
+    run = subprocess.run(command, cwd=ROOT / project, env=environment, capture_output=True, text=True)
     files = [path for path in output.glob("*_perf.log") if path.stat().st_mtime >= started - 1]
     values = result_file.read(files[0]) if files else {}
     if run.returncode or values.get("Status") != "OK" or "ActualFPS" not in values:
@@ -200,10 +201,15 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", action="append", default=[], metavar="PROJECT=DIR", help="instead of the sample data")
     parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 8), help="default: 1, and 8 where 8 cards are")
     parser.add_argument("--update", action="store_true", help="add tonight's speeds to the baselines")
-    parser.add_argument("--sample_data", type=Path, default=ROOT / ".sample_data")
-    parser.add_argument("--baselines", type=Path, default=BASELINES)
-    parser.add_argument("--reports", type=Path, default=REPORTS)
+    # absolute: the scripts run in their projects' folders
+    parser.add_argument("--sample_data", type=_absolute, default=ROOT / ".sample_data")
+    parser.add_argument("--baselines", type=_absolute, default=BASELINES)
+    parser.add_argument("--reports", type=_absolute, default=REPORTS)
     return parser.parse_args(argv)
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).resolve()
 
 
 def given_data(pairs: list[str]) -> dict[str, Path]:

@@ -50,7 +50,7 @@ def test_every_format_gives_the_same_curve(tmp_path):
         ),
         "bare.json": "\n".join(json.dumps(line) for line in values),
         "trainer_state.json": json.dumps({"log_history": history}, indent=1),
-        "published.csv": "Wall time,Step,Value\n" + "".join(f"0,{s},{v}\n" for s, v in losses.items()),
+        "published.csv": "\ufeffWall time,Step,Value\n" + "".join(f"0,{s},{v}\n" for s, v in losses.items()),
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)

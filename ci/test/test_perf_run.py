@@ -101,10 +101,17 @@ def test_a_run_that_fails_is_red_whatever_an_earlier_one_left(stub, tmp_path, ca
             perf_run.main(arguments)
 
 
+def test_folders_may_be_relative(stub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert stub(100, "--reports", "reports", "--baselines", "nights", "--update") == (0, NEW)
+    assert (tmp_path / "nights" / "cpu" / "Stub_bs4_1p_perf.json").is_file()
+
+
 def test_a_real_performance_script(tmp_path, monkeypatch, capsys):
     write_pictures(tmp_path / "pictures", count=16)
     settings = ["--config=configs/run_vit_demo.yaml", "--batch_size=4", "--max_steps=14"]
     monkeypatch.setitem(perf_run.SETTINGS["cpu"], "ViT_for_PyTorch", settings)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # as without an activated environment
     places = ["--baselines", str(tmp_path / "baselines"), "--reports", str(tmp_path / "reports")]
     code = perf_run.main(["--device", "cpu", "--project", "ViT", "--data", f"ViT={tmp_path / 'pictures'}", *places])
     assert code == 0, capsys.readouterr().out

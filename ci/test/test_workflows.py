@@ -34,10 +34,17 @@ def test_workflow_is_complete(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_commands_are_make_targets_that_exist(path):
-    for command in commands(load(path)):
-        target = re.fullmatch(r"make ([a-z_-]+) PYTHON=python", command)
-        assert target and re.search(rf"^{target[1]}:", MAKEFILE, re.M), command
+def test_commands_are_make_targets_and_gates_that_exist(path):
+    """A gate is called by its module where exit code 3, which make would turn into 2, has to be told from 1."""
+    for job in load(path)["jobs"].values():
+        installed = False
+        for command in commands({"jobs": {"": job}}):
+            if target := re.fullmatch(r"make ([a-z_-]+) PYTHON=python", command):
+                assert re.search(rf"^{target[1]}:", MAKEFILE, re.M), command
+                installed = True
+                continue
+            module = re.fullmatch(r"\.venv/bin/python -m ci\.(\w+) .+ \|\| test \$\? -eq 3", command)
+            assert module and installed and "3 " in (ROOT / "ci" / f"{module[1]}.py").read_text().split("Exit code:")[1]
 
 
 def test_tests_run_on_all_supported_pythons_and_both_processors():
@@ -52,5 +59,10 @@ def test_tests_run_on_all_supported_pythons_and_both_processors():
 def test_nightly_runs_what_is_too_long_for_a_change():
     workflow = load(ROOT / ".github/workflows/nightly.yml")
     assert workflow["on"]["schedule"]
-    assert commands(workflow) == ["make peers PYTHON=python", "make outcomes PYTHON=python"]
+    everything = "\n".join(commands(workflow))
+    for command in ("make peers", "make outcomes", "-m ci.perf_ab", "-m ci.perf_run"):
+        assert command in everything
+    jobs = workflow["jobs"]
+    (checkout,) = (step for step in jobs["perf"]["steps"] if step.get("uses", "").startswith("actions/checkout"))
+    assert checkout["with"]["fetch-depth"] == 0, "the base is an earlier commit"
     assert "make peers" not in (ROOT / ".ci/run").read_text()
