@@ -70,9 +70,11 @@ def train(options: argparse.Namespace, world: World) -> dict:
     scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
 
     path = find_checkpoint(options.resume, options.auto_resume and not options.eval, options.output_dir)
-    state, best = TrainState(step=options.start_epoch * steps), -1.0  # below any accuracy
+    progress, best = {"step": options.start_epoch * steps}, -1.0  # below any accuracy
     if path is not None:
-        state, best = resume(path, model, average, optimizer, scaler, steps)
+        restored, best = resume(path, model, average, optimizer, scaler, steps)
+        progress |= restored
+    state = TrainState(**progress)
     if options.eval:
         return evaluate_only(options, model, test, normalizer, world, path)
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
@@ -123,13 +125,13 @@ def finish(log: RunLog, results: dict[str, float], best: float) -> dict:
     return log.finish(accuracy=round(results["acc1"], 3), BestAccuracy=round(max(best, results["acc1"]), 3))
 
 
-def resume(path: Path, model, average, optimizer, scaler, steps: int) -> tuple[TrainState, float]:
+def resume(path: Path, model, average, optimizer, scaler, steps: int) -> tuple[dict, float]:
     """Progress and best accuracy of a checkpoint; its weights are restored."""
-    state = TrainState(**load_training_state(path, model, optimizer, scaler, steps))
+    progress = load_training_state(path, model, optimizer, scaler, steps)
     checkpoint = read_checkpoint(path)
     if average is not None:
         load_model(average, checkpoint.get("model_ema", checkpoint["model"]), path)
-    return state, float(checkpoint.get("best_acc1", -1.0))
+    return progress, float(checkpoint.get("best_acc1", -1.0))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -193,7 +195,8 @@ def evaluate(model: nn.Module, test: Dataset, options, normalizer: Normalizer, w
 def evaluate_only(options, model, test, normalizer, world: World, path: Path | None) -> dict:
     if test is None or path is None:
         raise UsageError("--eval needs --eval_data_path DIR and --resume CHECKPOINT")
-    with open_log(options, world, 0, False) as log:
+    in_its_folder = path.resolve().parent == Path(options.output_dir).resolve()  # which then stays that run's
+    with open_log(options, world, 0, in_its_folder) as log:
         results = evaluate(model, test, options, normalizer, world)
         log.record(0, "eval", **results)
         return log.finish(accuracy=round(results["acc1"], 3), loss=results["loss"])

@@ -18,12 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from beit2 import create_model
+from beit2 import create_model, npu_patches
 from beit2.image_data import Normalizer, check_images, run_batches, steps_per_epoch
 from beit2.labelled_data import CentreCrop, CropAndFlip, LabelledImages, find_classes
 from beit2.model_names import FINETUNING_MODELS
 from beit2.optimizers import create_optimizer, set_step
-from beit2.options import add_optimizer_options, add_run_options, due, parse, pick_precision
+from beit2.options import (
+    add_dead_options,
+    add_optimizer_options,
+    add_run_options,
+    due,
+    parse,
+    pick_precision,
+    truth,
+)
 from beit2.parallel import data_parallel
 from beit2.pretraining_options import mean_and_std
 from beit2.pretraining_step import TrainState, Watch, update
@@ -38,24 +46,38 @@ from common.distributed import World, process_group
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("run_linear_eval.py", description="linear probe of a BEiT v2 encoder")
-    parser.add_argument("--batch_size", type=int, default=128, help="per device")
+    parser.add_argument("--batch_size", "--batch_size_per_gpu", type=int, default=128, help="per device")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--model", default="beit_base_patch16_224")
     parser.add_argument("--pretrained_weights", default="", help="pretraining checkpoint: file or URL")
-    parser.add_argument("--checkpoint_key", default="model|teacher|module")
+    parser.add_argument("--checkpoint_key", default="model|module|teacher")
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--layer_scale_init_value", type=float, default=0.1)
     parser.add_argument("--abs_pos_emb", action="store_true")
+    parser.add_argument("--rel_pos_bias", action="store_true", default=True)
     parser.add_argument("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias")
-    parser.add_argument("--data_path", default="", help="class folders of the training set")
-    parser.add_argument("--eval_data_path", default="", help="class folders of the test set")
-    parser.add_argument("--imagenet_default_mean_and_std", action="store_true", help="default: mean and std 0.5")
+    parser.add_argument("--data_path", default="", help="class folders of the training set, or train/ and val/ of them")
+    parser.add_argument("--eval_data_path", default="", help="class folders of the test set; default: DATA_PATH/val")
+    parser.add_argument("--num_labels", type=int, default=0, help="default: as many as the training set has")
+    parser.add_argument(
+        "--imagenet_default_mean_and_std", type=truth, nargs="?", const=True, default=False,
+        help="default: mean and std 0.5",
+    )  # fmt: skip
+    parser.add_argument("--avgpool_patchtokens", type=truth, default=True, help="features beside CLS; must be True")
+    parser.add_argument("--amp_forward", type=truth, default=True, help="False: the encoder in fp32")
     parser.add_argument("--base_lr", type=float, default=0.001, help="times batch / 256, when --lr is 0")
-    parser.add_argument("--save_ckpt_freq", type=int, default=100)
+    parser.add_argument("--val_freq", type=int, default=1, help="epochs between two evaluations")
     add_optimizer_options(parser, lr=0.0, weight_decay=1e-4)  # the rate falls to 0 in a cosine, by epoch
+    parser.add_argument("--optimizer", dest="opt", default=argparse.SUPPRESS, help="the same as --opt")
     add_run_options(parser)
+    add_dead_options(parser, "patch_size")
     parser.set_defaults(update_freq=1)
-    return parse(parser, argv)
+    options = parse(parser, argv)
+    if not options.avgpool_patchtokens:
+        raise UsageError("--avgpool_patchtokens False: the probe's features are CLS and the mean patch")
+    if options.val_freq < 1:
+        raise UsageError(f"--val_freq {options.val_freq}: must be at least 1")
+    return options
 
 
 class LinearProbe(nn.Module):
@@ -113,36 +135,42 @@ def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, Labelle
     Raises:
         UsageError: a folder that is missing, or an unreadable picture.
     """
-    for name in ("data_path", "eval_data_path"):
-        if not getattr(options, name):
-            raise UsageError(f"--{name} is missing: a folder of class folders")
-    paths, labels, names = find_classes(options.data_path)
-    test_paths, test_labels, _ = find_classes(options.eval_data_path, names)
+    if not options.data_path:
+        raise UsageError("--data_path is missing: a folder with train/ and val/, or the training set's class folders")
+    folder, eval_folder = Path(options.data_path), options.eval_data_path
+    if not eval_folder:
+        folder, eval_folder = folder / "train", folder / "val"
+    paths, labels, names = find_classes(folder)
+    if options.num_labels not in (0, len(names)):
+        raise UsageError(f"--num_labels {options.num_labels}: {folder} has {len(names)} class folders")
+    test_paths, test_labels, _ = find_classes(eval_folder, names)
     check_images(paths + test_paths)
-    training = LabelledImages(paths, labels, CropAndFlip(options.input_size, 0.08), options.seed)
+    training = LabelledImages(paths, labels, CropAndFlip(options.input_size, 0.08, "bilinear"), options.seed)
     return training, LabelledImages(test_paths, test_labels, CentreCrop(options.input_size)), names
 
 
 def train(options: argparse.Namespace, world: World) -> dict:
-    precision = pick_precision(options, world.device)
+    precision = pick_precision(options, world.device) if options.amp_forward else "fp32"
     devices.seed_everything(options.seed)
     dataset, test, names = build_datasets(options)
     encoder = load_encoder(options).to(world.device)
+    npu_patches.apply(encoder, None, world.device)
     probe = LinearProbe(encoder, len(names)).to(world.device)
     wrapped = data_parallel(probe, world)
     normalizer = Normalizer(*mean_and_std(options), world.device)
 
     steps = steps_per_epoch(len(dataset), options.batch_size, world.size)
     peak = options.lr or options.base_lr * options.batch_size * world.size / 256
-    decay = 0.0 if options.opt == "sgd" else options.weight_decay
+    name, decay = ("momentum", 0.0) if options.opt.lower() == "sgd" else (options.opt, options.weight_decay)
     groups = [{"params": list(probe.parameters()), "weight_decay": decay}]
-    optimizer = create_optimizer(options.opt, groups, peak, options.opt_eps, options.opt_betas, options.momentum)
+    optimizer = create_optimizer(name, groups, peak, options.opt_eps, options.opt_betas, options.momentum)
     scaler = devices.grad_scaler(world.device, "fp32")  # the probe itself is fp32
     path = find_checkpoint(options.resume, options.auto_resume, options.output_dir)
-    state, best = TrainState(step=options.start_epoch * steps), 0.0
+    progress, best = {"step": options.start_epoch * steps}, 0.0
     if path is not None:
-        state = TrainState(**load_training_state(path, probe, optimizer, scaler, steps))
+        progress |= load_training_state(path, probe, optimizer, scaler, steps)
         best = float(read_checkpoint(path).get("best_acc1", 0.0))
+    state = TrainState(**progress)
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
 
     with open_log(options, world, last, path is not None) as log:
@@ -154,7 +182,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
             lr = peak * 0.5 * (1 + math.cos(math.pi * (step // steps) / options.epochs))  # by epoch
             set_step(optimizer, lr, None)
             logits = wrapped(frozen_layers(encoder, normalizer, pictures, precision))  # [blocks, B, classes]
-            targets = targets.to(world.device)
+            targets = devices.to_device(targets, world.device)
             loss = sum(F.cross_entropy(layer, targets) for layer in logits)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -166,12 +194,13 @@ def train(options: argparse.Namespace, world: World) -> dict:
             if saves or due(state.step, options.log_every):
                 watch.check(state.step)
             log.step(state.step, options.batch_size * world.size, lr=lr, epoch=state.step / steps, **scalars)
-            if epoch_ends or state.step == last:
+            results = {}
+            if state.step == last or (epoch_ends and (state.step // steps - 1) % options.val_freq == 0):
                 with log.pause("evaluate"):
                     results = evaluate(encoder, probe, test, options, normalizer, world, precision)
                 log.record(state.step, "eval", **results)
             if epoch_ends:
-                best = max(best, results["acc1"])
+                best = max(best, results.get("acc1", 0.0))
                 end_epoch(options, state, results, steps, world)
             if saves and options.case_kind == "acc":
                 with log.pause("save"):

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, f
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from beit2 import npu_patches, parameter_groups
 from beit2.image_data import Normalizer, check_images, find_images, run_batches, steps_per_epoch
@@ -41,18 +41,31 @@ def main(argv: list[str] | None = None) -> dict:
         return train(options, world)
 
 
-def build_dataset(options: argparse.Namespace) -> LabelledImages:
-    """The training pictures; their class numbers mean nothing."""
+def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, LabelledImages | None]:
+    """Training pictures and those of the evaluation, None without one; their class numbers mean nothing.
+
+    Raises:
+        UsageError: a folder that is missing or an unreadable picture.
+    """
     paths = find_images(options.data_path)
     check_images(paths)
     crop = CropAndFlip(options.input_size, options.min_crop_scale, options.train_interpolation, options.color_jitter)
-    return LabelledImages(paths, [0] * len(paths), crop, options.seed)
+    training = LabelledImages(paths, [0] * len(paths), crop, options.seed)
+    only_evaluates = options.eval or options.calculate_codebook_usage
+    if not only_evaluates and (options.disable_eval or not options.eval_data_path):
+        return training, None
+    if options.eval_data_path:
+        paths = find_images(options.eval_data_path, "--eval_data_path")
+        check_images(paths)
+    return training, LabelledImages(
+        paths, [0] * len(paths), CentreCrop(options.input_size, None, options.train_interpolation)
+    )
 
 
 def train(options: argparse.Namespace, world: World) -> dict:
     precision = pick_precision(options, world.device)
     devices.seed_everything(options.seed)
-    dataset = build_dataset(options)
+    dataset, test = build_datasets(options)
     tokenizer = build_tokenizer(options).to(world.device)
     npu_patches.apply(tokenizer, tokenizer, world.device)
 
@@ -66,9 +79,10 @@ def train(options: argparse.Namespace, world: World) -> dict:
     scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
 
     path = find_checkpoint(options.resume, options.auto_resume, options.output_dir)
-    state = TrainState(step=options.start_epoch * steps)
+    progress = {"step": options.start_epoch * steps}
     if path is not None:
-        state = TrainState(**load_training_state(path, tokenizer, optimizer, scaler, steps))
+        progress |= load_training_state(path, tokenizer, optimizer, scaler, steps)
+    state = TrainState(**progress)
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
     if options.eval or options.calculate_codebook_usage:
         if path is None:
@@ -90,7 +104,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
             )
             watch.add(scalars, skips_allowed=scaler.is_enabled())
             lr, min_lr = lr_range(optimizer)
-            state.add(scalars | {"lr": lr, "min_lr": min_lr})
+            state.add(scalars | {"lr": lr, "min_lr": min_lr, "weight_decay": options.weight_decay})
 
             epoch_ends = state.step % steps == 0
             saves = epoch_ends or state.step == last or due(state.step, options.save_every)
@@ -98,13 +112,13 @@ def train(options: argparse.Namespace, world: World) -> dict:
                 watch.check(state.step)
             log.step(state.step, samples, lr=lr, epoch=state.step / steps, **scalars)
             if epoch_ends:
-                results = end_epoch(options, log, tokenizer, state, world, steps)
+                results = end_epoch(options, log, tokenizer, test, state, world, steps)
             if saves and options.case_kind == "acc":
                 with log.pause("save"):
                     numbered = epoch_ends and due(state.step // steps, options.save_ckpt_freq)
                     save_whole(world, options, tokenizer, optimizer, scaler, state.plain(), steps, numbered)
-        if not results:
-            results = evaluate(options, tokenizer, world)
+        if not results and test is not None:
+            results = evaluate(options, tokenizer, test, world)
             log.record(state.step, "eval", **results)
         # the mean cosine similarity of reconstruction and teacher, in percent
         similarity = 100 * (1 - results["rec_loss"]) if "rec_loss" in results else None
@@ -129,14 +143,17 @@ def tokenizer_step(
     return means | {"grad_norm": update(model, optimizer, scaler, clip_grad)}
 
 
-def end_epoch(options, log: RunLog, tokenizer: VQKD, state: TrainState, world: World, steps: int) -> dict:
+def end_epoch(options, log: RunLog, tokenizer: VQKD, test, state: TrainState, world: World, steps: int) -> dict:
     """Counts the unused codes, evaluates, writes the epoch's line of log.txt. Returns the evaluation's results."""
     means = state.means() | {"Unused_code": tokenizer.quantize.unused_codes()}
     state.begin_epoch()
     with log.pause("evaluate"):
-        results = evaluate(options, tokenizer, world)
+        results = evaluate(options, tokenizer, test, world)
     line = {f"train_{name}": value for name, value in means.items()}
     line |= {f"test_{name}": value for name, value in results.items()}
+    line["train_total_loss"] = line["train_loss"]  # the reference logs the sum under both names
+    if results:
+        line["test_loss"] = line["test_total_loss"]
     log.record(state.step, "eval", **results, train_unused_codes=means["Unused_code"])
     if world.is_main:
         parameters = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
@@ -145,18 +162,18 @@ def end_epoch(options, log: RunLog, tokenizer: VQKD, state: TrainState, world: W
 
 
 @torch.no_grad()
-def evaluate(options: argparse.Namespace, tokenizer: VQKD, world: World) -> dict[str, float]:
+def evaluate(
+    options: argparse.Namespace, tokenizer: VQKD, test: LabelledImages | None, world: World
+) -> dict[str, float]:
     """Losses and unused codes over the evaluation pictures, in fp32; nothing when there are none.
 
     Every rank takes its share, each picture once. The codebook does not move, and the training's count of used codes
     is put back.
     """
-    folder = options.eval_data_path or (options.data_path if options.calculate_codebook_usage else "")
-    if not folder or options.disable_eval:
+    if test is None:
         return {}
-    paths = find_images(folder)[world.rank :: world.size]
-    dataset = LabelledImages(paths, [0] * len(paths), CentreCrop(options.input_size))
-    loader = DataLoader(dataset, options.batch_size, num_workers=options.num_workers)
+    share = Subset(test, range(world.rank, len(test), world.size))
+    loader = DataLoader(share, options.batch_size, num_workers=options.num_workers)
     normalizer, quantize = Normalizer(HALF, HALF, world.device), tokenizer.quantize
     counted = quantize.cluster_size.clone()
     quantize.reset_usage()

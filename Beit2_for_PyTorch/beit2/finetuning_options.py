@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,13 +40,16 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
     parser.add_argument("--data_path", default="", help="class folders of the training set")
     parser.add_argument("--eval_data_path", default="", help="class folders of the test set")
-    parser.add_argument("--data_set", default="image_folder", choices=("image_folder", "IMNET"))
+    parser.add_argument(
+        "--data_set", default="image_folder", choices=("image_folder", "IMNET"),
+        help="IMNET: --data_path has train/ and val/ with the class folders",
+    )  # fmt: skip
     parser.add_argument("--nb_classes", type=int, default=0, help="default: as many as the training set has")
     parser.add_argument("--eval", action="store_true", help="only evaluate --resume")
     parser.add_argument("--dist_eval", action="store_true", default=True, help=argparse.SUPPRESS)
     parser.add_argument("--disable_eval_during_finetuning", action="store_true")
     add_run_options(parser)
-    add_dead_options(parser, "enable_deepspeed")
+    add_dead_options(parser, "enable_deepspeed", "resplit", "load-tar")
     return parse(parser, argv)
 
 
@@ -101,15 +105,17 @@ def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, Labelle
     """
     if not options.data_path:
         raise UsageError("--data_path is missing: the training set, a folder of class folders")
-    paths, labels, names = find_classes(options.data_path)
+    folder, eval_folder = options.data_path, options.eval_data_path
+    if options.data_set == "IMNET":
+        folder, eval_folder = Path(folder, "train"), eval_folder or Path(folder, "val")
+    paths, labels, names = find_classes(folder)
     if options.nb_classes and options.nb_classes != len(names):
-        raise UsageError(f"--nb_classes {options.nb_classes}: {options.data_path} has {len(names)} class folders")
+        raise UsageError(f"--nb_classes {options.nb_classes}: {folder} has {len(names)} class folders")
     training = LabelledImages(paths, labels, _training_transform(options), options.seed)
-    if not options.eval_data_path:
+    if not eval_folder:
         return training, None, names
-    paths, labels, _ = find_classes(options.eval_data_path, names)
-    centre = CentreCrop(options.input_size, options.crop_pct, options.train_interpolation)
-    return training, LabelledImages(paths, labels, centre), names
+    paths, labels, _ = find_classes(eval_folder, names)
+    return training, LabelledImages(paths, labels, CentreCrop(options.input_size, options.crop_pct)), names
 
 
 def _training_transform(options: argparse.Namespace):
@@ -118,8 +124,8 @@ def _training_transform(options: argparse.Namespace):
         jitter = options.color_jitter
         return CropAndFlip(options.input_size, 0.08, options.train_interpolation, jitter)
     mean, std = mean_and_std(options)
-    return TimmTransform(
-        create_transform(
+    try:
+        transform = create_transform(
             options.input_size,
             is_training=True,
             color_jitter=options.color_jitter,
@@ -131,7 +137,9 @@ def _training_transform(options: argparse.Namespace):
             mean=mean,
             std=std,
         )
-    )
+    except (AssertionError, ValueError, KeyError) as error:  # timm's own checks
+        raise UsageError(f"--aa {options.aa} --remode {options.remode}: refused by timm ({error})") from error
+    return TimmTransform(transform)
 
 
 def build_model(options: argparse.Namespace, classes: int) -> VisionTransformer:
@@ -200,6 +208,8 @@ def finetuning_groups(model: VisionTransformer, options: argparse.Namespace) -> 
 def build_mixup(options: argparse.Namespace, classes: int) -> Mixup | None:
     if options.mixup <= 0 and options.cutmix <= 0 and options.cutmix_minmax is None:
         return None
+    if options.cutmix_minmax is not None and len(options.cutmix_minmax) != 2:
+        raise UsageError(f"--cutmix_minmax {options.cutmix_minmax}: give two numbers")
     if options.batch_size % 2:
         raise UsageError(f"--batch_size {options.batch_size}: mixup and cutmix pair pictures, give an even number")
     return Mixup(
@@ -215,7 +225,13 @@ def build_mixup(options: argparse.Namespace, classes: int) -> Mixup | None:
 
 
 def build_criterion(options: argparse.Namespace, mixup: Mixup | None) -> nn.Module:
-    """Cross-entropy with the targets of mixup, smoothed ones, or plain ones."""
+    """Cross-entropy with the targets of mixup, smoothed ones, or plain ones.
+
+    Raises:
+        UsageError: more smoothing than there is.
+    """
+    if not 0 <= options.smoothing < 1:
+        raise UsageError(f"--smoothing {options.smoothing}: must be at least 0 and below 1")
     if mixup is not None:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing > 0 else nn.CrossEntropyLoss()

@@ -22,15 +22,18 @@ from common.distributed import World
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def find_images(root: str | Path) -> list[Path]:
+def find_images(root: str | Path, option: str = "--data_path") -> list[Path]:
     """All pictures below a folder, in sorted order. Of a COCO 2017 folder (`train2017/` in it) those of train2017.
+
+    Args:
+        option: where the folder was given, for messages.
 
     Raises:
         UsageError: no such folder, or no picture in it.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UsageError(f"--data_path {root}: no such folder")
+        raise UsageError(f"{option} {root}: no such folder")
     if (root / "train2017").is_dir():
         root = root / "train2017"
     paths = []
@@ -38,7 +41,7 @@ def find_images(root: str | Path) -> list[Path]:
         subfolders.sort()
         paths += [Path(folder, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
     if not paths:
-        raise UsageError(f"--data_path {root}: no pictures in it (looked for {' '.join(EXTENSIONS)})")
+        raise UsageError(f"{option} {root}: no pictures in it (looked for {' '.join(EXTENSIONS)})")
     return paths
 
 

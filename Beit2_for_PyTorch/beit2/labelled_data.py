@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from beit2.image_data import EXTENSIONS, read_image
-from beit2.transforms import INTERPOLATIONS, random_crop, to_uint8
+from beit2.transforms import INTERPOLATIONS, draw_jitter, jitter_crop, random_crop, to_uint8
 from common.device import UsageError, mix_seed
 
 Transform = Callable[[Image.Image, int], torch.Tensor]  # picture, seed -> tensor
@@ -33,6 +33,8 @@ def find_classes(root: str | Path, names: list[str] | None = None) -> tuple[list
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     if not found:
         raise UsageError(f"{root}: no class folders in it")
+    if set(found) == {"train", "val"}:
+        raise UsageError(f"{root}: holds train/ and val/, not classes: give {root / 'train'} and {root / 'val'} apart")
     names = found if names is None else names
     unknown = sorted(set(found) - set(names))
     if unknown:
@@ -64,22 +66,19 @@ class LabelledImages(Dataset):
 
 
 class CropAndFlip:
-    """Random resized crop and flip, with optional colour jitter before: uint8 [S, S, 3]."""
+    """Random resized crop and flip, of the jittered picture where `jitter` is above 0: uint8 [S, S, 3]."""
 
     def __init__(self, size: int, min_scale: float, interpolation: str = "bicubic", jitter: float = 0.0):
         self.size, self.min_scale, self.interpolation, self.jitter = size, min_scale, interpolation, jitter
 
     def __call__(self, image: Image.Image, seed: int) -> torch.Tensor:
         rng = random.Random(seed)
-        if self.jitter > 0:
-            from torchvision.transforms import functional as tf
-
-            for operation in (tf.adjust_brightness, tf.adjust_contrast, tf.adjust_saturation):
-                image = operation(image, rng.uniform(max(0.0, 1 - self.jitter), 1 + self.jitter))
+        jitter = draw_jitter(self.jitter, rng) if self.jitter > 0 else None
         top, left, height, width = random_crop(image.size, (self.min_scale, 1.0), rng)
         name = rng.choice(("bilinear", "bicubic")) if self.interpolation == "random" else self.interpolation
         box = (left, top, left + width, top + height)
-        image = image.crop(box).resize((self.size, self.size), INTERPOLATIONS[name])
+        crop = image.crop(box) if jitter is None else jitter_crop(image, box, *jitter)
+        image = crop.resize((self.size, self.size), INTERPOLATIONS[name])
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_uint8(image)
@@ -88,20 +87,17 @@ class CropAndFlip:
 class CentreCrop:
     """Evaluation: the shorter side to size / crop_pct, then the middle. uint8 [S, S, 3].
 
-    crop_pct defaults to 224 / 256, and to 1 from 384 pixels on, where the picture is squeezed to the square instead.
+    The pixels are those of torchvision's Resize and CenterCrop. crop_pct defaults to 224 / 256, from 384 pixels on to
+    1.
     """
 
     def __init__(self, size: int, crop_pct: float | None = None, interpolation: str = "bicubic"):
-        self.size, self.squeeze = size, crop_pct is None and size >= 384
-        self.shorter = size if self.squeeze else int(size / (crop_pct or 224 / 256))
+        self.size = size
+        self.shorter = int(size / (crop_pct or (224 / 256 if size < 384 else 1.0)))
         self.interpolation = INTERPOLATIONS["bicubic" if interpolation == "random" else interpolation]
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
-        if self.squeeze:
-            return to_uint8(image.resize((self.size, self.size), self.interpolation))
-        width, height = image.size
-        factor = self.shorter / min(width, height)
-        width, height = max(self.shorter, int(width * factor)), max(self.shorter, int(height * factor))
+        width, height = (int(self.shorter * side / min(image.size)) for side in image.size)
         image = image.resize((width, height), self.interpolation)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return to_uint8(image.crop((left, top, left + self.size, top + self.size)))

@@ -10,6 +10,8 @@ from torch import nn
 
 from common.device import UsageError
 
+_NAMES_IN_TIMM = {"nesterov": "sgd", "nvnovograd": "novograd"}
+
 
 def parameter_groups(
     model: nn.Module,
@@ -73,33 +75,30 @@ def create_optimizer(
     eps: float | None = None,
     betas: Sequence[float] | None = None,
     momentum: float = 0.9,
-    device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer of the reference's names, `[lookahead_]name`.
 
     adamw, adam, nadam, radam and sgd are torch's; the rest are timm's of the same name. AdamW uses torch's fused
-    kernel where it has one: the same update in one pass over memory.
+    kernel where it has one: the same update in one pass over memory. eps and betas go to those that have them.
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, numbers it refuses, or an optimizer that needs second derivatives.
     """
-    name = name.lower()
-    if name == "adamw":
-        options: dict[str, Any] = {"lr": lr}
-        options |= {} if eps is None else {"eps": eps}
-        options |= {} if betas is None else {"betas": tuple(betas)}
-        return torch.optim.AdamW(groups, fused=True, **options)
-    from timm.optim import create_optimizer_v2
-
-    options = {} if eps is None else {"eps": eps}
+    options: dict[str, Any] = {} if eps is None else {"eps": eps}
     options |= {} if betas is None else {"betas": tuple(betas)}
-    if "sgd" in name or "momentum" in name or name.startswith("rms"):
-        options.pop("betas", None)
-        options.pop("eps", None)
+    *lookahead, own_name = name.lower().split("_")
     try:
-        return create_optimizer_v2(groups, opt=name, lr=lr, momentum=momentum, **options)
+        if name.lower() == "adamw":
+            return torch.optim.AdamW(groups, lr=lr, fused=True, **options)
+        from timm.optim import create_optimizer_v2
+
+        timm_name = "_".join((*lookahead, _NAMES_IN_TIMM.get(own_name, own_name)))
+        optimizer = create_optimizer_v2(groups, opt=timm_name, lr=lr, momentum=momentum, **options)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--opt {name}: {error or 'unknown optimizer'}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(f"--opt {name}: needs second derivatives, which DDP and FSDP2 do not keep; choose another")
+    return optimizer
 
 
 def set_step(optimizer: torch.optim.Optimizer, lr: float | None, weight_decay: float | None) -> None:

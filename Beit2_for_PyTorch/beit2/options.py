@@ -25,6 +25,11 @@ DEAD = {
     "local-rank": "start with torchrun",
     "enable_deepspeed": "ranks are DDP's: start with torchrun",
     "teacher_input_size": "the teacher's size is in its weights",
+    "resplit": "it never did anything",
+    "load-tar": "it never did anything",
+    "weight_decay_end": "the tokenizer's weight decay is constant, there and here",
+    "imagenet_default_mean_and_std": "--process_type imagenet_norm says how the tokenizer's pictures are normalised",
+    "patch_size": "--model says it",
     "log_dir": "TensorBoard files are in <output_dir>/tensorboard",
 }
 
@@ -103,9 +108,13 @@ def check_common(options: argparse.Namespace) -> None:
     for name in ("batch_size", "epochs", "update_freq", "log_every"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} {getattr(options, name)}: must be at least 1")
-    for name in ("max_steps", "save_every", "num_workers"):
+    for name in ("max_steps", "save_every", "num_workers", "start_epoch", "weight_decay"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name} {getattr(options, name)}: must not be negative")
+    if not 0 <= getattr(options, "drop_path", 0) < 1:
+        raise UsageError(f"--drop_path {options.drop_path}: must be at least 0 and below 1")
+    if options.clip_grad is not None and options.clip_grad <= 0:
+        raise UsageError(f"--clip_grad {options.clip_grad}: must be above 0; without the option nothing is clipped")
     if not options.output_dir:
         raise UsageError("--output_dir is empty: name a folder for checkpoints and logs")
     if options.opt_betas is not None and len(options.opt_betas) != 2:

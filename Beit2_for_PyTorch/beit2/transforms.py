@@ -68,9 +68,7 @@ class TwoViewTransform:
 
     def draw(self, size: tuple[int, int], rng: random.Random) -> Draw:
         """Draws for a picture of (width, height)."""
-        order = tuple(rng.sample(range(4), 4))
-        low, high = max(0.0, 1 - self.jitter), 1 + self.jitter
-        factors = (rng.uniform(low, high), rng.uniform(low, high), rng.uniform(low, high))
+        order, factors = draw_jitter(self.jitter, rng)
         flip = rng.random() < 0.5
         crop = random_crop(size, (self.min_crop_scale, 1.0), rng)
         name = rng.choice(("bilinear", "bicubic")) if self.interpolation == "random" else self.interpolation
@@ -90,6 +88,13 @@ class TwoViewTransform:
         if self.input_size == self.second_input_size and draw.interpolation == second_interpolation:
             return first, None if self.one_view else first.clone()
         return first, to_uint8(crop.resize((self.second_input_size, self.second_input_size), second_interpolation))
+
+
+def draw_jitter(strength: float, rng: random.Random) -> tuple[tuple[int, ...], tuple[float, float, float]]:
+    """The order of the colour operations, and the factors of brightness, contrast and saturation."""
+    order = tuple(rng.sample(range(4), 4))
+    low, high = max(0.0, 1 - strength), 1 + strength
+    return order, (rng.uniform(low, high), rng.uniform(low, high), rng.uniform(low, high))
 
 
 def random_crop(size: tuple[int, int], scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:

@@ -5,13 +5,12 @@ import re
 
 import pytest
 import torch
-from PIL import Image
 
 import beit2
 import run_class_finetuning
 import run_linear_eval
 import run_vqkd_training
-from beit2.labelled_data import CentreCrop, find_classes
+from beit2.labelled_data import find_classes
 from beit2.weight_files import read_checkpoint
 from common.device import UsageError
 
@@ -77,7 +76,8 @@ def test_tokenizer_training_and_resume(pictures, teacher_file, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
     log = [json.loads(text) for text in (tmp_path / "cut/log.txt").read_text().splitlines()]
-    assert {"train_Unused_code", "train_rec_loss", "test_unused_code", "epoch"} <= set(log[1])
+    names = "loss total_loss quant_loss rec_loss lr min_lr weight_decay grad_norm Unused_code".split()
+    assert {f"train_{name}" for name in names} | {"test_loss", "test_rec_loss", "test_unused_code"} <= set(log[1])
 
     # the file is a tokenizer for pretraining; --eval changes nothing in it
     tokenizer = beit2.create_tokenizer(
@@ -103,6 +103,10 @@ def test_tokenizer_training_errors(pictures, teacher_file, tmp_path, pretrained)
     with pytest.raises(UsageError) as caught:
         run_vqkd_training.main([*TOKENIZER, *data, "--teacher_weight", str(teacher_file), "--eval"])
     assert "need --resume" in caught.value.message
+    with pytest.raises(UsageError) as caught:  # before an epoch is trained for nothing
+        run_vqkd_training.main([*TOKENIZER, *data, "--teacher_weight", str(teacher_file), "--eval_data_path", "typo"])
+    assert "--eval_data_path typo: no such folder" in caught.value.message
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_finetuning_and_resume(pictures, pretrained, tmp_path):
@@ -125,8 +129,10 @@ def test_finetuning_and_resume(pictures, pretrained, tmp_path):
     assert not torch.equal(checkpoint["model"]["head.weight"], checkpoint["model_ema"]["head.weight"])
     log = [json.loads(text) for text in (tmp_path / "cut/log.txt").read_text().splitlines()]
     assert {"train_loss", "test_acc1", "test_acc5", "test_loss", "epoch", "n_parameters"} <= set(log[1])
-    evaluated = run("eval", "--eval", "--resume", str(tmp_path / "whole/checkpoint-best.pth"))
-    assert evaluated["TrainAccuracy"] == pytest.approx(result["BestAccuracy"])
+    for name in ("eval", "whole"):  # the second stays a run that can go on
+        evaluated = run(name, "--eval", "--resume", str(tmp_path / "whole/checkpoint-best.pth"))
+        assert evaluated["TrainAccuracy"] == pytest.approx(result["BestAccuracy"])
+    assert (tmp_path / "whole/checkpoint.pth").exists()
 
 
 def test_plain_augmentation_learns_two_colours(pictures, tmp_path):
@@ -137,6 +143,24 @@ def test_plain_augmentation_learns_two_colours(pictures, tmp_path):
         *data_of(pictures), "--output_dir", str(tmp_path),
     ])  # fmt: skip
     assert result["BestAccuracy"] == 100
+
+
+def test_the_reference_s_folder_layouts(pictures, pretrained, tmp_path):
+    """ImageNet's train/ and val/ under one --data_path, and the linear probe's own option names."""
+    run = ["--data_path", str(pictures), "--max_steps", "1", "--output_dir"]
+    result = run_class_finetuning.main([*CLASSIFIER, "--data_set", "IMNET", *run, str(tmp_path / "finetuned")])
+    assert 0 <= result["TrainAccuracy"] <= 100
+    own = "--batch_size_per_gpu 8 --optimizer sgd --num_labels 2 --val_freq 2 --amp_forward False --rel_pos_bias "
+    own += "--imagenet_default_mean_and_std False --avgpool_patchtokens True --patch_size 16 --lr 1e-2 --epochs 3"
+    weights = ["--pretrained_weights", str(pretrained), "--data_path", str(pictures)]
+    probe = ["--model", "beit_test_classifier", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
+    with pytest.warns(UserWarning, match="--patch_size has no effect"):
+        run_linear_eval.main([*probe, *weights, *own.split(), "--output_dir", str(tmp_path / "probe")])
+    log = [json.loads(text) for text in (tmp_path / "probe/log.txt").read_text().splitlines()]
+    assert ["test_acc1" in line for line in log] == [True, False, True]
+    with pytest.raises(UsageError) as caught:
+        run_linear_eval.main([*probe, *weights, "--num_labels", "3", "--output_dir", str(tmp_path / "x")])
+    assert "--num_labels 3" in caught.value.message
 
 
 def test_tokenizer_encoder_can_be_finetuned(pictures, tokenizer_file, tmp_path):
@@ -156,6 +180,12 @@ def test_finetuning_errors(pictures, pretrained, tokenizer_file, tmp_path):
         (["--mixup", "0.5", "--batch_size", "3"], "give an even number"),
         (["--model", "beit_test"], "not a fine-tuning model"),
         (["--eval"], "--eval needs"),
+        (["--aa", "nonsense"], "--aa nonsense .*Unknown AA policy"),
+        (["--remode", "nonsense"], "--remode nonsense: refused by timm"),
+        (["--cutmix_minmax", "0.2"], "--cutmix_minmax .*two numbers"),
+        (["--smoothing", "1.5"], "--smoothing 1.5"),
+        (["--drop_path", "1"], "--drop_path 1.0: must be"),
+        (["--data_set", "IMNET"], "train/train: no such folder"),
     ):
         with pytest.raises(UsageError) as caught:
             run_class_finetuning.main([*CLASSIFIER, *data, *extra])
@@ -187,11 +217,12 @@ def test_linear_probe(pictures, pretrained, tmp_path):
     assert "--pretrained_weights is missing" in caught.value.message
 
 
-def test_classes_and_centre_crop(pictures, tmp_path):
+def test_classes(pictures):
     paths, labels, names = find_classes(pictures / "train")
     assert names == ["blue", "red"] and sorted(set(labels)) == [0, 1] and len(paths) == 16
     with pytest.raises(UsageError) as caught:
         find_classes(pictures / "train", ["red"])
     assert "blue does not exist in the training set" in caught.value.message
-    image = Image.new("RGB", (60, 40), (10, 20, 30))
-    assert CentreCrop(32)(image).shape == (32, 32, 3) and CentreCrop(384)(image).shape == (384, 384, 3)
+    with pytest.raises(UsageError) as caught:
+        find_classes(pictures)
+    assert "holds train/ and val/, not classes" in caught.value.message

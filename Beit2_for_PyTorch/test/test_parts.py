@@ -10,8 +10,9 @@ from PIL import Image, ImageEnhance
 
 import beit2
 from beit2.convert import spline_matrix
+from beit2.labelled_data import CentreCrop, CropAndFlip
 from beit2.optimizers import create_optimizer, layer_decay
-from beit2.transforms import INTERPOLATIONS, Draw, TwoViewTransform, jitter_crop
+from beit2.transforms import INTERPOLATIONS, Draw, TwoViewTransform, draw_jitter, jitter_crop, random_crop
 from common.device import UsageError
 
 
@@ -88,6 +89,39 @@ def test_jitter_of_a_crop_is_the_crop_of_the_jitter():
         assert np.array_equal(np.asarray(jitter_crop(image, box, order, factors)), np.asarray(expected.crop(box)))
 
 
+def test_cropped_training_pictures_are_jittered_in_every_order():
+    """CropAndFlip, whose draws are repeated here, against PIL's own enhancers on the whole picture."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    enhancers, orders = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), set()
+    for seed in range(20):
+        rng = random.Random(seed)
+        order, factors = draw_jitter(0.4, rng)
+        top, left, height, width = random_crop((50, 40), (0.3, 1.0), rng)
+        expected = Image.fromarray(pixels)
+        for operation in order:
+            if operation < 3:
+                expected = enhancers[operation](expected).enhance(factors[operation])
+        expected = expected.crop((left, top, left + width, top + height)).resize((16, 16), Image.Resampling.BICUBIC)
+        if rng.random() < 0.5:
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        ours = CropAndFlip(16, 0.3, "bicubic", 0.4)(Image.fromarray(pixels), seed)
+        assert np.array_equal(ours.numpy(), np.asarray(expected))
+        orders.add(tuple(operation for operation in order if operation < 3))
+    assert len(orders) == 6
+
+
+@pytest.mark.parametrize(("side", "crop_pct"), [(32, None), (48, 0.9), (384, None), (384, 0.95)])
+def test_evaluation_pictures_are_torchvision_s(side, crop_pct):
+    from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+    share = crop_pct or (224 / 256 if side < 384 else 1.0)  # as in the reference
+    resize, crop = Resize(int(side / share), InterpolationMode.BICUBIC), CenterCrop(side)
+    rng = np.random.default_rng(0)
+    for size in [(333, 500), (500, 333), (64, 64), (37, 91), (101, 100)]:
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        assert np.array_equal(CentreCrop(side, crop_pct)(image).numpy(), np.asarray(crop(resize(image))))
+
+
 @pytest.mark.parametrize("name", ["s0", "s1", "s2", "s3"])
 def test_schedules(golden, golden_arrays, name):
     case = dict(golden("schedules").json[name])
@@ -157,7 +191,11 @@ def test_pooling_by_cls_needs_only_its_row():
     torch.testing.assert_close(model(images), expected)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum", "adam", "nadam", "radam", "adafactor", "lookahead_adamw"])
+@pytest.mark.parametrize(
+    "name",
+    "adamw sgd nesterov momentum adam nadam radam adamp sgdp adadelta adafactor rmsprop rmsproptf novograd nvnovograd "
+    "lookahead_adamw lookahead_nesterov".split(),
+)
 def test_optimizer_names(name):
     model = torch.nn.Linear(3, 3)
     optimizer = create_optimizer(name, beit2.parameter_groups(model, 0.05), lr=0.1, eps=1e-8, betas=(0.9, 0.99))
@@ -166,6 +204,19 @@ def test_optimizer_names(name):
     for _ in range(2):
         optimizer.step()
     assert not torch.equal(model.weight, before)
+
+
+def test_optimizer_numbers_reach_it_or_are_refused():
+    groups = beit2.parameter_groups(torch.nn.Linear(2, 2), 0.05)
+    for name in ("rmsprop", "rmsproptf", "adamp", "adamw"):
+        assert create_optimizer(name, groups, lr=0.1, eps=1e-3).param_groups[0]["eps"] == 1e-3, name
+    for name, numbers, message in (
+        ("adamw", {"betas": (0.9, 1.5)}, "--opt adamw: Invalid beta parameter"),
+        ("adamw", {"lr": -1.0}, "--opt adamw: Invalid learning rate"),
+        ("adahessian", {}, "--opt adahessian: needs second derivatives"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            create_optimizer(name, groups, **({"lr": 0.1} | numbers))
 
 
 def test_unknown_names_are_errors():
