@@ -31,15 +31,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("predictions.png"))
     parser.add_argument("--count", type=int, default=8, help="pictures")
     options = parser.parse_args(argv)
+    if options.count < 1:
+        raise devices.UsageError(f"--count {options.count}: must be at least 1")
 
     checkpoint = read_checkpoint(options.checkpoint)
     if "args" not in checkpoint:
         raise devices.UsageError(f"{options.checkpoint}: not written by run_beitv2_pretraining.py (no args in it)")
-    trained = checkpoint["args"]
+    trained = setup.read_options([])  # for what the reference's checkpoints do not have
+    vars(trained).update(vars(checkpoint["args"]))
+    trained.random_tokenizer = False
     trained.tokenizer_weight, trained.data_path = options.tokenizer_weight, options.data_path
     model = setup.build_model(trained).eval()
     load_model(model, checkpoint["model"], options.checkpoint)
-    tokenizer = setup.load_tokenizer(trained, "fp32")
+    tokenizer = setup.load_tokenizer(trained, "fp32", model.window_size)
     dataset = setup.build_dataset(trained, model.window_size)
     apart = range(0, len(dataset), max(1, len(dataset) // options.count))
     batch = collate([dataset[(0, index)] for index in list(apart)[: options.count]])

@@ -32,7 +32,7 @@ from common.distributed import World, process_group
 @devices.print_usage_errors
 def main(argv: list[str] | None = None) -> dict | None:
     options = setup.read_options(argv)
-    if options.plan_memory:
+    if options.plan_memory is not None:
         print(plan_memory(options, options.plan_memory))
         return None
     with process_group(options.device) as world:
@@ -45,8 +45,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     with torch.device("meta"):
         model = setup.build_model(options)
     dataset = setup.build_dataset(options, model.window_size)
-    tokenizer = setup.load_tokenizer(options, precision).to(world.device)
-    setup.check_windows(options, model.window_size, tokenizer)
+    tokenizer = setup.load_tokenizer(options, precision, model.window_size).to(world.device)
     npu_patches.apply(model, tokenizer, world.device, options.npu_recompute_attention)
 
     steps = steps_per_epoch(len(dataset), options.batch_size, world.size, options.update_freq)
@@ -59,9 +58,10 @@ def train(options: argparse.Namespace, world: World) -> dict:
     step_once = functools.partial(gradient_step, *sides, optimizer, scaler, precision, options.clip_grad)
 
     path = find_checkpoint(options.resume, options.auto_resume, options.output_dir, replica.sharded)
-    state = TrainState(step=options.start_epoch * steps)
+    progress = {"step": options.start_epoch * steps}
     if path is not None:
-        state = TrainState(**replica.load(path, optimizer, scaler, steps))
+        progress |= replica.load(path, optimizer, scaler, steps)
+    state = TrainState(**progress)
     last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
 
     with open_log(options, world, last, path is not None) as log:

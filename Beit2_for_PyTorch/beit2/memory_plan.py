@@ -9,6 +9,7 @@ import torch
 
 from beit2.pretraining_model import MaskedImageModel
 from beit2.pretraining_options import build_model
+from common.device import UsageError
 
 GIB = 1 << 30
 _TOKENIZER_PARAMETERS = 86_400_000  # the base encoder and its task layer; the decoder is not loaded
@@ -60,7 +61,13 @@ def plan(model: MaskedImageModel, ranks: int, batch_size: int, masked: int, reco
 
 
 def plan_memory(options: argparse.Namespace, ranks: int) -> str:
-    """The table of `--plan_memory`, for the options' model and batch, with and without recomputed blocks."""
+    """The table of `--plan_memory`, for the options' model and batch, with and without recomputed blocks.
+
+    Raises:
+        UsageError: no rank.
+    """
+    if ranks < 1:
+        raise UsageError(f"--plan_memory {ranks}: must be at least 1 rank")
     with torch.device("meta"):
         model = build_model(options)
     parameters = sum(p.numel() for p in model.parameters())

@@ -29,7 +29,7 @@ from beit2.pretraining_model import MaskedImageModel
 from beit2.schedule import cosine_schedule
 from beit2.tokenizer import VQKD, load_tokenizer_weights
 from beit2.transforms import INTERPOLATIONS, TwoViewTransform
-from beit2.weight_files import local_file
+from beit2.weight_files import local_file, saved_options
 from common.device import UsageError
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,33 +131,38 @@ def build_model(options: argparse.Namespace) -> MaskedImageModel:
         raise UsageError(f"--model {options.model}: {error}") from error
 
 
-def load_tokenizer(options: argparse.Namespace, precision: str) -> VQKD:
-    """The frozen tokenizer.
+def load_tokenizer(options: argparse.Namespace, precision: str, window: tuple[int, int]) -> VQKD:
+    """The frozen tokenizer for a model that cuts its pictures into a grid of `window` patches.
 
     Raises:
-        UsageError: no weights and none to be fetched, or weights of another tokenizer.
+        UsageError: another grid, no weights and none to be fetched, or weights of another tokenizer.
     """
-    overrides = {
-        "img_size": options.second_input_size,
-        "n_code": options.codebook_size,
-        "code_dim": options.codebook_dim,
-    }
-    tokenizer = create_tokenizer(options.tokenizer_model, **overrides).for_encoding(_AUTOCAST[precision])
-    if options.random_tokenizer:
-        return tokenizer
-    location = options.tokenizer_weight
-    if location is None:
-        if options.tokenizer_model not in TOKENIZER_URL:  # its file name begins with it
-            raise UsageError(
-                f"--tokenizer_weight is missing, and nobody publishes {options.tokenizer_model}: train one with "
-                "run_vqkd_training.py"
-            )
-        location = TOKENIZER_URL
-    load_tokenizer_weights(tokenizer, local_file(location))
+    if options.random_tokenizer and options.tokenizer_weight:
+        raise UsageError("--random_tokenizer and --tokenizer_weight: give one of the two")
+    path = None if options.random_tokenizer else local_file(options.tokenizer_weight or _published(options))
+    tokenizer = create_tokenizer(
+        options.tokenizer_model,
+        img_size=options.second_input_size,
+        n_code=options.codebook_size,
+        code_dim=options.codebook_dim,
+        process_type=getattr(saved_options(path), "process_type", "default"),  # as it was trained
+    ).for_encoding(_AUTOCAST[precision])
+    _check_windows(options, window, tokenizer)
+    if path is not None:
+        load_tokenizer_weights(tokenizer, path)
     return tokenizer
 
 
-def check_windows(options: argparse.Namespace, window: tuple[int, int], tokenizer: VQKD) -> None:
+def _published(options: argparse.Namespace) -> str:
+    if options.tokenizer_model not in TOKENIZER_URL:  # its file name begins with it
+        raise UsageError(
+            f"--tokenizer_weight is missing, and nobody publishes {options.tokenizer_model}: train one with "
+            "run_vqkd_training.py"
+        )
+    return TOKENIZER_URL
+
+
+def _check_windows(options: argparse.Namespace, window: tuple[int, int], tokenizer: VQKD) -> None:
     """Model and tokenizer must cut their pictures into the same grid.
 
     Raises:

@@ -91,7 +91,7 @@ def load_training_state(
 ) -> dict[str, Any]:
     """Restores a checkpoint of ours or of the reference and returns its progress ({"step": ...}).
 
-    Where the optimizer or the epoch is missing only the weights are loaded, as in the reference.
+    Where the optimizer or the epoch is missing only the weights are loaded, as in the reference; it has no progress.
 
     Raises:
         UsageError: the checkpoint of another model, or one in mid-epoch whose epochs had another number of steps.
@@ -99,7 +99,7 @@ def load_training_state(
     checkpoint = read_checkpoint(path)
     load_model(model, checkpoint.get("model", checkpoint), path)
     if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-        return {"step": 0}
+        return {}
     load_optimizer(optimizer, checkpoint["optimizer"], path)
     if checkpoint.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])
@@ -159,13 +159,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     """Moments and steps of the file; how the update is computed (fused or not) stays this run's.
 
     Raises:
-        UsageError: groups of other sizes.
+        UsageError: groups of other sizes, or another optimizer's.
     """
     groups = []
-    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
-        kept = {k: own[k] for k in ("fused", "foreach", "capturable", "differentiable") if k in own}
-        groups.append({**group, **kept, "lr": float(group["lr"])})
     try:
+        for group, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+            other = [name for name in ("betas", "momentum", "alpha", "rho") if (name in group) != (name in own)]
+            if other:
+                raise ValueError(f"it is another optimizer's ({', '.join(other)} is in one of the two only)")
+            kept = {k: own[k] for k in ("fused", "foreach", "capturable", "differentiable") if k in own}
+            groups.append({**group, **kept, "lr": float(group["lr"])})
         if len(state["param_groups"]) != len(optimizer.param_groups):
             raise ValueError(f"{len(state['param_groups'])} groups, this run has {len(optimizer.param_groups)}")
         optimizer.load_state_dict({**state, "param_groups": groups})
@@ -211,4 +214,6 @@ def append_epoch_log(output_dir: str | Path, line: dict[str, Any]) -> None:
     lines = []
     if path.exists():
         lines = [text for text in path.read_text().splitlines() if json.loads(text)["epoch"] < line["epoch"]]
-    path.write_text("\n".join([*lines, json.dumps(line)]) + "\n")
+    whole = path.with_name(".log.txt.tmp")  # a run that is killed here leaves the old file
+    whole.write_text("\n".join([*lines, json.dumps(line)]) + "\n")
+    whole.replace(path)

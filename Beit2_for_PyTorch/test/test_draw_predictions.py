@@ -8,6 +8,7 @@ from small_models import OPTIONS
 import draw_predictions
 import run_beitv2_pretraining
 from beit2.prediction_figure import code_colours
+from beit2.weight_files import read_checkpoint
 from common.device import UsageError
 
 
@@ -20,6 +21,12 @@ def test_figure_of_a_trained_model(pictures, tokenizer_file, tmp_path):
     draw_predictions.main([*checkpoint, *data, "--output", str(figure), "--count", "3"])
     width, height = Image.open(figure).size
     assert height > width > 200  # four rows of three
+    kept = read_checkpoint(tmp_path / "checkpoint.pth")
+    for ours in ("init_cls_pt_layers", "random_tokenizer", "precision"):  # options that the reference does not know
+        delattr(kept["args"], ours)
+    torch.save(kept, tmp_path / "theirs.pth")
+    draw_predictions.main(["--checkpoint", str(tmp_path / "theirs.pth"), *data, "--output", str(figure)])
+    assert Image.open(figure).size[0] > width
     with pytest.raises(UsageError) as caught:
         draw_predictions.main(["--checkpoint", str(tokenizer_file), *data])
     assert "no args in it" in caught.value.message

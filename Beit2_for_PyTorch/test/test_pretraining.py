@@ -140,6 +140,30 @@ def test_reference_checkpoint_resumes_here():
     assert set(theirs["optimizer"]["param_groups"][0]) <= set(ours["optimizer"]["param_groups"][0])
 
 
+def test_a_checkpoint_of_another_optimizer_or_without_one(pictures, tokenizer_file, tmp_path):
+    run(pictures, tokenizer_file, tmp_path / "adamw", "--max_steps", "1")
+    whole = tmp_path / "adamw/checkpoint.pth"
+    for name in ("sgd", "momentum"):
+        with pytest.raises(devices.UsageError) as caught:
+            run(pictures, tokenizer_file, tmp_path / name, "--opt", name, "--resume", str(whole))
+        assert "it is another optimizer's (betas, momentum" in caught.value.message
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": read_checkpoint(whole)["model"]}, weights)
+    run(pictures, tokenizer_file, tmp_path / "late", "--resume", str(weights), "--start_epoch", "1")
+    assert list(metrics(tmp_path / "late")) == [5, 6, 7, 8]  # an epoch has four steps
+
+
+def test_tokenizer_sees_pictures_as_it_was_trained(tokenizer_file, tmp_path):
+    from beit2.pretraining_options import load_tokenizer, read_options
+
+    options = read_options([*OPTIONS, "--tokenizer_weight", str(tmp_path / "trained.pth")])
+    weights = read_checkpoint(tokenizer_file)
+    torch.save(weights | {"args": argparse.Namespace(process_type="imagenet_norm")}, options.tokenizer_weight)
+    assert load_tokenizer(options, "fp32", (4, 4)).process_type == "imagenet_norm"
+    options.tokenizer_weight = str(tokenizer_file)
+    assert load_tokenizer(options, "fp32", (4, 4)).process_type == "default"
+
+
 def test_accumulation_is_a_larger_batch(pictures, tokenizer_file, tmp_path):
     extra = ("--drop_path", "0", "--max_steps", "2")
     run(pictures, tokenizer_file, tmp_path / "two", "--update_freq", "2", *extra)
@@ -191,7 +215,7 @@ def test_epochs_never_overrun_and_ranks_share_them():
     ("extra", "message"),
     [
         (["--codebook_size", "64"], "its codebook is 32 x 8.*--codebook_size 32"),
-        (["--second_input_size", "48"], "another model|--second_input_size 32"),
+        (["--second_input_size", "48"], r"\(6, 6\) patches.*give --second_input_size 32"),
         (["--num_mask_patches", "17"], "17 patches to mask.*has 16"),
         (["--early_layers", "9"], "early_layers 9: must be between 1 and the model's depth, 4"),
         (["--batch_size", "64"], "16 pictures are fewer than one step takes"),
@@ -200,6 +224,12 @@ def test_epochs_never_overrun_and_ranks_share_them():
         (["--tokenizer_weight", "nowhere.pth"], "nowhere.pth: no such weight file"),
         (["--model", "beit_test_classifier"], "is for fine-tuning"),
         (["--opt_betas", "0.9"], "--opt_betas.*two numbers"),
+        (["--opt_betas", "0.9", "1.5"], "--opt adamw: Invalid beta"),
+        (["--drop_path", "-0.1"], "--drop_path -0.1: must be"),
+        (["--clip_grad", "0"], "--clip_grad 0.0: must be above 0"),
+        (["--start_epoch", "-1"], "--start_epoch -1: must not be negative"),
+        (["--random_tokenizer"], "give one of the two"),
+        (["--plan_memory", "0"], "--plan_memory 0"),
         (["--fsdp"], "start with torchrun"),
         (["--resume", str(HERE / "golden/run_example_checkpoint.pth")], "the checkpoint of another model"),
     ],
