@@ -9,15 +9,21 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from common.device import UsageError
 from data2vec.batching import epoch_batches
 
 VALID_EPOCH = 1  # validation masks are those of epoch 1, always
 
 
+class BrokenSample(ValueError):
+    """A sample that cannot be used; the message names its file and what to do."""
+
+
 class Samples(Protocol):
     """A split's samples; what a batch holds depends on their indices and the epoch alone."""
 
-    def collate(self, indices: np.ndarray, epoch: int) -> Any: ...
+    def collate(self, indices: np.ndarray, epoch: int) -> Any:
+        """A batch of them. Raises BrokenSample."""
 
 
 class EpochBatches(torch.utils.data.Dataset):
@@ -37,7 +43,12 @@ class EpochBatches(torch.utils.data.Dataset):
         return self.data.collate(self.batches[position], self.epoch)
 
     def loader(self, num_workers: int) -> Iterator[Any]:
-        return iter(torch.utils.data.DataLoader(self, batch_size=None, num_workers=num_workers, shuffle=False))
+        """The batches in order, made by that many processes. UsageError for a sample that cannot be used."""
+        loader = torch.utils.data.DataLoader(self, batch_size=None, num_workers=num_workers, shuffle=False)
+        try:
+            yield from loader
+        except BrokenSample as error:  # a worker's has its traceback in front of the message
+            raise UsageError(str(error).strip().splitlines()[-1].rpartition("BrokenSample: ")[2]) from None
 
 
 class SplitBatches:

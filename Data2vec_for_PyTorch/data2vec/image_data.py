@@ -20,7 +20,7 @@ from torchvision.transforms import ColorJitter, Compose, InterpolationMode, Rand
 from common.device import UsageError, mix_seed, to_device
 from data2vec.batching import batch_by_size
 from data2vec.block_masking import block_mask
-from data2vec.epochs import SplitBatches
+from data2vec.epochs import BrokenSample, SplitBatches
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 JITTER = 0.4
@@ -71,7 +71,7 @@ class MaskedImages:
         return len(self.files)
 
     def image(self, index: int, epoch: int) -> torch.Tensor:
-        """The augmented picture, uint8 [3, S, S]. ValueError naming a file that cannot be read."""
+        """The augmented picture, uint8 [3, S, S]. BrokenSample naming a file that cannot be read."""
         picture = read_picture(self.files[index])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))  # the CPU's alone
@@ -143,12 +143,12 @@ def _pictures(folder: Path) -> Iterator[str]:
 
 
 def read_picture(path: str) -> Image.Image:
-    """RGB. ValueError naming the file when it is no readable picture."""
+    """RGB. BrokenSample when it is no readable picture."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error}); remove or repair it") from error
+        raise BrokenSample(f"{path}: not a readable picture ({error}); remove or repair it") from error
 
 
 def to_uint8(image: Image.Image) -> torch.Tensor:

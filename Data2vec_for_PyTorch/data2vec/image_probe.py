@@ -10,6 +10,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from common import device as devices
 from common.device import UsageError
+from data2vec.epochs import BrokenSample
 from data2vec.image_data import MaskedImages, Normalize, read_picture, to_uint8
 
 BATCH = 128
@@ -19,20 +20,29 @@ BATCH = 128
 def collect_pictures(
     model: torch.nn.Module, folder: Path, classes: list[str], config: DictConfig, device: torch.device, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features fp32 [N, C], class indices [N]) of a class folder's pictures, centre-cropped, none masked."""
+    """(features fp32 [N, C], class indices [N]) of the class folders' pictures, centre-cropped, none masked.
+
+    Raises:
+        UsageError: a picture in no class folder, or one that cannot be read.
+    """
     pictures = MaskedImages(folder, config)
+    names = [Path(file).relative_to(folder).parts[0] for file in pictures.files]
+    if stray := [file for file, name in zip(pictures.files, names, strict=True) if name not in classes]:
+        raise UsageError(f"{stray[0]}: a picture outside the class folders of {folder}: move or remove it")
     size = pictures.size
     crop = Compose([Resize(size, interpolation=InterpolationMode.BICUBIC), CenterCrop(size)])
     normalize = Normalize(config, device)
-    features, labels = [], []
+    features = []
     for start in range(0, len(pictures), BATCH):
         files = pictures.files[start : start + BATCH]
-        images = torch.stack([to_uint8(crop(read_picture(file))) for file in files]).to(device)
+        try:
+            images = torch.stack([to_uint8(crop(read_picture(file))) for file in files]).to(device)
+        except BrokenSample as error:
+            raise UsageError(str(error)) from None
         with devices.autocast(device, precision):
             hidden = model.encode(normalize(images))[:, 1:]  # [B, P, C]
         features.append(hidden.float().mean(dim=1).cpu())
-        labels += [classes.index(Path(file).relative_to(folder).parts[0]) for file in files]
-    return torch.cat(features), torch.tensor(labels)
+    return torch.cat(features), torch.tensor([classes.index(name) for name in names])
 
 
 def class_folders(config: DictConfig) -> tuple[Path, Path, list[str]]:

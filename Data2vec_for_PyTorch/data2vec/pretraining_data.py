@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from common.device import UsageError, to_device
 from data2vec.batching import batch_by_size, filter_by_size, ordered_indices
 from data2vec.dictionary import MASK, Dictionary
-from data2vec.epochs import SplitBatches
+from data2vec.epochs import BrokenSample, SplitBatches
 from data2vec.indexed_dataset import IndexedDataset
 from data2vec.masking import mask_tokens
 from data2vec.text_model import BatchPlan, plan_batch, target_config
@@ -80,13 +80,13 @@ class MaskedBlocks:
         """int64 [T] with <s>, unmasked.
 
         Raises:
-            ValueError: an id that the vocabulary does not have, or that is <mask>'s.
+            BrokenSample: an id that the vocabulary does not have, or that is <mask>'s.
         """
         tokens = self.blocks.tokens(index)
         limit = self.options.vocab.index(MASK)
         if len(tokens) and (tokens.max() >= limit or tokens.min() < 0):
             worst = int(tokens.max() if tokens.max() >= limit else tokens.min())
-            raise ValueError(
+            raise BrokenSample(
                 f"{self.corpus.path}: holds token id {worst}, but dict.txt has ids 0 to {limit - 1}: "
                 "the corpus was binarized with another vocabulary"
             )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -204,11 +205,28 @@ def test_refusals(train_main, pictures, tmp_path, capsys, overrides, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_picture_is_named(pictures, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_stops_the_run_and_is_named(train_main, tmp_path, workers, capsys):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG cut")
-    samples, _ = make_data(tmp_path).split("train", training=True)
-    with pytest.raises(ValueError, match="broken.png: not a readable picture"):
-        samples.collate(np.array([0]), 1)
+    settings = ["dataset.disable_validation=true", "--num_workers", str(workers)]
+    with pytest.raises(SystemExit) as error:
+        run(train_main, tmp_path, tmp_path / "out", *settings)
+    text = capsys.readouterr().err
+    assert error.value.code == 2 and text.count("\n") == 1
+    assert text.startswith(f"error: {tmp_path / 'broken.png'}: not a readable picture")
+    assert "Status = FAILED" in (tmp_path / "out" / "Data2vec_for_PyTorch_bs4_1p_acc.log").read_text()
+
+
+@pytest.mark.parametrize("stray", ["train/stray.png", "train/flags/broken.png"])
+def test_probe_refuses_pictures_without_class_and_broken_ones(pictures, tmp_path, whole, stray, capsys):
+    import probe
+
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data" / stray).write_bytes(b"\x89PNG cut")
+    with pytest.raises(SystemExit):
+        run(probe.main, tmp_path / "data", tmp_path, f"common_eval.path={whole / 'checkpoints' / 'checkpoint_last.pt'}")
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and stray in text and ("class folders" in text) == ("stray" in stray)
 
 
 def test_published_configurations_are_the_base_model():
