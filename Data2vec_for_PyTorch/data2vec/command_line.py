@@ -15,6 +15,13 @@ from common.device import UsageError
 from data2vec.config import load_config
 
 TEXT_CONFIGS = "configs/text/pretraining"
+# the house's flags that are keys by another name
+FLAGS = {
+    "seed": "common.seed",
+    "log_every": "common.log_interval",
+    "save_every": "checkpoint.save_interval_updates",
+    "num_workers": "dataset.num_workers",
+}
 
 
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, DictConfig, list[str]]:
@@ -41,7 +48,8 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     parser.add_argument("--num_workers", type=int, help="over dataset.num_workers")
     parser.add_argument("--resume", help="auto (checkpoint.restore_file when it exists), none, or a checkpoint")
     options = parser.parse_intermixed_args(argv)
-    config, notes = load_config(options.config_dir, options.config_name, options.overrides)
+    flags = [f"{key}={getattr(options, flag)}" for flag, key in FLAGS.items() if getattr(options, flag) is not None]
+    config, notes = load_config(options.config_dir, options.config_name, [*options.overrides, *flags])
     _apply(options, config)
     mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
     options.precision = mixed.precision
@@ -49,14 +57,6 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
 
 
 def _apply(options: argparse.Namespace, config: DictConfig) -> None:
-    if options.seed is not None:
-        config.common.seed = options.seed
-    if options.log_every is not None:
-        config.common.log_interval = options.log_every
-    if options.save_every is not None:
-        config.checkpoint.save_interval_updates = options.save_every
-    if options.num_workers is not None:
-        config.dataset.num_workers = options.num_workers
     if options.resume not in (None, "auto"):
         config.checkpoint.restore_file = options.resume
     if config.common.cpu:

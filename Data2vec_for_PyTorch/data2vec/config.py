@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.device import UsageError
+from data2vec.config_values import checked_value
 
 DEFAULTS = Path(__file__).with_name("fairseq_defaults.yaml")
 VISION_DEFAULTS = Path(__file__).with_name("vision_defaults.yaml")
@@ -36,6 +37,7 @@ WITHOUT_EFFECT = {
     "distributed_training.find_unused_parameters": "gradients are reduced in one flat buffer",
     "distributed_training.bucket_cap_mb": "gradients are reduced in one flat buffer",
     "distributed_training.broadcast_buffers": "there are no buffers to broadcast",
+    "checkpoint.reset_lr_scheduler": "the schedule follows from the number of updates",
     "dataset.data_buffer_size": "each loader worker keeps two batches ready",
     "dataset.ignore_unused_valid_subsets": "only dataset.valid_subset is read",
     "dataset.fixed_validation_seed": "validation draws nothing",
@@ -106,7 +108,8 @@ def load_config(config_dir: str | Path, config_name: str, overrides: list[str]) 
         The configuration, and notes on given keys that have no effect.
 
     Raises:
-        UsageError: no such file; a key unknown to fairseq (the nearest is named) or set to what is not supported.
+        UsageError: no such file, or no YAML; a key unknown to fairseq (the nearest is named), with a value of another
+            type or out of its range, or set to what is not supported.
     """
     path = Path(config_dir) / f"{config_name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
@@ -115,23 +118,27 @@ def load_config(config_dir: str | Path, config_name: str, overrides: list[str]) 
     given = OmegaConf.create()
     try:
         given = OmegaConf.load(path)
+        if not isinstance(given, DictConfig):
+            raise UsageError(f"{path}: it should hold groups of keys, such as 'task:' with 'data:' below it")
         for override in overrides:
             key, equals, _ = override.lstrip("+").partition("=")
             if not equals or not key:
                 raise UsageError(f"{override!r}: overrides are written group.key=value")
             given = OmegaConf.merge(given, OmegaConf.from_dotlist([override.lstrip("+")]))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: {error}") from None
+    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        raise UsageError(f"{path}: {_one_line(error)}") from None
     return check_config(given, str(path))
 
 
 def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]:
     """Fills in defaults and refuses what would be ignored. `source` names the file in messages."""
     defaults = _defaults(given)
-    acted_on = {key for key, _ in _leaves(defaults)}
+    acted_on = dict(_leaves(defaults))  # with their defaults
     notes = []
     accepted = OmegaConf.create()
     for key, value in _leaves(given):
+        if value in (None, {}) and key in defaults:
+            continue  # a group whose keys are all commented out
         if _name(key) in NAMES and value not in NAMES[_name(key)]:
             raise UsageError(
                 f"{source}: {key}={value}: this program trains {'/'.join(NAMES[_name(key)])} "
@@ -147,8 +154,16 @@ def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]
         else:
             raise UsageError(f"{source}: unknown key {key}{_nearest(key, defaults)}")
     config = OmegaConf.merge(defaults, accepted)
-    _check_values(config, source)
+    try:
+        OmegaConf.resolve(config)  # ${task.tokens_per_sample}
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{source}: {_one_line(error)}") from None
+    _check_values(config, acted_on, source)
     return config, notes
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _defaults(given: DictConfig) -> DictConfig:
@@ -182,10 +197,12 @@ def _nearest(key: str, defaults: DictConfig) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def _check_values(config: DictConfig, source: str) -> None:
+def _check_values(config: DictConfig, defaults: dict[str, Any], source: str) -> None:
     def refuse(text: str) -> None:
         raise UsageError(f"{source}: {text}")
 
+    for key, value in _leaves(config):
+        OmegaConf.update(config, key, checked_value(key, value, defaults[key], refuse))
     vision = config.task._name == "image_pretraining"
     if vision != (config.model._name == "data2vec_vision"):
         refuse(
@@ -198,14 +215,9 @@ def _check_values(config: DictConfig, source: str) -> None:
         refuse("common.fp16 and common.bf16 are both true: choose one")
     if config.common.log_format not in ("json", None):
         refuse(f"common.log_format={config.common.log_format}: only json is written")
-    if config.optimization.max_update <= 0:
-        refuse("optimization.max_update must be above 0: the schedule ends there")
     for key in ("update_freq", "lr"):
-        values = config.optimization[key]
-        if not isinstance(values, ListConfig):
-            config.optimization[key] = [values]
-        elif len(values) != 1:
-            refuse(f"optimization.{key}={list(values)}: one value, not one for each epoch")
+        if len(config.optimization[key]) != 1:
+            refuse(f"optimization.{key}={list(config.optimization[key])}: one value, not one for each epoch")
     if config.model.ema_steps not in ("per_micro_batch", "per_update"):
         refuse(f"model.ema_steps={config.model.ema_steps}: choose per_micro_batch or per_update")
     if config.model.ema_anneal_end_step is None:
@@ -219,10 +231,12 @@ def _check_text(config: DictConfig, refuse: Callable[[str], None]) -> None:
         refuse("task.include_target_tokens must be true: data2vec needs the masked tokens for its teacher")
     if config.dataset.max_tokens is None and config.dataset.batch_size is None:
         refuse("set dataset.max_tokens or dataset.batch_size")
-    positions = config.model.transformer.max_source_positions
-    if config.task.tokens_per_sample > positions:
+    longest, positions = config.model.max_positions, config.model.transformer.max_source_positions
+    if longest is None:
+        longest = config.model.max_positions = config.task.tokens_per_sample
+    if longest > positions:
         refuse(
-            f"task.tokens_per_sample={config.task.tokens_per_sample} is above the model's "
+            f"model.max_positions={longest} (by default task.tokens_per_sample) is above the model's "
             f"model.transformer.max_source_positions={positions}: lower the one or raise the other"
         )
     if config.model.transformer.relu_dropout and not config.model.transformer.activation_dropout:
@@ -250,7 +264,11 @@ def adam_betas(config: DictConfig) -> tuple[float, float]:
     """`optimizer.adam_betas`, which fairseq's YAML files have as a string."""
     value = config.optimizer.adam_betas
     try:
-        first, second = ast.literal_eval(value) if isinstance(value, str) else value
-        return float(first), float(second)
+        first, second = map(float, ast.literal_eval(value) if isinstance(value, str) else value)
+        if not (0 <= first < 1 and 0 <= second < 1):
+            raise ValueError
     except (ValueError, SyntaxError, TypeError):
-        raise UsageError(f"optimizer.adam_betas={value}: write it as (0.9,0.98)") from None
+        raise UsageError(
+            f"optimizer.adam_betas={value}: write it as (0.9,0.98), two numbers from 0 to below 1"
+        ) from None
+    return first, second

@@ -161,7 +161,7 @@ class PretrainingData(SplitBatches):
 
     def _plan(self, name: str, data: MaskedBlocks, training: bool) -> list[np.ndarray]:
         dataset = self.config.dataset
-        limit = self.config.task.tokens_per_sample
+        limit = self.config.model.max_positions
         order = ordered_indices(data.sizes, self.config.common.seed)
         kept, dropped = filter_by_size(order, data.sizes, limit)
         if len(dropped):

@@ -21,6 +21,30 @@ def test_published_configurations_load(name):
     assert config.model.transformer.encoder.layers == given["model"]["transformer"]["encoder"]["layers"]
 
 
+def test_values_take_their_keys_type():
+    from data2vec.config import load_config
+
+    settings = ["task.data=2024", "optimization.max_update=1e3", "optimization.lr=1"]
+    settings += ["lr_scheduler.warmup_init_lr=1e-7", "dataset.max_tokens_valid=${dataset.max_tokens}"]
+    settings += ["model.ema_anneal_end_step=null"]
+    config, _ = load_config(PROJECT / "test", "tiny", settings)
+    assert config.task.data == "2024" and config.dataset.max_tokens_valid == 256
+    values = config.optimization.max_update, config.model.ema_anneal_end_step, config.optimization.lr[0]
+    assert values == (1000, 1000, 1.0) and [type(value) for value in values] == [int, int, float]
+    assert config.lr_scheduler.warmup_init_lr == 1e-7
+
+
+def test_max_positions_leaves_longer_samples_out(corpus):
+    from data2vec.config import load_config
+    from data2vec.pretraining_data import PretrainingData
+
+    config, _ = load_config(PROJECT / "test", "tiny", [f"task.data={corpus}", "model.max_positions=40"])
+    data = PretrainingData(config)
+    samples, batches = data.split("train", training=True)
+    assert samples.sizes.max() > 40 and max(samples.sizes[batch].max() for batch in batches) <= 40
+    assert "longer than 40 tokens" in data.notes[0]
+
+
 def test_configuration_of_a_fairseq_checkpoint_is_understood(golden):
     """All groups that concern pretraining; the others (generation, bmuf, ...) belong to other programs."""
     from omegaconf import OmegaConf

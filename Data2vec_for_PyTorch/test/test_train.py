@@ -300,12 +300,36 @@ def refusal(train_main, tiny, corpus, tmp_path, capsys, *arguments):
         ("checkpoint.finetune_from_model=/none.pt", ["/none.pt"]),
         ("common.fp16=true common.bf16=true", ["choose one"]),
         ("dataset.max_tokens=40", ["dataset.max_tokens=40"]),
+        ("model.max_positions=65", ["model.max_positions=65", "max_source_positions=64"]),
+        ("optimization.max_update=soon", ["optimization.max_update=soon", "a whole number"]),
+        ("optimization.max_update=2.5", ["a whole number"]),
+        ("optimization.lr=[fast]", ["optimization.lr=fast", "a number"]),
+        ("optimization.update_freq=[0]", ["optimization.update_freq=0", "at least 1"]),
+        ("dataset.max_tokens=8k", ["dataset.max_tokens=8k"]),
+        ("task.mask_prob=1.5", ["task.mask_prob=1.5", "0 to 1"]),
+        ("task.mask_multiple_length=0", ["at least 1"]),
+        ("model.transformer.dropout=.nan", ["0 to 1"]),
+        ("model.transformer.layernorm_embedding=1", ["true or false"]),
+        ("model.average_top_k_layers=0", ["at least 1"]),
+        ("optimizer.adam_betas=(0.9,1)", ["adam_betas", "below 1"]),
+        ("optimizer.adam_eps=null", ["optimizer.adam_eps=None", "a number"]),
+        ("dataset.max_tokens=${dataset.rows}", ["dataset.rows"]),
+        ("--log_every 0", ["common.log_interval=0", "at least 1"]),
+        ("--seed -1", ["common.seed=-1"]),
     ],
 )
 def test_refusals(train_main, tiny, corpus, tmp_path, capsys, override, words):
     text = refusal(train_main, tiny, corpus, tmp_path, capsys, *override.split())
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("- task\n", "groups of keys"), ("task: [\n", "line 2"), ("5", "object type")]
+)
+def test_a_file_that_is_no_configuration_is_refused(train_main, tiny, corpus, tmp_path, capsys, text, words):
+    (tiny / "tiny.yaml").write_text(text)
+    assert words in refusal(train_main, tiny, corpus, tmp_path, capsys)
 
 
 def test_small_dictionary_is_refused(train_main, tiny, corpus, tmp_path, capsys):
