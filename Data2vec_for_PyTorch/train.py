@@ -24,11 +24,12 @@ from common import device as devices
 from common import distributed
 from common.checkpoint_file import CheckpointError, load
 from common.device import UsageError, print_usage_errors
-from common.distributed import World
+from common.result_file import keep_aside
 from common.run_log import RunLog
 from data2vec import npu_patches
 from data2vec.checkpoint import load_training_state, load_weights, save_checkpoints
 from data2vec.command_line import choose_precision, parse, start_ranks
+from data2vec.epochs import SplitBatches
 from data2vec.huggingface import load_huggingface
 from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
 from data2vec.report import Report
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         npu_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world.size)
         save_dir = Path(options.output_dir) / config.checkpoint.save_dir
-        resumed = resume(state, config, save_dir, world)
+        checkpoint = checkpoint_to_resume(config, save_dir)
+        resumed = resume(state, config, checkpoint, data)
+        goes_on = checkpoint is not None and checkpoint.resolve().parent == save_dir.resolve()
         limit = min(config.optimization.max_update, options.max_steps or config.optimization.max_update)
         log = RunLog(
             options.output_dir,
@@ -60,11 +63,13 @@ def main(argv: list[str] | None = None) -> None:
             options.case_kind,
             total_steps=limit,
             log_every=config.common.log_interval,
-            resume=resumed is not None,
+            resume=goes_on,
             fps_unit=fps_unit(config),
             profile=options.profile,
         )
         with log:
+            if world.is_main and not goes_on and save_dir.resolve() != log.folder.resolve():
+                keep_aside(save_dir)  # where it is not checkpoints/, which the log has moved
             for text in [*notes, resumed]:
                 if text:
                     log.info(text)
@@ -76,17 +81,34 @@ def main(argv: list[str] | None = None) -> None:
             report.finish(state)
 
 
-def resume(state: TrainState, config: DictConfig, save_dir: Path, world: World) -> str | None:
-    """Loads the checkpoint to go on from, if there is one; returns what happened, in words, for a continued run."""
+def checkpoint_to_resume(config: DictConfig, save_dir: Path) -> Path | None:
+    """The file to go on from: by default checkpoint_last.pt of this run, if there is one; else the file that is named.
+
+    Raises:
+        UsageError: there is no file of that name.
+    """
     name = config.checkpoint.restore_file
-    path = save_dir / (name or "none")  # an absolute name stays one
+    if name in (None, "none", ""):
+        return None
+    path = save_dir / name if name == "checkpoint_last.pt" else Path(name)
     found = distributed.broadcast_object(path.is_file())
+    if not found and name != "checkpoint_last.pt":
+        raise UsageError(f"checkpoint.restore_file={name}: no such file")
+    return path if found else None
+
+
+def resume(state: TrainState, config: DictConfig, path: Path | None, data: SplitBatches) -> str | None:
+    """Loads the checkpoint to go on from, if there is one; returns what happened, in words, for a continued run."""
     try:
-        if found:
+        if path:
             change = load_training_state(state, path, config)
+            if state.iterations >= data.batches_per_epoch():
+                raise CheckpointError(
+                    f"{path}: it was saved after {state.iterations} batches of an epoch, which has "
+                    f"{data.batches_per_epoch()} here: is it another corpus, or another dataset.max_tokens? Go on with "
+                    "the same, or begin the epochs anew with checkpoint.reset_dataloader=true"
+                )
             return f"resumed {path}: epoch {state.epoch}, update {state.num_updates}{change}"
-        if name not in (None, "none", "", "checkpoint_last.pt"):
-            raise UsageError(f"checkpoint.restore_file={name}: {path} does not exist")
         if config.checkpoint.finetune_from_model:
             weights = Path(config.checkpoint.finetune_from_model)
             load_folder = load_huggingface_vision if is_vision(config) else load_huggingface

@@ -72,6 +72,8 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> st
     """Continues from a checkpoint of ours or of fairseq's, within the epoch and to the update.
 
     On another number of ranks than before `optimization.update_freq` is changed so that an update has the same batches.
+    Updates are counted on together with the optimizer's state: with `checkpoint.reset_optimizer`, or without such a
+    state in the file, they begin at 0, as in fairseq.
 
     Returns:
         What was changed, in words; "" for nothing.
@@ -84,13 +86,12 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> st
     load_weights(state.model, checkpoint, path)
     options = config.checkpoint
     extra = checkpoint.get("extra_state") or {}
-    state.best_loss = extra.get("best")
     state.previous_seconds = extra.get("previous_training_time", 0.0)
     if not options.reset_optimizer and checkpoint.get("last_optimizer_state") is not None:
         _load_optimizer(state, checkpoint["last_optimizer_state"], path)
-    if not options.reset_lr_scheduler:
         history = checkpoint.get("optimizer_history") or [{}]
         state.num_updates = int(history[-1].get("num_updates", 0))
+        state.best_loss = extra.get("best")
     if not options.reset_dataloader and "train_iterator" in extra:
         state.epoch = extra["train_iterator"]["epoch"]
         state.iterations = extra["train_iterator"]["iterations_in_epoch"]
@@ -136,8 +137,10 @@ def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str |
     then keeps its own. Image models may have fairseq's names or those of the paper's code.
 
     Raises:
-        CheckpointError: keys or shapes are another model's; names what differs.
+        CheckpointError: no checkpoint of a model, or keys or shapes are another model's; names what differs.
     """
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", checkpoint), dict):
+        raise CheckpointError(f"{path}: holds no model's weights (a dict by name, or one below 'model')")
     weights = OrderedDict(checkpoint.get("model", checkpoint))
     key = "_ema" if isinstance(model, WithTeacher) else "encoder._ema"
     teacher = weights.pop(key, None)

@@ -72,6 +72,8 @@ def cosine_lr(
     if num_updates < warmup_updates:
         return start + num_updates * (lr - start) / warmup_updates
     period = lr_period_updates if lr_period_updates > 0 else max_update - warmup_updates
+    if period <= 0:  # the run ends with the warm-up; fairseq divides by zero here
+        return lr
     current = num_updates - warmup_updates
     if t_mult != 1:
         i = math.floor(math.log(1 - current / period * (1 - t_mult), t_mult))

@@ -200,6 +200,55 @@ def test_fairseq_checkpoint_resumes(train_main, tiny, corpus, tmp_path, golden, 
     )
 
 
+def test_reset_optimizer_begins_at_update_0_with_the_weights(
+    train_main, tiny, corpus, tmp_path, golden, capsys, monkeypatch
+):
+    """As in fairseq, where updates are counted with the optimizer. The file is found from where the user stands."""
+    monkeypatch.chdir(golden)
+    options = ["--resume", "checkpoint_tiny.pt", *(f"checkpoint.reset_{x}=true" for x in ("optimizer", "lr_scheduler"))]
+    run(train_main, tiny, corpus, tmp_path, *options, "--max_steps", "1")
+    assert "update 0\n" in capsys.readouterr().out
+    state, reference = last(tmp_path), torch.load(golden / "checkpoint_tiny.pt", weights_only=True)
+    assert state["optimizer_history"][-1]["num_updates"] == state["last_optimizer_state"]["state"][0]["step"] == 1
+    for key, value in reference["model"].items():
+        if key != "encoder._ema":  # the first update has a learning rate of 0
+            assert torch.equal(state["model"][key], value), key
+
+
+def test_resuming_beyond_the_end_of_an_epoch(train_main, tiny, corpus, tmp_path, golden, capsys):
+    """After 7 batches of an epoch that has 3 with larger ones."""
+    options = ["--resume", str(golden / "checkpoint_tiny.pt"), "dataset.max_tokens=2048"]
+    text = refusal(train_main, tiny, corpus, tmp_path, capsys, *options)
+    assert "after 7 batches of an epoch, which has 3 here" in text and "reset_dataloader" in text
+    run(train_main, tiny, corpus, tmp_path, *options, "checkpoint.reset_dataloader=true", "--max_steps", "7")
+    assert last(tmp_path)["extra_state"]["train_iterator"]["iterations_in_epoch"] == 1
+
+
+def test_a_run_that_ends_with_its_warm_up(train_main, tiny, corpus, tmp_path, capsys):
+    settings = ["lr_scheduler.warmup_updates=3", "optimization.max_update=3", "dataset.disable_validation=true"]
+    run(train_main, tiny, corpus, tmp_path, *settings, "--log_every", "1")
+    lines = [json.loads(line) for tag, line in fairseq_lines(capsys.readouterr().out) if tag == "train_inner"]
+    rates = [float(line["lr"]) for line in lines]
+    assert rates == pytest.approx([0.002 / 3, 0.004 / 3, 0.002], rel=1e-5)
+    assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == 3
+
+
+def test_an_earlier_run_is_kept_aside(train_main, tiny, corpus, tmp_path, golden):
+    """Wherever its checkpoints are, and when a run begins from a checkpoint of another folder."""
+    settings = ["checkpoint.save_dir=weights", "dataset.disable_validation=true"]
+    run(train_main, tiny, corpus, tmp_path, *settings, "--max_steps", "1")
+    first = torch.load(tmp_path / "weights" / "checkpoint_last.pt", weights_only=True)
+    elsewhere = ["--resume", str(golden / "checkpoint_tiny.pt")]
+    run(train_main, tiny, corpus, tmp_path, *settings, *elsewhere, "--max_steps", "7")
+    (kept,) = tmp_path.glob("weights/earlier/*/checkpoint_last.pt")
+    assert_same(first, torch.load(kept, weights_only=True))
+    assert len(list(tmp_path.glob("earlier/*/metrics.jsonl"))) == 1
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(steps) == {7}
+    run(train_main, tiny, corpus, tmp_path, *settings, "--max_steps", "8")  # goes on, and moves nothing
+    assert len(list(tmp_path.glob("**/earlier/*/checkpoint_last.pt"))) == 1
+
+
 def test_flat_fp16_optimizer_state_loads(golden, model_info, tmp_path):
     """fairseq keeps one flat fp32 buffer for all parameters of an fp16 run."""
     from data2vec import FairseqAdam, build_model
@@ -316,6 +365,7 @@ def refusal(train_main, tiny, corpus, tmp_path, capsys, *arguments):
         ("dataset.max_tokens=${dataset.rows}", ["dataset.rows"]),
         ("--log_every 0", ["common.log_interval=0", "at least 1"]),
         ("--seed -1", ["common.seed=-1"]),
+        ("--resume none.pt", ["none.pt", "no such file"]),
     ],
 )
 def test_refusals(train_main, tiny, corpus, tmp_path, capsys, override, words):
@@ -352,6 +402,12 @@ def test_damaged_checkpoint_is_refused(train_main, tiny, corpus, tmp_path, capsy
     (tmp_path / "out" / "checkpoints").mkdir(parents=True)
     (tmp_path / "out" / "checkpoints" / "checkpoint_last.pt").write_bytes(b"PK\x03\x04 cut")
     assert "checkpoint_last.pt" in refusal(train_main, tiny, corpus, tmp_path, capsys)
+
+
+def test_weights_of_nothing_are_refused(train_main, tiny, corpus, tmp_path, capsys):
+    torch.save([torch.zeros(3)], tmp_path / "list.pt")
+    for option in (["--resume", str(tmp_path / "list.pt")], [f"checkpoint.finetune_from_model={tmp_path / 'list.pt'}"]):
+        assert "list.pt: holds no model's weights" in refusal(train_main, tiny, corpus, tmp_path, capsys, *option)
 
 
 def test_checkpoint_of_another_model_is_refused(train_main, tiny, corpus, tmp_path, capsys, golden):
