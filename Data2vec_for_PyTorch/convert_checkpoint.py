@@ -57,13 +57,18 @@ def load_folder(folder: Path) -> dict:
 def load_model(path: Path) -> torch.nn.Module:
     """The model of a pretraining checkpoint, fairseq's or ours."""
     checkpoint = checkpoint_file.load(path)
-    if "cfg" not in checkpoint or "model" not in checkpoint:
-        raise UsageError(f"{path}: no pretraining checkpoint (it has no 'cfg' and 'model')")
-    config = checkpoint["cfg"]["model"]
-    if config.get("_name") == "data2vec_vision":
+    try:
+        config, weights = checkpoint["cfg"]["model"], checkpoint["model"]
+        name = config["_name"]
+    except (KeyError, TypeError):
+        raise UsageError(f"{path}: no pretraining checkpoint (it has no 'model' and 'cfg.model._name')") from None
+    words = weights.get("encoder.sentence_encoder.embed_tokens.weight")
+    if name == "data2vec_vision":
         model = build_vision_model(config)
+    elif name == "data2vec_text" and words is not None:
+        model = build_model(config, len(words))
     else:
-        model = build_model(config, len(checkpoint["model"]["encoder.sentence_encoder.embed_tokens.weight"]))
+        raise UsageError(f"{path}: holds a model of {name}, not of data2vec_text or data2vec_vision")
     load_weights(model, checkpoint, path)
     return model
 

@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     splits = split_files(options)
     destination = Path(options.destdir)
     check_paths(options, splits, destination)
-    destination.mkdir(parents=True, exist_ok=True)
     try:
+        destination.mkdir(parents=True, exist_ok=True)
         with open(destination / "preprocess.log", "a", encoding="utf-8") as log:
             write_log(log, f"{vars(options)}")
             dictionary = make_dictionary(options, log)

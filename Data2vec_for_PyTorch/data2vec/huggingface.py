@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from common.checkpoint_file import CheckpointError
 from data2vec.encoder import EncoderConfig, SentenceEncoder
 
 PREFIX = "encoder.sentence_encoder."
+LAYER_NORM_EPS = 1e-5  # torch's default, which fairseq's text encoder has
 # ours (below PREFIX) -> theirs
 _EMBEDDINGS = {
     "embed_tokens": "embeddings.word_embeddings",
@@ -61,7 +63,7 @@ def export_huggingface(encoder: SentenceEncoder, folder: str | Path) -> None:
             hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.attention_dropout,
             type_vocab_size=1,
-            layer_norm_eps=1e-5,
+            layer_norm_eps=LAYER_NORM_EPS,
             pad_token_id=config.pad_index,
         ),
         add_pooling_layer=False,
@@ -78,7 +80,7 @@ def load_huggingface(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     The token type embedding, which is added to every position, goes into the position embeddings.
 
     Raises:
-        CheckpointError: not such a folder.
+        CheckpointError: not such a folder, or another activation than gelu.
     """
     from transformers import Data2VecTextModel
 
@@ -89,6 +91,14 @@ def load_huggingface(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     config = theirs.config
     if config.model_type != "data2vec-text":
         raise CheckpointError(f"{folder}: holds a {config.model_type}, not a data2vec-text model")
+    if config.hidden_act != "gelu":
+        raise CheckpointError(f"{folder}: hidden_act={config.hidden_act}: data2vec text has gelu only")
+    if config.layer_norm_eps != LAYER_NORM_EPS:
+        warnings.warn(
+            f"{folder}: layer_norm_eps={config.layer_norm_eps:g}, here it is {LAYER_NORM_EPS:g} as in fairseq: outputs "
+            "will differ a little",
+            stacklevel=2,
+        )
     encoder = EncoderConfig(
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,

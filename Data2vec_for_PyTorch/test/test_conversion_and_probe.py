@@ -1,5 +1,7 @@
 """Hugging Face folders, there and back; the probe."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,7 +65,15 @@ def test_training_starts_from_a_folder(folder, golden, model_info):
 def test_conversion_refusals(folder, golden, tmp_path, capsys):
     import convert_checkpoint
 
+    torch.save({"cfg": {"model": {"_name": "roberta"}}, "model": {}}, tmp_path / "roberta.pt")
+    torch.save({"cfg": None, "model": {}}, tmp_path / "old.pt")
+    shutil.copytree(folder, tmp_path / "relu")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "relu" / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
     for arguments, words in (
+        ([tmp_path / "roberta.pt", tmp_path / "y"], "holds a model of roberta"),
+        ([tmp_path / "old.pt", tmp_path / "y"], "no pretraining checkpoint"),
+        ([tmp_path / "relu", tmp_path / "x.pt"], "hidden_act=relu"),
         ([golden / "checkpoint_tiny.pt", folder], "not overwritten"),
         ([tmp_path, tmp_path / "x.pt"], "not a Data2VecTextModel folder"),
         ([tmp_path / "none.pt", tmp_path / "y"], "no such checkpoint"),

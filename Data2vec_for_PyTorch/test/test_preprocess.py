@@ -70,6 +70,7 @@ def test_preprocess_refusals(scripts, golden, tmp_path, capsys):
     assert "not overwritten" in refused(scripts[0], capsys, [*prefixes(golden), "--destdir", str(tmp_path)])
     assert (tmp_path / "train.bin").read_bytes() == b"mine"
     assert not (tmp_path / "dict.txt").exists()
+    assert "train.bin" in refused(scripts[0], capsys, [*prefixes(golden), "--destdir", str(tmp_path / "train.bin")])
     assert "nothing to do" in refused(scripts[0], capsys, ["--destdir", str(tmp_path)])
     valid_only = ["--validpref", str(golden / "text/valid.txt")]
     assert "--srcdict" in refused(scripts[0], capsys, valid_only)
