@@ -76,8 +76,15 @@ class Meters:
         return line | {"wpb": number(self.sample_size / n, 1), "bsz": number(self.sentences / n, 1)}
 
     def training_values(
-        self, num_updates: int, lr: float, loss_scale: float | None, wall: float, spread: bool = False
+        self,
+        num_updates: int,
+        lr: float,
+        loss_scale: float | None,
+        wall: float,
+        spread: bool = False,
+        gb_free: float | None = None,
     ) -> dict[str, str]:
+        """All keys of a training line; `loss_scale` and `gb_free` (GiB) only where they are known."""
         n = max(self.updates, 1)
         line = self.values(training=True, spread=spread) | {
             "num_updates": number(num_updates),
@@ -87,7 +94,10 @@ class Meters:
         }
         if loss_scale is not None:
             line["loss_scale"] = number(loss_scale, 4)
-        return line | {"train_wall": number(self.seconds, 0), "wall": number(wall, 0)}
+        line["train_wall"] = number(self.seconds, 0)
+        if gb_free is not None:
+            line["gb_free"] = number(gb_free, 1)
+        return line | {"wall": number(wall, 0)}
 
 
 def number(value: float, digits: int | None = None) -> str:

@@ -7,6 +7,7 @@ import math
 import torch
 from omegaconf import DictConfig
 
+from common import device as devices
 from common.run_log import RunLog
 from data2vec import fairseq_log
 from data2vec.fairseq_log import Meters
@@ -149,4 +150,13 @@ class Report:
     def _training_values(self, meters: Meters, state: TrainState) -> dict[str, str]:
         scale = state.scaler.scale if state.scaler.enabled else None
         lr = learning_rate(self.config, state.num_updates)  # fairseq logs the next update's
-        return meters.training_values(state.num_updates, lr, scale, state.seconds(), spread=self.vision)
+        free = free_memory(self.log.world.device)
+        return meters.training_values(state.num_updates, lr, scale, state.seconds(), self.vision, free)
+
+
+def free_memory(device: torch.device) -> float | None:
+    """GiB of the accelerator's memory that were never used so far; None on a CPU, as in fairseq."""
+    if device.type == "cpu":
+        return None
+    _, total = torch.get_device_module(device).mem_get_info(device)
+    return (total - devices.peak_memory_bytes(device)) / 2**30
