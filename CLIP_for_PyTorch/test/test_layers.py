@@ -16,10 +16,16 @@ CPU = torch.device("cpu")
 CAPTIONS = ["a red box", "a green box on white ground", "a blue box, and a red one", "black"]
 
 
-def tiny(family: str, dropout: float = 0.0) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def tiny(
+    family: str, dropout: float = 0.0, depth: int = 2, activation: str = "quick_gelu"
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """A model of `transformers` with random weights, in training mode, and a batch of four captions of four lengths."""
     torch.manual_seed(0)
     model, tokenizer, settings = construction.from_scratch("tiny", family, CAPTIONS)
+    for tower in (model.config.vision_config, model.config.text_config):
+        tower.num_hidden_layers = depth
+    model.config.vision_config.hidden_act = activation
+    model = type(model)(model.config)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -38,9 +44,10 @@ def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
 
 @pytest.mark.parametrize("family", ["dual", "clip"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_loss_and_gradients_are_those_of_transformers(family, device):
+@pytest.mark.parametrize("depth, activation", [(2, "quick_gelu"), (1, "gelu")])
+def test_loss_and_gradients_are_those_of_transformers(family, device, depth, activation):
     """In float64. What is installed for other devices than the CPU ("meta") is run on the CPU here."""
-    theirs, batch = tiny(family)
+    theirs, batch = tiny(family, depth=depth, activation=activation)
     theirs, batch["pixel_values"] = theirs.double(), batch["pixel_values"].double()
     ours = layers.install(copy.deepcopy(theirs), torch.device(device))
     assert list(ours.state_dict()) == list(theirs.state_dict())
