@@ -14,10 +14,12 @@ import os
 import shutil
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from clip_pretraining.pairs import ImageRef, Pairs
+from clip_pretraining.sources import drop_empty_captions
 from common.device import UsageError
 
 ANNOTATIONS = "annotations_trainval2017"
@@ -46,7 +48,7 @@ def read_captions(json_file: Path, image_dir: Path, name: str) -> Pairs:
     try:
         content = json.loads(json_file.read_text(encoding="utf-8"))
         row_of_image = {image["id"]: row for row, image in enumerate(content["images"])}
-        captions = [annotation["caption"] for annotation in content["annotations"]]
+        captions = [_caption(annotation) for annotation in content["annotations"]]
         owner = [row_of_image[annotation["image_id"]] for annotation in content["annotations"]]
         names = [image["file_name"] for image in content["images"]]
     except FileNotFoundError:
@@ -55,7 +57,17 @@ def read_captions(json_file: Path, image_dir: Path, name: str) -> Pairs:
         raise UsageError(f"{json_file}: not valid JSON ({error}); copy it again") from None
     except (KeyError, TypeError) as error:
         raise UsageError(f"{json_file}: not a COCO captions file (lacks {error})") from None
-    return Pairs(name, [ImageRef(os.path.join(image_dir, n)) for n in names], captions, owner, names)
+    except ValueError as error:
+        raise UsageError(f"{json_file}: {error}") from None
+    pairs = Pairs(name, [ImageRef(os.path.join(image_dir, n)) for n in names], captions, owner, names)
+    return drop_empty_captions(pairs, str(json_file))
+
+
+def _caption(annotation: dict) -> str:
+    caption = annotation["caption"]
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"the caption of annotation {annotation.get('id')} is not text but {caption!r}")
+    return caption or ""
 
 
 def locate(data_dir: Path, archive: str, folder: str, cache_dir: str | Path | None) -> Path:
@@ -104,7 +116,7 @@ def unpack(packed: Path, folder: str, target: Path) -> None:
             print(f"unpacking {packed} to {target / folder} ({needed >> 20} MiB)", flush=True)
             archive.extractall(staging, wanted)  # checks each member's CRC
         (staging / folder).rename(target / folder)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, unknown method
         raise UsageError(f"{packed}: truncated or damaged ({error}); copy it again") from None
     except OSError as error:
         if isinstance(error, PermissionError):

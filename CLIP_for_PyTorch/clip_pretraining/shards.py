@@ -49,7 +49,7 @@ def read_shards(pattern: str, caption_key: str = "txt", index_dir: Path | None =
             captions.append(caption)
             keys.append(key)
     if not refs:
-        raise UsageError(f"{pattern}: no sample with a picture and a .{caption_key} member")
+        raise UsageError(f"{pattern}: no picture in it (KEY.jpg beside KEY.{caption_key})")
     return drop_empty_captions(Pairs("shards", refs, captions, np.arange(len(refs)), keys), pattern)
 
 
@@ -110,8 +110,8 @@ def _remote_samples(shard: str, caption_key: str, index_dir: Path) -> list[Sampl
 
 
 def _samples(tar: tarfile.TarFile, caption_key: str) -> Iterator[Sample]:
-    """Members that share a key lie next to each other."""
-    current, picture, caption = None, None, None
+    """One for each key with a picture; its caption is empty where there is none. A key's members lie side by side."""
+    current, picture, caption = None, None, ""
     for member in tar:
         if not member.isfile():
             continue
@@ -119,15 +119,15 @@ def _samples(tar: tarfile.TarFile, caption_key: str) -> Iterator[Sample]:
         stem, _, suffix = name.partition(".")
         key = f"{folder}/{stem}" if folder else stem
         if key != current:
-            current, picture, caption = key, None, None
+            if picture is not None:
+                yield current, *picture, caption
+            current, picture, caption = key, None, ""
         if suffix.lower() in IMAGE_SUFFIXES:
             picture = (member.offset_data, member.size)
         elif suffix == caption_key:
             caption = tar.extractfile(member).read().decode("utf-8")
-        else:
-            continue
-        if picture is not None and caption is not None:
-            yield key, *picture, caption
+    if picture is not None:
+        yield current, *picture, caption
 
 
 @contextlib.contextmanager

@@ -51,6 +51,8 @@ def _rows(path: Path, image_column: str, caption_column: str) -> Iterator[tuple[
             else:
                 records = _json_records(file, path)
             for line, record in records:
+                if not isinstance(record, dict):
+                    raise UsageError(f"{path}:{line}: not an object of columns but {str(record)[:40]!r}")
                 for column in (image_column, caption_column):
                     if column not in record:
                         columns = ", ".join(str(c) for c in record)
@@ -77,7 +79,9 @@ def _json_records(file, path: Path) -> Iterator[tuple[int, dict]]:
     try:
         if path.suffix.lower() == ".json":
             content = json.load(file)
-            records = content.get("data", []) if isinstance(content, dict) else content
+            records = content.get("data") if isinstance(content, dict) else content
+            if not isinstance(records, list):
+                raise UsageError(f'{path}: neither a list of rows nor {{"data": [rows]}}')
             yield from enumerate(records, 1)
             return
         for number, line in enumerate(file, 1):
@@ -97,7 +101,8 @@ def drop_empty_captions(pairs: Pairs, source: str) -> Pairs:
     if not empty:
         return pairs
     first = pairs.image_keys[pairs.image_of_caption[empty[0]]]
-    _tolerate(len(empty), len(pairs), f"{source}: {len(empty)} captions of {len(pairs)} are empty (first: {first})")
+    message = f"{source}: {len(empty)} captions of {len(pairs)} are empty or missing (first: {first})"
+    _tolerate(len(empty), len(pairs), message)
     return pairs.take(np.setdiff1d(np.arange(len(pairs)), empty))
 
 

@@ -49,10 +49,13 @@ def write_coco_zips(folder: Path, pictures: dict[str, int], captions_each: int =
 
 
 def write_shard(path: Path, samples: range, caption_of=lambda i: draw(i)[1]) -> None:
-    """A WebDataset tar of the pictures of these numbers."""
+    """A WebDataset tar of the pictures of these numbers; without the caption's member where `caption_of` gives None."""
     with tarfile.open(path, "w") as tar:
         for i in samples:
-            for suffix, data in (("jpg", draw(i)[0]), ("txt", caption_of(i).encode()), ("json", b"{}")):
+            caption = caption_of(i)
+            for suffix, data in (("jpg", draw(i)[0]), ("txt", caption and caption.encode()), ("json", b"{}")):
+                if data is None:
+                    continue
                 member = tarfile.TarInfo(f"part.one/{i:05d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

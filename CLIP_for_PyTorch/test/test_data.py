@@ -59,6 +59,20 @@ def test_captions_in_any_order_and_pictures_without_any(tmp_path):
     assert pairs.image_of_caption.tolist() == [2, 0, 2] and pairs.captions == ["of 5", "of 7", "of 5"]
 
 
+def test_coco_captions_that_say_nothing(tmp_path, capsys):
+    annotations = [{"id": i, "image_id": i % 2, "caption": f"of {i}"} for i in range(200)]
+    annotations[3]["caption"], annotations[8]["caption"] = None, " "
+    content = {"images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(2)], "annotations": annotations}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    pairs = coco.read_captions(tmp_path / "c.json", tmp_path, "val")
+    assert len(pairs) == 198 and pairs.captions[3] == "of 4" and pairs.image_of_caption[3] == 0
+    assert "2 captions of 200 are empty or missing (first: 1.jpg): skipped" in capsys.readouterr().out
+    annotations[5]["caption"] = -1  # as the data set script has them for the test split
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="c.json: the caption of annotation 5 is not text but -1"):
+        coco.read_captions(tmp_path / "c.json", tmp_path, "val")
+
+
 def rewrite(packed: Path, change) -> None:
     """The zip with its members passed through change(name, data) -> (name, data)."""
     with zipfile.ZipFile(packed) as archive:
@@ -81,6 +95,16 @@ def test_broken_zips_leave_nothing_behind(coco_zips):
     with pytest.raises(UsageError, match="truncated or damaged"):
         coco.read_split(coco_zips, "train")
 
+    annotations = coco_zips / "annotations_trainval2017.zip"  # compressed, as cocodataset.org's
+    good_annotations = annotations.read_bytes()
+    with zipfile.ZipFile(annotations, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("annotations/captions_train2017.json", "{}" * 1000)
+    data = bytearray(annotations.read_bytes())
+    data[30 + len("annotations/captions_train2017.json")] = 0xFF  # no block of deflate begins so
+    annotations.write_bytes(data)
+    with pytest.raises(UsageError, match="annotations_trainval2017.zip: truncated or damaged"):
+        coco.locate(coco_zips, "annotations_trainval2017", "annotations", None)
+
     packed.write_bytes(whole)
     rewrite(packed, lambda name, data: (name.replace("000000000003", "../../escaped"), data))
     with pytest.raises(UsageError, match="written outside"):
@@ -88,6 +112,7 @@ def test_broken_zips_leave_nothing_behind(coco_zips):
     assert not (coco_zips / "train2017").exists() and not list(coco_zips.parent.rglob("escaped*"))
 
     packed.write_bytes(whole)
+    annotations.write_bytes(good_annotations)
     assert len(coco.read_split(coco_zips, "train")) == 48
 
 
@@ -179,6 +204,9 @@ def test_words_that_look_like_nothing_are_captions(name, tmp_path):
         ("t.jsonl", '{"image_path": "a.jpg", "caption": null}\n', "1 captions of 1 are empty"),
         ("t.jsonl", '{"image_path": "a.jpg", "caption": 3}\n', "the caption is not text but 3"),
         ("t.jsonl", '{"image_path": "a.jpg"\n', "not valid JSON"),
+        ("t.jsonl", '["a.jpg", "b"]\n', "t.jsonl:1: not an object of columns but"),
+        ("t.json", '{"rows": []}', "neither a list of rows nor"),
+        ("t.json", "3", "neither a list of rows nor"),
         ("t.parquet", "", "give a .csv, .tsv, .json or .jsonl"),
         ("t.csv", "image_path,caption\na.jpg,caf\xe9\n", "UTF-8"),
     ],

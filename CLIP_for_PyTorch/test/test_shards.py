@@ -1,8 +1,10 @@
 """WebDataset tars: on local disks, and behind URLs whose server now and then fails."""
 
 import http.server
+import io
 import os
 import re
+import tarfile
 import threading
 from pathlib import Path
 
@@ -37,6 +39,22 @@ def test_bad_tars_are_named(tmp_path):
     write_shard(tmp_path / "empty.tar", range(2), caption_of=lambda i: " ")
     with pytest.raises(UsageError, match="are empty"):
         shards.read_shards(str(tmp_path / "empty.tar"))
+
+
+def test_a_picture_without_caption_is_told_and_a_second_picture_of_a_key_is_no_second_pair(tmp_path, capsys):
+    write_shard(tmp_path / "s.tar", range(100), caption_of=lambda i: None if i in (3,) else f"of {i}")
+    pairs = shards.read_shards(str(tmp_path / "s.tar"))
+    assert len(pairs) == len(pairs.images) == 99 and pairs.captions[3] == "of 4"
+    assert "1 captions of 100 are empty or missing (first: part.one/00003)" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        for suffix, data in (("jpg", draw(0)[0]), ("txt", b"of 0"), ("png", draw(1)[0])):
+            member = tarfile.TarInfo(f"a.{suffix}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert len(shards.read_shards(str(tmp_path / "two.tar"))) == 1
+    write_shard(tmp_path / "s.tar", range(5), caption_of=lambda i: None if i == 4 else f"of {i}")
+    with pytest.raises(UsageError, match="1 captions of 5 are empty or missing"):
+        shards.read_shards(str(tmp_path / "s.tar"))
 
 
 @pytest.mark.parametrize(
