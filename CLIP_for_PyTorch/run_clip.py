@@ -23,7 +23,7 @@ from common.run_log import RunLog  # noqa: E402
 @device.print_usage_errors
 def main(argv: list[str] | None = None) -> dict:
     """Runs what the command line asks for; returns what the result file says."""
-    argv, notes = legacy_options.translate(sys.argv[1:] if argv is None else argv)
+    argv, notes = legacy_options.translate(arguments.spelled_out(sys.argv[1:] if argv is None else argv))
     with distributed.process_group(arguments.device_of(argv), train_timeout_s=1800) as world:
         model_args, data_args, args = arguments.parse(argv, world)
         if world.is_main:
@@ -35,21 +35,23 @@ def main(argv: list[str] | None = None) -> dict:
         evaluator = partial(pipeline.evaluate, setup, args, world)
 
         facts = pipeline.run_facts(setup, args, world)
+        total_steps = pipeline.total_steps(setup, args, world) if args.do_train else None
         checkpoint = None
         if args.do_train:
             checkpoint = resume.choose(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, facts)
-            if checkpoint is None and world.is_main:
-                resume.set_model_aside(args.output_dir)
+        if checkpoint is None and world.is_main:
+            resume.set_aside(args.output_dir, resume.OF_TRAINING if args.do_train else resume.OF_EVALUATION)
         distributed.barrier()
 
         with RunLog(
             args.output_dir,
             world,
-            "CLIP_for_PyTorch",
-            args.micro_batch_size,
+            # an evaluation alone has a result file of its own beside that of the training
+            "CLIP_for_PyTorch" if args.do_train else "CLIP_for_PyTorch_eval",
+            args.micro_batch_size if args.do_train else args.per_device_eval_batch_size,
             args.case_kind,
-            total_steps=pipeline.total_steps(setup, args, world) if args.do_train else None,
-            log_every=int(args.logging_steps),
+            total_steps=total_steps,
+            log_every=pipeline.steps_between_lines(args, total_steps),
             resume=checkpoint is not None or not args.do_train,
             skip_steps=args.skip_steps,
             profile=args.profile,

@@ -41,8 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     if options.output_dir.exists() and any(options.output_dir.iterdir()) and not options.overwrite:
         raise UsageError(f"--output_dir {options.output_dir} is not empty: choose another, or give --overwrite")
-    seed_everything(options.seed)
     size = options.from_scratch or ("tiny" if options.tiny else None)
+    if size is None and (options.captions or options.image_size or options.family != "dual"):
+        raise UsageError("--captions, --image_size and --family are for random weights: add --tiny or --from_scratch")
+    seed_everything(options.seed)
     if size is None:
         model, tokenizer, settings = construction.from_pretrained(options.vision_model, options.text_model)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -125,31 +126,47 @@ class ClipTrainingArguments(TrainingArguments):
         self.gradient_accumulation_steps = 1
 
 
+def spelled_out(argv: Sequence[str]) -> list[str]:
+    """The command line; of one that only names a .json file, the options in that file as they would be typed.
+
+    Raises:
+        UsageError: the file is missing, or not an object of options.
+    """
+    if len(argv) != 1 or not argv[0].endswith(".json"):
+        return list(argv)
+    try:
+        options = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{argv[0]}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{argv[0]}: not valid JSON ({error})") from None
+    if not isinstance(options, dict):
+        raise UsageError(f'{argv[0]}: must hold one object, {{"option": value, ...}}')
+    words: list[str] = []
+    for name, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
+    return words
+
+
 def device_of(argv: Sequence[str]) -> str:
     """The device asked for: it must be there before the rest can be parsed, since TrainingArguments looks at it."""
-    if len(argv) == 1 and argv[0].endswith(".json") and os.path.isfile(argv[0]):
-        return json.loads(Path(argv[0]).read_text()).get("device_name", "auto")
-    return argv[argv.index("--device_name") + 1] if "--device_name" in argv[:-1] else "auto"
+    given = [value for name, value in itertools.pairwise(argv) if name == "--device_name"]
+    return given[-1] if given else "auto"
 
 
 def parse(argv: Sequence[str], world: World) -> tuple[ModelArguments, DataArguments, ClipTrainingArguments]:
-    """The three groups of options from a command line, or from the one .json file it names.
+    """The three groups of options from a command line.
 
     Raises:
         UsageError: unknown option, wrong value, or options that do not go together.
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, ClipTrainingArguments), allow_abbrev=False)
     try:
-        if len(argv) == 1 and argv[0].endswith(".json"):
-            options = json.loads(Path(argv[0]).read_text())
-            groups = parser.parse_dict({**options, "use_cpu": world.device.type == "cpu"})
-        else:
-            argv = [*argv, "--use_cpu", str(world.device.type == "cpu")]
-            groups = parser.parse_args_into_dataclasses(list(argv))
+        groups = parser.parse_args_into_dataclasses([*argv, "--use_cpu", str(world.device.type == "cpu")])
     except ValueError as error:
         raise UsageError(f"options: {error}") from None
-    except OSError as error:
-        raise UsageError(f"{argv[0]}: {error.strerror}") from None
     _check(*groups)
     return groups
 
@@ -179,7 +196,24 @@ def _check(model: ModelArguments, data: DataArguments, training: ClipTrainingArg
             raise UsageError(f"{path}: no such file")
     if training.zero_shot_dir and not os.path.isdir(training.zero_shot_dir):
         raise UsageError(f"--zero_shot_dir {training.zero_shot_dir}: no such folder")
+    if training.zero_shot_dir and not training.do_eval:
+        raise UsageError("--zero_shot_dir is for evaluation: add --do_eval")
+    if (training.class_names or training.templates) and not training.zero_shot_dir:
+        raise UsageError("--class_names and --templates describe the pictures of --zero_shot_dir: give that too")
+    if training.label_smoothing_factor:
+        raise UsageError(
+            "--label_smoothing_factor: the targets are which caption belongs to which picture; leave it out"
+        )
+    if training.auto_find_batch_size:
+        raise UsageError(
+            "--auto_find_batch_size: another batch has other negatives; lower --per_device_train_batch_size and raise "
+            "--gradient_accumulation_steps, which keeps the large batch's loss"
+        )
     if model.model_name_or_path and Path(model.model_name_or_path).is_file():
         raise UsageError(f"--model_name_or_path {model.model_name_or_path}: give the folder, not a file in it")
-    if min(training.micro_batch_size, training.per_device_eval_batch_size) < 1:
-        raise UsageError("batch sizes must be at least 1")
+    if min(training.micro_batch_size, training.per_device_train_batch_size, training.per_device_eval_batch_size) < 1:
+        raise UsageError("batch sizes and --gradient_accumulation_steps must be at least 1")
+    for name, least in (("max_train_samples", 1), ("max_eval_samples", 1), ("max_seq_length", 3)):
+        value = getattr(data, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} {value}: must be at least {least}")

@@ -58,7 +58,7 @@ def from_scratch(
     """
     shape = SIZES[size]
     image_size = image_size or shape["image"]
-    if image_size % shape["patch"]:
+    if image_size < 1 or image_size % shape["patch"]:
         raise UsageError(f"--image_size {image_size}: must be a multiple of the patch size {shape['patch']}")
     if captions is None and family == "dual":
         raise UsageError("--captions FILE is needed: the tokenizer is trained on them")

@@ -37,6 +37,12 @@ DROPPED = {
     "trust_remote_code": "no code of a data set is run",
     "use_auth_token": "the hub login is used, or --token",
     "push_to_hub_token": "use --hub_token",
+    "fp16_full_eval": "evaluation runs in the precision of training",
+    "bf16_full_eval": "evaluation runs in the precision of training",
+    "eval_accumulation_steps": "evaluation keeps one feature a picture and caption, nothing larger",
+    "dataloader_pin_memory": "batches are pinned wherever there is an accelerator",
+    "dataloader_persistent_workers": "each epoch starts its own workers, as a resumed one must",
+    "torch_empty_cache_steps": "memory of the device is kept for the next step",
 }
 
 
@@ -117,6 +123,8 @@ def _save_every(name: str, values: list[str], notes: list[str]) -> list[str]:
 
 def _card(name: str, values: list[str], notes: list[str]) -> list[str]:
     """A card by number: the others are hidden. Under torchrun each rank's card follows from its LOCAL_RANK."""
+    if len(values) != 1 or not values[0].removeprefix("-").isdecimal():
+        raise UsageError(f"--{name} {' '.join(values)}: give the number of a card")
     if values != ["-1"] and "RANK" not in os.environ:
         for variable in ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"):
             os.environ.setdefault(variable, values[0])

@@ -115,7 +115,10 @@ def image_settings(name_or_path: str | None, config: PretrainedConfig, **hub_kwa
     folder = Path(name_or_path or "")
     for name in ("processor_config.json", "preprocessor_config.json"):  # transformers 5, transformers 4
         if name_or_path and (folder / name).is_file():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            try:
+                values = json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UsageError(f"{folder / name}: not valid JSON ({error})") from None
             values = values.get("image_processor", values)
             if "image_mean" in values and "image_std" in values:
                 return ImageSettings(size, tuple(values["image_mean"]), tuple(values["image_std"]))

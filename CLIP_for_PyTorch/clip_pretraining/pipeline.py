@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import CLIPImageProcessor, CLIPProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import VisionTextDualEncoderProcessor as DualEncoderProcessor
@@ -36,6 +37,7 @@ class Setup:
     collate: Collate
     train: PairDataset | None = None
     validation: PairDataset | None = None
+    zero_shot: zeroshot.Task | None = None
     validation_features: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -63,6 +65,8 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
         _check_size(setup.train, args, world)
     if args.do_eval:
         setup.validation = _dataset(_pairs("val", model_args, data, args, world), setup, data)
+        if args.zero_shot_dir:
+            setup.zero_shot = _zero_shot(model_args, data, args, world)
     return setup
 
 
@@ -106,11 +110,25 @@ def _pairs(
         pairs = coco.read_split(data.data_dir, split, model_args.cache_dir)
         cache = Path(model_args.cache_dir or Path(data.data_dir) / ".clip_cache")
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
-    pairs = pairs.head(limit)
+    return _readable(pairs.head(limit), cache, data, args, world)
+
+
+def _readable(pairs: Pairs, cache: Path, data: DataArguments, args: ClipTrainingArguments, world: World) -> Pairs:
     if data.check_images:
         bad = sources.check_images(pairs, args.dataloader_num_workers, cache) if world.is_main else None
         pairs = sources.drop_unreadable(pairs, distributed.broadcast_object(bad))
     return pairs
+
+
+def _zero_shot(
+    model_args: ModelArguments, data: DataArguments, args: ClipTrainingArguments, world: World
+) -> zeroshot.Task:
+    """Read before training: what is wrong with it must not show after the last epoch."""
+    task = zeroshot.read_task(args.zero_shot_dir, args.class_names, args.templates, data.clean_captions)
+    pictures = Pairs("zero_shot", task.images, [str(label) for label in task.labels], np.arange(len(task.images)))
+    cache = Path(model_args.cache_dir or Path(args.zero_shot_dir) / ".clip_cache")
+    pictures = _readable(pictures, cache, data, args, world)
+    return replace(task, images=pictures.images, labels=[int(label) for label in pictures.captions])
 
 
 def _dataset(pairs: Pairs, setup: Setup, data: DataArguments) -> PairDataset:
@@ -144,6 +162,11 @@ def total_steps(setup: Setup, args: ClipTrainingArguments, world: World) -> int:
     return math.ceil(args.num_train_epochs * _steps_per_epoch(setup, args, world))
 
 
+def steps_between_lines(args: ClipTrainingArguments, total_steps: int | None) -> int:
+    """--logging_steps; below 1 it is a share of all steps, as in `transformers`."""
+    return math.ceil(args.logging_steps if args.logging_steps >= 1 else args.logging_steps * (total_steps or 1))
+
+
 def run_facts(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[str, Any]:
     """What decides which pairs meet in which step; a resumed run must agree. The number of ranks does not matter."""
     return {
@@ -172,8 +195,6 @@ def evaluate(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[st
         encoder, split.pairs, split.tokens, split.images, args.per_device_eval_batch_size, args.dataloader_drop_last
     )
     setup.validation_features = tuple(features)
-    if args.zero_shot_dir:
-        metrics |= zeroshot.evaluate_folder(
-            encoder, setup.tokenizer, args.zero_shot_dir, args.class_names, args.templates
-        )
+    if setup.zero_shot:
+        metrics |= zeroshot.evaluate(encoder, setup.tokenizer, setup.zero_shot)
     return metrics

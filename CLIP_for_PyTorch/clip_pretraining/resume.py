@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from safetensors import SafetensorError, safe_open
 from common.device import UsageError
 
 MARK = "complete.json"  # written last into a checkpoint folder
+# what `Trainer` and evaluation write beside the log's files
+OF_EVALUATION = ("eval_results.json", "retrieval.png")
+OF_TRAINING = (
+    *OF_EVALUATION,
+    *("best", "model*.safetensors*", "config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt", "training_args.bin"),
+    *("all_results.json", "train_results.json", "trainer_state.json"),
+)
 
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
@@ -124,14 +133,15 @@ def keep_best(trainer, eval_loss: float) -> None:
     staging.rename(folder)
 
 
-def set_model_aside(output_dir: str | Path) -> None:
-    """Moves an earlier run's final and best model to `earlier/<time>/`: a fresh run must not overwrite them."""
+def set_aside(output_dir: str | Path, names: Sequence[str]) -> None:
+    """Moves these files of an earlier run to `earlier/<time>/`: a fresh run must not overwrite them."""
     output_dir = Path(output_dir)
-    names = ["best", "model.safetensors", "config.json", "all_results.json", "train_results.json", "eval_results.json"]
-    found = [output_dir / name for name in (*names, "trainer_state.json") if (output_dir / name).exists()]
+    found = [path for name in names for path in output_dir.glob(name)]
     if not found:
         return
-    aside = output_dir / "earlier" / time.strftime("%Y%m%d-%H%M%S-model")
-    aside.mkdir(parents=True, exist_ok=True)
+    aside = output_dir / "earlier" / time.strftime("%Y%m%d-%H%M%S")
+    while aside.exists():
+        aside = aside.with_name(aside.name + "x")
+    aside.mkdir(parents=True)
     for path in found:
         path.rename(aside / path.name)

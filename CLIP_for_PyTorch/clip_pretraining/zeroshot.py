@@ -5,6 +5,7 @@ arXiv:2103.00020, section 3.1.4.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,62 +14,79 @@ from transformers import PreTrainedTokenizerBase
 from clip_pretraining.evaluation import Encoder
 from clip_pretraining.pairs import DecodedImages, ImageRef
 from clip_pretraining.sources import IMAGE_SUFFIXES
-from clip_pretraining.tokenization import PackedCaptions
+from clip_pretraining.tokenization import PackedCaptions, clean_caption
 from common.device import UsageError
 
 IMAGENET_TEMPLATES = Path(__file__).with_name("imagenet_templates.txt")  # the 80 of openai/CLIP
 
 
-def evaluate_folder(
-    encoder: Encoder,
-    tokenizer: PreTrainedTokenizerBase,
+@dataclass(frozen=True)
+class Task:
+    """Pictures with their classes, and the classes in words."""
+
+    images: list[ImageRef]
+    labels: list[int]  # of each picture, its row in `prompts`
+    prompts: list[list[str]]  # of each class, its name in every template
+
+
+def read_task(
     folder: str | Path,
     class_names_file: str | Path | None = None,
     templates_file: str | Path | None = None,
-) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in 0..1 of `folder`/CLASS/PICTURE.
+    clean: bool = False,
+) -> Task:
+    """The pictures of `folder`/CLASS/PICTURE and their classes' prompts.
 
     Args:
         class_names_file: one name a line in the order of the sorted class folders; default the folders' names, with
             spaces for underscores.
         templates_file: one prompt a line with {} for the name; default the 80 ImageNet prompts.
+        clean: pass the prompts through OpenAI's cleaning, as the captions of training.
 
-    Returns:
-        zero_shot_top1, zero_shot_top5, zero_shot_images, zero_shot_classes
+    Raises:
+        UsageError: no classes, another number of names, or a prompt without {}.
     """
     classes, images, labels = list_folder(Path(folder))
-    names = read_class_names(class_names_file, classes)
     templates = read_templates(templates_file or IMAGENET_TEMPLATES)
+    prompts = [
+        [template.replace("{}", name) for template in templates] for name in read_class_names(class_names_file, classes)
+    ]
+    if clean:
+        prompts = [[clean_caption(prompt) for prompt in row] for row in prompts]
+    return Task(images, labels, prompts)
+
+
+def evaluate(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in 0..1: zero_shot_top1, zero_shot_top5, zero_shot_images, zero_shot_classes."""
     was_training = encoder.model.training
     encoder.model.eval()
     try:
-        weights = class_features(encoder, tokenizer, names, templates)  # [C, d]
-        features = encoder.images(DecodedImages(images, encoder.settings.size))  # [I, d]
+        weights = class_features(encoder, tokenizer, task.prompts)  # [C, d]
+        features = encoder.images(DecodedImages(task.images, encoder.settings.size))  # [I, d]
     finally:
         encoder.model.train(was_training)
-    order = (features @ weights.T).topk(min(5, len(classes)), dim=1).indices.cpu()  # [I, 5]
-    hit = order == torch.tensor(labels)[:, None]
+    classes = len(task.prompts)
+    order = (features @ weights.T).topk(min(5, classes), dim=1).indices.cpu()  # [I, 5]
+    hit = order == torch.tensor(task.labels)[:, None]
     return {
         "zero_shot_top1": float(hit[:, 0].double().mean()),
         "zero_shot_top5": float(hit.any(1).double().mean()),
-        "zero_shot_images": len(images),
-        "zero_shot_classes": len(classes),
+        "zero_shot_images": len(task.images),
+        "zero_shot_classes": classes,
     }
 
 
-def class_features(
-    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, names: list[str], templates: list[str]
-) -> torch.Tensor:
+def class_features(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, prompts: list[list[str]]) -> torch.Tensor:
     """L2-normalised [C, d]: the mean over the prompts of each class's normalised text features."""
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    features = encoder.texts(PackedCaptions.tokenise(prompts, tokenizer, encoder.max_length))  # [C * templates, d]
-    mean = features.view(len(names), len(templates), -1).mean(1)  # [C, d]
+    tokens = PackedCaptions.tokenise([prompt for row in prompts for prompt in row], tokenizer, encoder.max_length)
+    features = encoder.texts(tokens)  # [C * templates, d]
+    mean = features.view(len(prompts), len(prompts[0]), -1).mean(1)  # [C, d]
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[ImageRef], list[int]]:
     """Class folders in sorted order, their pictures, and the class of each picture."""
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     images: list[ImageRef] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -102,4 +120,7 @@ def read_templates(file: str | Path) -> list[str]:
 
 
 def _lines(file: str | Path) -> list[str]:
-    return [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: not UTF-8 text ({error})") from None

@@ -38,7 +38,7 @@ def class_folders(tmp_path) -> Path:
 
 def test_zero_shot_accuracy_by_hand(class_folders, tiny_model):
     encoder, tokenizer = encoder_of(tiny_model), load_tokenizer(str(tiny_model))
-    got = zeroshot.evaluate_folder(encoder, tokenizer, class_folders)
+    got = zeroshot.evaluate(encoder, tokenizer, zeroshot.read_task(class_folders))
     templates = zeroshot.read_templates(zeroshot.IMAGENET_TEMPLATES)
     weights = []
     for name in ("class 0", "class 1", "class 2"):  # one by one, as section 3.1.4 describes it
@@ -68,6 +68,31 @@ def test_zero_shot_files_are_checked(class_folders, tmp_path):
         zeroshot.read_templates(tmp_path / "names.txt")
     with pytest.raises(UsageError, match="at least two class folders"):
         zeroshot.list_folder(class_folders / "class_0")
+
+
+def test_what_is_wrong_with_the_zero_shot_folder_shows_before_training(
+    class_folders, pairs_table, tiny_model, tmp_path, capsys
+):
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    table = ["--train_file", str(pairs_table), "--validation_file", str(pairs_table), "--max_steps", "1"]
+    command = ["--do_train", "--do_eval", *table, "--device", "cpu", "--zero_shot_dir", str(class_folders)]
+    command += ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        run_clip.main([*command, "--class_names", str(tmp_path / "names.txt")])
+    assert "2 names for 3 class folders" in capsys.readouterr().err
+    (class_folders / "class_1/1.jpg").write_bytes(b"cut")
+    with pytest.raises(SystemExit):
+        run_clip.main(command)
+    assert "zero_shot: 1 pictures of 12 cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_are_cleaned_as_captions_are(class_folders):
+    """The check of the pictures, which may lie in `.clip_cache` beside the classes, is no class."""
+    (class_folders / ".clip_cache").mkdir()
+    task = zeroshot.read_task(class_folders, clean=True)
+    assert len(task.prompts) == 3 and task.labels == sorted([0, 1, 2] * 4)
+    assert "a bad photo of a class 1." in task.prompts[1] and all(p == p.lower() for row in task.prompts for p in row)
 
 
 def test_features_do_not_depend_on_the_batch(pairs_table, tiny_model):
@@ -187,6 +212,13 @@ def test_two_local_folders_are_joined_with_seeded_projections(tiny_model, tiny_c
         (["--do_train", "--data_dir", ".", "--device", "cuda"], "--device cuda"),
         (["--do_predict", "--do_eval", "--data_dir", "."], "--do_predict"),
         (["--do_train", "--data_dir", ".", "--precision", "fp8"], "fp32, bf16, fp16"),
+        (["--do_train", "--data_dir", ".", "--local_rank"], "--local_rank : give the number of a card"),
+        (["--do_train", "--data_dir", ".", "--gradient_accumulation_steps", "0"], "must be at least 1"),
+        (["--do_eval", "--data_dir", ".", "--max_eval_samples", "0"], "--max_eval_samples 0: must be at least 1"),
+        (["--do_train", "--data_dir", ".", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor: the targets"),
+        (["--do_train", "--data_dir", ".", "--auto_find_batch_size"], "raise --gradient_accumulation_steps"),
+        (["--do_train", "--data_dir", ".", "--zero_shot_dir", "."], "add --do_eval"),
+        (["--do_eval", "--data_dir", ".", "--templates", __file__], "give that too"),
     ],
 )
 def test_wrong_options_end_in_one_sentence(options, reason, tiny_model, tmp_path, capsys):

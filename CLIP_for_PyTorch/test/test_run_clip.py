@@ -89,6 +89,24 @@ def test_a_loss_scale_of_apex_stays_and_one_beyond_fp16_adapts(pairs_table, tiny
         assert {line["loss_scale"] for line in lines if line["kind"] == "train"} == expected
 
 
+def test_options_from_a_json_file(pairs_table, tiny_model, tmp_path, capsys):
+    """Old options and our spellings as on the command line; lines of the log at half and at the end of the run."""
+    options = {"output_dir": str(tmp_path / "out"), "model_name_or_path": str(tiny_model), "device": "cpu"}
+    options |= {"do_train": True, "train_file": str(pairs_table), "max_steps": 4, "save_every": 0, "batch_size": 8}
+    options |= {"logging_steps": 0.5, "use_combine_grad": True, "optim": "adamw_apex_fused_npu", "seed": None}
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    assert run_clip.main([str(tmp_path / "options.json")])["BatchSize"] == 8
+    assert "note: --use_combine_grad" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4]
+    (tmp_path / "cut.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    for name, reason in (("cut", "not valid JSON"), ("list", "must hold one object"), ("absent", "No such file")):
+        with pytest.raises(SystemExit):
+            run_clip.main([str(tmp_path / f"{name}.json")])
+        assert reason in capsys.readouterr().err
+
+
 def test_a_different_run_is_not_resumed(pairs_table, tiny_model, tmp_path, capsys):
     run(tmp_path, tiny_model, *train_options(pairs_table, "--max_steps", "2", "--save_every", "2"))
     with pytest.raises(SystemExit):
@@ -96,7 +114,8 @@ def test_a_different_run_is_not_resumed(pairs_table, tiny_model, tmp_path, capsy
     assert "seed was 42, is 7" in capsys.readouterr().err
     run(tmp_path, tiny_model, *train_options(pairs_table, "--max_steps", "1", "--overwrite_output_dir"))
     kept = [path.name for path in tmp_path.glob("earlier/*/*")]
-    assert "checkpoint-2" in kept and "model.safetensors" in kept  # nothing was lost
+    for name in ("checkpoint-2", "model.safetensors", "tokenizer.json", "processor_config.json"):
+        assert name in kept  # nothing was lost
 
 
 def test_accumulated_chunks_train_as_the_large_batch(pairs_table, model_without_dropout, tmp_path):
@@ -178,6 +197,13 @@ def test_evaluation_does_not_depend_on_batches_and_keeps_the_best(pairs_table, t
     alone = ["--do_eval", "--validation_file", str(pairs_table), "--per_device_eval_batch_size", "8"]
     again = run(tmp_path / "again", tmp_path / "best", *alone)
     assert again["EvalLoss"] == pytest.approx(best["eval_loss"], abs=1e-5)
+
+    trained = (tmp_path / "CLIP_for_PyTorch_bs8_1p_acc.log").read_text()
+    in_place = run(tmp_path, tmp_path / "best", *alone[:-1], "4")  # beside the training, whose results stay
+    assert in_place["BatchSize"] == 4 and in_place["ActualLoss"] == in_place["EvalLoss"]
+    assert (tmp_path / "CLIP_for_PyTorch_bs8_1p_acc.log").read_text() == trained
+    assert (tmp_path / "CLIP_for_PyTorch_eval_bs4_1p_acc.log").is_file()
+    assert [path.name for path in tmp_path.glob("earlier/*/*")] == ["eval_results.json"]
 
 
 def test_logit_scale_is_kept_below_ln_100_unless_told_otherwise(pairs_table, tiny_model, tmp_path):

@@ -110,6 +110,7 @@ def test_the_readme_commands_train_on_zips_and_evaluate_what_they_trained(tiny_m
 
     done = bash("train_eval_1p.sh", data, f"--ckpt_path={trained}", f"--output_dir={tmp_path / 'eval'}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert read_result(tmp_path / "eval/CLIP_for_PyTorch_eval_bs64_1p_acc.log")["BatchSize"] == "64"
     evaluated = json.loads((tmp_path / "eval/eval_results.json").read_text())
     assert evaluated["eval_samples"] == 64
     assert evaluated["eval_loss"] == pytest.approx(float(stored["EvalLoss"]), abs=1e-3)

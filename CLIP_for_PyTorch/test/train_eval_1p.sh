@@ -3,6 +3,7 @@
 # Usage: bash test/train_eval_1p.sh --data_path=DIR --ckpt_path=FOLDER [--batch_size=64]
 CaseKind=acc; RankSize=1
 source "$(dirname "${BASH_SOURCE[0]}")/clip_options.sh"
+Network=CLIP_for_PyTorch_eval # its result stands beside the training's
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
 model_path=${ckpt_path:-$model_path}
 require data_path model_path
