@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretrains BEiT v2 (base, with the CLS head) on one device, by the published recipe.
 # Usage: bash test/train_full_1p.sh --data_path=DIR [--tokenizer_weight=FILE --batch_size=N --epochs=N ...]
-Network=Beit2_for_PyTorch; CaseKind=acc; RankSize=1
+Network=Beit2_for_PyTorch; CaseKind=acc
+[[ $0 != "${BASH_SOURCE[0]}" ]] || RankSize=1 # else the script for 8 devices runs this one
 ExtraFlags="tokenizer_weight tokenizer_model model"
 data_path=""; batch_size=128; epochs=1600
 tokenizer_model=vqkd_encoder_base_decoder_3x768x12_clip; model=beit_base_patch16_224_8k_vocab_cls_pt

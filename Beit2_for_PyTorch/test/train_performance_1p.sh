@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measures the speed of BEiT v2 pretraining on one device; saves nothing.
 # Usage: bash test/train_performance_1p.sh --data_path=DIR [--max_steps=N --batch_size=N ...]
-Network=Beit2_for_PyTorch; CaseKind=perf; RankSize=1
+Network=Beit2_for_PyTorch; CaseKind=perf
+[[ $0 != "${BASH_SOURCE[0]}" ]] || RankSize=1 # else the script for 8 devices runs this one
 ExtraFlags="tokenizer_weight tokenizer_model model"
 data_path=""; batch_size=128; epochs=1600; max_steps=100
 tokenizer_model=vqkd_encoder_base_decoder_3x768x12_clip; model=beit_base_patch16_224_8k_vocab_cls_pt

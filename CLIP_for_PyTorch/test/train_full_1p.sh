@@ -2,7 +2,8 @@
 # Trains CLIP on COCO 2017 on one device: DIR holds the zips or what they unpack to.
 # An interrupted run goes on with --resume=auto. FOLDER is made by save_clip_roberta.py.
 # Usage: bash test/train_full_1p.sh --data_path=DIR --model_path=FOLDER [--batch_size=64 --epochs=3 --resume=auto]
-CaseKind=acc; RankSize=1
+CaseKind=acc
+[[ $0 != "${BASH_SOURCE[0]}" ]] || RankSize=1 # else the script for 8 devices runs this one
 source "$(dirname "${BASH_SOURCE[0]}")/clip_options.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
 train_clip --save_every 2000 --save_total_limit 2 --eval_strategy epoch

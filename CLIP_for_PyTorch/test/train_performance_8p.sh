@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
 # Measures the speed of CLIP training on COCO 2017 on 8 devices: 1000 steps, nothing saved on the way.
 # Usage: bash test/train_performance_8p.sh --data_path=DIR --model_path=FOLDER [--batch_size=64 --max_steps=1000]
-CaseKind=perf; RankSize=8
-source "$(dirname "${BASH_SOURCE[0]}")/clip_options.sh"
-max_steps=1000
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
-train_clip --save_every 0
+RankSize=8
+source "$(dirname "${BASH_SOURCE[0]}")/train_performance_1p.sh" "$@"

@@ -2,12 +2,6 @@
 # Pretrains data2vec text on 8 devices with the paper's configuration (512 tokens a sample). Goes on where it stopped.
 # Usage: bash test/train_full_8p.sh --data_path=DIR [--config_name=base --max_update=1000000 --ckpt_path=FILE]; DIR holds dict.txt, train.bin, ...
 # Pictures: --config_dir=configs/vision/pretraining --config_name=base_imagenet; DIR holds them, or train/ with them.
-Network=Data2vec_for_PyTorch; CaseKind=acc; RankSize=8
-ExtraFlags="config_dir config_name max_update"
-config_dir=configs/text/pretraining; config_name=base; max_update=
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
-require data_path
-launch train.py -m --config-dir "$config_dir" --config-name "$config_name" "task.data=$data_path" \
-  "distributed_training.distributed_world_size=$world_size" ${max_update:+"optimization.max_update=$max_update"} \
-  common.threshold_loss_scale=0.001 ${batch_size:+"dataset.batch_size=$batch_size"} \
-  ${epochs:+"optimization.max_epoch=$epochs"} ${ckpt_path:+--resume "$ckpt_path"}
+RankSize=8
+config_name=base
+source "$(dirname "${BASH_SOURCE[0]}")/train_full_1p.sh" "$@"

@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
 # Speed of ViT-B/16 training on 8 devices: a short run, no evaluation.
 # Usage: bash test/train_performance_8p.sh --data_path=DIR [--batch_size=32 --max_steps=100]
-Network=ViT_for_PyTorch; CaseKind=perf; RankSize=8
-ExtraFlags="config"
-config=configs/run_vit_base_p16_224_100ep.yaml batch_size=32 epochs=100 max_steps=100
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
-require data_path
-launch run_vit.py --config "$config" --run_mode train --train_dataset_dir "$data_path/train" --do_eval false \
-  --batch_size "$batch_size" --epochs "$epochs" ${ckpt_path:+--load_checkpoint "$ckpt_path"}
+RankSize=8
+source "$(dirname "${BASH_SOURCE[0]}")/train_performance_1p.sh" "$@"
