@@ -26,6 +26,7 @@ from beit2.parallel import Replica
 from beit2.pretraining_step import TrainState, Watch, gradient_step
 from beit2.training_files import append_epoch_log, find_checkpoint, open_log
 from common import device as devices
+from common.apex_options import gradient_scaler
 from common.distributed import World, process_group
 
 
@@ -53,7 +54,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     replica = Replica(model, world, options, precision)
     groups = parameter_groups(replica.model, options.weight_decay)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
-    scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
+    scaler = gradient_scaler(options.amp_backend, model, optimizer, world.device, precision, options.loss_scale)
     sides = (replica.wrapped, tokenizer, Normalizer(*setup.mean_and_std(options), world.device))
     step_once = functools.partial(gradient_step, *sides, optimizer, scaler, precision, options.clip_grad)
 

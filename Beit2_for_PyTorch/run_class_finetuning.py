@@ -38,6 +38,7 @@ from beit2.training_files import (
 from beit2.weight_files import read_checkpoint
 from common import checkpoint_file, distributed
 from common import device as devices
+from common.apex_options import gradient_scaler
 from common.device import UsageError, mix_seed
 from common.distributed import World, process_group
 from common.run_log import RunLog
@@ -67,7 +68,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     wrapped = data_parallel(model, world)
     groups = setup.finetuning_groups(model, options)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
-    scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
+    scaler = gradient_scaler(options.amp_backend, model, optimizer, world.device, precision, options.loss_scale)
 
     path = find_checkpoint(options.resume, options.auto_resume and not options.eval, options.output_dir)
     progress, best = {"step": options.start_epoch * steps}, -1.0  # below any accuracy

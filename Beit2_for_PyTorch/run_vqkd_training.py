@@ -27,6 +27,7 @@ from beit2.tokenizer_options import build_tokenizer, read_options
 from beit2.training_files import append_epoch_log, find_checkpoint, load_training_state, open_log, save_whole
 from common import device as devices
 from common import distributed
+from common.apex_options import gradient_scaler
 from common.device import UsageError
 from common.distributed import World, process_group
 from common.run_log import RunLog
@@ -76,7 +77,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     wrapped = data_parallel(tokenizer, world)
     groups = parameter_groups(tokenizer, options.weight_decay)
     optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
-    scaler = devices.grad_scaler(world.device, precision, options.loss_scale)
+    scaler = gradient_scaler(options.amp_backend, tokenizer, optimizer, world.device, precision, options.loss_scale)
 
     path = find_checkpoint(options.resume, options.auto_resume, options.output_dir)
     progress = {"step": options.start_epoch * steps}

@@ -16,7 +16,14 @@ from beit2.convert import convert_pretrained
 from beit2.labelled_data import CentreCrop, CropAndFlip, LabelledImages, TimmTransform, find_classes
 from beit2.model_names import FINETUNING_MODELS, create_model
 from beit2.optimizers import layer_decay, parameter_groups
-from beit2.options import add_dead_options, add_optimizer_options, add_run_options, add_schedule_options, parse
+from beit2.options import (
+    add_amp_backend,
+    add_dead_options,
+    add_optimizer_options,
+    add_run_options,
+    add_schedule_options,
+    parse,
+)
 from beit2.pretraining_options import mean_and_std
 from beit2.vision_transformer import VisionTransformer
 from beit2.weight_files import local_file, read_state_dict
@@ -49,6 +56,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dist_eval", action="store_true", default=True, help=argparse.SUPPRESS)
     parser.add_argument("--disable_eval_during_finetuning", action="store_true")
     add_run_options(parser)
+    add_amp_backend(parser)
     add_dead_options(parser, "enable_deepspeed", "resplit", "load-tar")
     return parse(parser, argv)
 

@@ -10,7 +10,7 @@ import torch
 
 from beit2.schedule import cosine_schedule
 from common import device as devices
-from common.apex_options import LEVELS, translate
+from common.apex_options import BACKENDS, LEVELS, translate
 from common.device import UsageError
 
 # Options of the reference that nothing reads, there or here, and what to use instead.
@@ -79,6 +79,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_dead_options(parser, "dist_on_itp", "dist_url", "world_size", "local_rank", "local-rank", "log_dir")
 
 
+def add_amp_backend(parser: argparse.ArgumentParser) -> None:
+    """For scripts whose model may train under apex itself."""
+    text = "apex: apex.amp where it is installed, with --fp16_opt_level O1"
+    parser.add_argument("--amp_backend", choices=BACKENDS, default="native", help=text)
+
+
 def add_optimizer_options(parser: argparse.ArgumentParser, *, lr: float, weight_decay: float) -> None:
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="adamw")
@@ -131,7 +137,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     options = parser.parse_args(argv)
     check_common(options)
-    mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
+    backend = getattr(options, "amp_backend", None)
+    mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad, backend)
     options.precision = mixed.precision
     for note in mixed.notes:
         warnings.warn(note, stacklevel=2)

@@ -14,6 +14,7 @@ from beit2 import training_files
 from beit2.initialization import materialize
 from beit2.pretraining_model import MaskedImageModel
 from common import checkpoint_file, distributed, sharding
+from common.apex_options import restore_scale
 from common.checkpoint_file import CheckpointError
 from common.device import UsageError
 from common.distributed import World
@@ -111,7 +112,7 @@ def load_shards(
         progress = training_files.fit_progress(sharding.load_progress(folder), steps_per_epoch, folder)
         scaling = progress.pop("scaler", None)
         if scaling and scaler.is_enabled():
-            scaler.load_state_dict(scaling)
+            restore_scale(scaler, scaling)
         sharding.load_shards(folder, optimizer, model)
     except CheckpointError as error:
         raise UsageError(str(error)) from error

@@ -17,6 +17,7 @@ from beit2.image_data import PretrainingImages, check_images, find_images
 from beit2.masking import MaskingGenerator
 from beit2.model_names import FINETUNING_MODELS, TOKENIZER_URL, create_model, create_tokenizer
 from beit2.options import (
+    add_amp_backend,
     add_dead_options,
     add_optimizer_options,
     add_run_options,
@@ -51,6 +52,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_schedule_options(parser, min_lr=1e-5)
     parser.add_argument("--weight_decay_end", type=float, default=None, help="default: --weight_decay")
     add_run_options(parser)
+    add_amp_backend(parser)
     add_dead_options(parser, "decoupling_aug", "eval_data_path")
     parser.add_argument(
         "--parallel", choices=("ddp", "fsdp"), default="ddp",

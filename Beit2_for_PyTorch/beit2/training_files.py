@@ -14,6 +14,7 @@ from torch import nn
 
 from beit2.weight_files import local_file, read_checkpoint
 from common import checkpoint_file, distributed
+from common.apex_options import restore_scale
 from common.device import UsageError
 from common.distributed import World
 from common.run_log import RunLog
@@ -102,7 +103,7 @@ def load_training_state(
         return {}
     load_optimizer(optimizer, checkpoint["optimizer"], path)
     if checkpoint.get("scaler") and scaler.is_enabled():
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore_scale(scaler, checkpoint["scaler"])
     progress = checkpoint.get("progress") or {"step": (checkpoint["epoch"] + 1) * steps_per_epoch}
     return fit_progress(progress, steps_per_epoch, path)
 

@@ -101,6 +101,12 @@ def _opt_level(name: str, values: list[str], notes: list[str]) -> list[str]:
     return []
 
 
+def _amp_backend(name: str, values: list[str], notes: list[str]) -> list[str]:
+    if values != ["native"]:
+        raise UsageError(f"--{name} {' '.join(values)}: transformers' Trainer has only torch's own; leave it out")
+    return []
+
+
 def _loss_scale(name: str, values: list[str], notes: list[str]) -> list[str]:
     if values == ["dynamic"]:
         return []
@@ -147,6 +153,7 @@ def _no_cuda(name: str, values: list[str], notes: list[str]) -> list[str]:
 
 _SPECIAL: dict[str, Callable[[str, list[str], list[str]], list[str]]] = {
     "fp16_opt_level": _opt_level,
+    "amp_backend": _amp_backend,
     "loss_scale": _loss_scale,
     "optim": _optimizer,
     "save_every": _save_every,

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from common import device as devices
-from common.apex_options import LEVELS, translate
+from common.apex_options import BACKENDS, LEVELS, translate
 from common.device import UsageError
 from data2vec.config import load_config
 
@@ -39,6 +39,7 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     parser.add_argument("--loss_scale", help="fp16: dynamic (fairseq's rules), or a number for a constant one")
     parser.add_argument("--fp16_opt_level", choices=LEVELS, help="of apex: O0 is fp32, O1 and O2 are fp16")
     parser.add_argument("--use_combine_grad", action="store_true", help="of apex: accepted, without effect")
+    parser.add_argument("--amp_backend", choices=BACKENDS, default="native", help="apex is refused")
     parser.add_argument("--seed", type=int, help="over common.seed")
     parser.add_argument("--max_steps", type=int, default=0, help="stop when this many updates are done; 0: no limit")
     parser.add_argument("--case_kind", choices=("acc", "perf"), default="acc")
@@ -48,6 +49,8 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     parser.add_argument("--num_workers", type=int, help="over dataset.num_workers")
     parser.add_argument("--resume", help="auto (checkpoint.restore_file when it exists), none, or a checkpoint")
     options = parser.parse_intermixed_args(argv)
+    if options.amp_backend == "apex":
+        raise UsageError("--amp_backend apex: the loss is scaled by fairseq's rules, which apex has not; leave it out")
     flags = [f"{key}={getattr(options, flag)}" for flag, key in FLAGS.items() if getattr(options, flag) is not None]
     config, notes = load_config(options.config_dir, options.config_name, [*options.overrides, *flags])
     _apply(options, config)
