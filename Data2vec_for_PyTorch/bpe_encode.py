@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if options.learn:
             learn(options.inputs[0], options.learn, options.encoder_json, options.vocab_bpe)
+        load_tokenizer(options.encoder_json, options.vocab_bpe)  # before an output is begun
         for source, output in zip(options.inputs, options.outputs, strict=True):
             filtered = encode_file(source, output, options)
             print(f"{source} -> {output}" + (f", {filtered} empty lines left out" if filtered else ""), flush=True)
@@ -52,6 +53,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check_paths(options: argparse.Namespace) -> None:
     if len(options.inputs) != len(options.outputs):
         raise UsageError(f"{len(options.inputs)} --inputs but {len(options.outputs)} --outputs")
+    if len(set(options.outputs)) < len(options.outputs):
+        raise UsageError(f"--outputs {' '.join(options.outputs)}: one file for each input")
     made = [options.encoder_json, options.vocab_bpe] if options.learn else []
     needed = [*options.inputs, *([] if options.learn else (options.encoder_json, options.vocab_bpe))]
     for path in needed:
@@ -63,11 +66,14 @@ def check_paths(options: argparse.Namespace) -> None:
 
 
 def learn(source: str, size: int, encoder_json: str, vocab_bpe: str) -> None:
-    """Byte-level BPE in GPT-2's file format."""
+    """Byte-level BPE in GPT-2's file format. ValueError when the text cannot be read."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train([source], vocab_size=size, show_progress=sys.stderr.isatty())
+    try:
+        tokenizer.train([source], vocab_size=size, show_progress=sys.stderr.isatty())
+    except Exception as error:  # the library has no class of its own
+        raise ValueError(f"{source}: {error}") from None
     folder = Path(encoder_json).parent
     vocabulary, merges = (Path(path) for path in tokenizer.save_model(str(folder), f".learned.{Path(source).name}"))
     vocabulary.rename(encoder_json)
@@ -75,15 +81,19 @@ def learn(source: str, size: int, encoder_json: str, vocab_bpe: str) -> None:
 
 
 def encode_file(source: str, output: str, options: argparse.Namespace) -> int:
-    """Writes the encoded lines in order; returns how many empty ones were left out."""
+    """Writes the encoded lines in order, or no file at all; returns how many empty ones were left out."""
     work = partial(encode_chunk, options.encoder_json, options.vocab_bpe, options.keep_empty)
     filtered = 0
     bar = tqdm(total=Path(source).stat().st_size, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
     with open(output, "x", encoding="utf-8") as file, bar:
-        for (text, dropped), size in map_chunks(work, source, options.workers):
-            file.write(text)
-            filtered += dropped
-            bar.update(size)
+        try:
+            for (text, dropped), size in map_chunks(work, source, options.workers):
+                file.write(text)
+                filtered += dropped
+                bar.update(size)
+        except BaseException:
+            Path(output).unlink()
+            raise
     return filtered
 
 
@@ -97,11 +107,15 @@ def encode_chunk(encoder_json: str, vocab_bpe: str, keep_empty: bool, path: str,
 
 
 def load_tokenizer(encoder_json: str, vocab_bpe: str):
+    """The tokenizer of the two files, loaded once a process. ValueError when they are something else."""
     key = (encoder_json, vocab_bpe)
     if key not in _tokenizers:
         from tokenizers import ByteLevelBPETokenizer
 
-        _tokenizers[key] = ByteLevelBPETokenizer.from_file(encoder_json, vocab_bpe)
+        try:
+            _tokenizers[key] = ByteLevelBPETokenizer.from_file(encoder_json, vocab_bpe)
+        except Exception as error:  # the library has no class of its own
+            raise ValueError(f"{encoder_json} and {vocab_bpe} are not GPT-2's two files ({error})") from None
     return _tokenizers[key]
 
 

@@ -126,6 +126,23 @@ def test_bpe_workers_and_empty_lines(scripts, learned, tmp_path, capsys, monkeyp
     assert "not overwritten" in refused(scripts[1], capsys, [*arguments, str(tmp_path / "kept")])
 
 
+def test_bpe_refusals_leave_nothing_behind(scripts, learned, tmp_path, capsys):
+    (tmp_path / "latin1").write_bytes(b"fine\ncaf\xe9\n")
+    (tmp_path / "other").write_text("not merges")
+    vocabulary, merges, text = (str(learned / name) for name in ("e.json", "v.bpe", "raw.txt"))
+    output = str(tmp_path / "o")
+    for files, inputs, outputs, words in (
+        ([vocabulary, str(tmp_path / "other")], [text], [output], "not GPT-2's two files"),
+        ([vocabulary, merges], [str(tmp_path / "latin1")], [output], "latin1: not UTF-8 at byte 8"),
+        ([vocabulary, merges], [text, text], [output, output], "one file for each input"),
+        ([str(tmp_path / "e"), str(tmp_path / "v"), "--learn", "300"], [str(tmp_path / "latin1")], [output], "UTF-8"),
+    ):
+        arguments = ["--encoder-json", files[0], "--vocab-bpe", *files[1:], "--inputs", *inputs, "--outputs", *outputs]
+        message = refused(scripts[1], capsys, arguments)
+        assert words in message and message.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latin1", "other"]
+
+
 def test_gpt2_ids(scripts, sample_data, tmp_path):
     """GPT-2's own vocabulary, its published ids."""
     folder = sample_data / "text" / "gpt2_bpe"
