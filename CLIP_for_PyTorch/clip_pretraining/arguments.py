@@ -213,6 +213,10 @@ def _check(model: ModelArguments, data: DataArguments, training: ClipTrainingArg
         raise UsageError(f"--model_name_or_path {model.model_name_or_path}: give the folder, not a file in it")
     if min(training.micro_batch_size, training.per_device_train_batch_size, training.per_device_eval_batch_size) < 1:
         raise UsageError("batch sizes and --gradient_accumulation_steps must be at least 1")
+    if training.dataloader_num_workers < 0 or training.num_train_epochs <= 0:
+        raise UsageError("--dataloader_num_workers must be at least 0, and --num_train_epochs above it")
+    if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
+        raise UsageError(f"--output_dir {training.output_dir}: a file, not a folder")
     for name, least in (("max_train_samples", 1), ("max_eval_samples", 1), ("max_seq_length", 3)):
         value = getattr(data, name)
         if value is not None and value < least:

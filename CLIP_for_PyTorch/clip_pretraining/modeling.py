@@ -79,10 +79,20 @@ def _load_weights(family, name_or_path: str, config: PretrainedConfig, hub_kwarg
     try:
         # float32 masters whatever dtype the folder holds: precision is autocast's business
         model, info = family.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, output_loading_info=True, **hub_kwargs
+            name_or_path,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one line
+            **hub_kwargs,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{name_or_path}: the weights cannot be loaded: {first_line(error)}") from None
+    for name, stored, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise UsageError(
+            f"{name_or_path}: {name} is {list(stored)} in the weights and {list(wanted)} by config.json: they are of "
+            "different models"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(
@@ -119,6 +129,8 @@ def image_settings(name_or_path: str | None, config: PretrainedConfig, **hub_kwa
                 values = json.loads((folder / name).read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UsageError(f"{folder / name}: not valid JSON ({error})") from None
+            if not isinstance(values, dict):
+                raise UsageError(f"{folder / name}: not an image processor's settings")
             values = values.get("image_processor", values)
             if "image_mean" in values and "image_std" in values:
                 return ImageSettings(size, tuple(values["image_mean"]), tuple(values["image_std"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ from common.run_log import RunLog
 
 def train(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> None:
     """Trains to the end and saves the last model with its processor to the output folder."""
+    done = 0
     if checkpoint is not None:
-        log.info(f"resuming from {checkpoint}")
+        done = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        nothing_left = ": nothing is left to train" if done >= log.total_steps else ""
+        log.info(f"resuming from {checkpoint}, {done} steps of {log.total_steps}{nothing_left}")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with log.pause("save"):
         trainer.save_model()
         trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        if result.global_step > done:
+            trainer.log_metrics("train", result.metrics)
+            trainer.save_metrics("train", result.metrics)
 
 
 def evaluate(trainer: ClipTrainer, log: RunLog, setup: Setup) -> dict[str, float]:

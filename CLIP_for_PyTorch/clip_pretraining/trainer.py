@@ -96,6 +96,10 @@ class ClipTrainer(Trainer):
             inputs["attention_mask"] = full_attention_mask(inputs["attention_mask"], self.model.text_model)
         return {**inputs, "pixel_values": normalise_pixels(inputs["pixel_values"], self._mean, self._std)}
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:  # else `Trainer` takes a step more whenever a run is resumed
+            super()._run_epoch(*args, **kwargs)
+
     # -- the step ----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None) -> torch.Tensor:

@@ -214,6 +214,8 @@ def test_two_local_folders_are_joined_with_seeded_projections(tiny_model, tiny_c
         (["--do_train", "--data_dir", ".", "--precision", "fp8"], "fp32, bf16, fp16"),
         (["--do_train", "--data_dir", ".", "--local_rank"], "--local_rank : give the number of a card"),
         (["--do_train", "--data_dir", ".", "--gradient_accumulation_steps", "0"], "must be at least 1"),
+        (["--do_train", "--data_dir", ".", "--num_workers", "-1"], "--dataloader_num_workers must be at least 0"),
+        (["--do_train", "--data_dir", ".", "--output_dir", __file__], "a file, not a folder"),
         (["--do_eval", "--data_dir", ".", "--max_eval_samples", "0"], "--max_eval_samples 0: must be at least 1"),
         (["--do_train", "--data_dir", ".", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor: the targets"),
         (["--do_train", "--data_dir", ".", "--auto_find_batch_size"], "raise --gradient_accumulation_steps"),
@@ -241,6 +243,18 @@ def test_a_wrong_model_folder_is_explained(tiny_model, pairs_table, tmp_path):
     shutil.copy(roberta / "model.safetensors", mixed)
     with pytest.raises(UsageError, match="the weights lack"):
         load_model(str(mixed))
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["projection_dim"] = 32
+    (mixed / "config.json").write_text(json.dumps(config))
+    shutil.copy(tiny_model / "model.safetensors", mixed)
+    with pytest.raises(
+        UsageError, match=r"text_projection.weight is \[64, 64\] in the weights and \[32, 64\] by config"
+    ):
+        load_model(str(mixed))
+    for text in ("{", "[]"):
+        (mixed / "processor_config.json").write_text(text)
+        with pytest.raises(UsageError, match="mixed/processor_config.json: not"):
+            image_settings(str(mixed), load_model(str(tiny_model)).config)
     (mixed / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UsageError, match="cannot be loaded"):
         load_model(str(mixed))

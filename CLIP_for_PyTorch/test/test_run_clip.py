@@ -79,6 +79,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(pairs_table, tiny_model, tmp_pat
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert losses(tmp_path / "stopped")[-4:] == losses(tmp_path / "whole")[-4:]
 
+    run(tmp_path / "stopped", tiny_model, *options)  # nothing is left to do: not a step more
+    again = load_file(tmp_path / "stopped/model.safetensors")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert len(losses(tmp_path / "stopped")) == 12  # eight, and four again
+
 
 def test_a_loss_scale_of_apex_stays_and_one_beyond_fp16_adapts(pairs_table, tiny_model, tmp_path):
     for scale, expected in (("128", {128.0}), ("12800000", {6400000.0, 3200000.0})):
