@@ -1,6 +1,7 @@
 """Goldens of the reference (see README.md in golden/) and tiny fixtures."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,13 +24,45 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def drawn_weight(name: str, draw: torch.Tensor) -> torch.Tensor:
+    """A standard normal draw at the scale that the goldens' models have for a parameter of this name."""
+    if "gamma" in name:
+        return 0.3 + 0.1 * draw
+    if "table" in name:
+        return 0.5 * draw
+    if "norm" in name and name.endswith("weight"):
+        return 1 + 0.1 * draw
+    if name.endswith("weight"):
+        return 1.2 / math.sqrt(draw[0].numel()) * draw
+    return 0.1 * draw
+
+
+def redraw(spec: list[dict]) -> dict[str, torch.Tensor]:
+    """The tensors that a golden has as seeds. Each entry is a generator's seed and what is drawn from it, in order:
+    `weights` (a model's parameters), `randn` and `rand`, {name: shape}; all of it `repeat` times, stacked."""
+    tensors = {}
+    for entry in spec:
+        generator = torch.Generator().manual_seed(entry["seed"])
+        for name, shape in entry.get("weights", {}).items():
+            tensors[f"sd.{name}"] = drawn_weight(name, torch.randn(shape, generator=generator))
+        draws = [(kind, name, shape) for kind in ("randn", "rand") for name, shape in entry.get(kind, {}).items()]
+        rounds = [
+            [getattr(torch, kind)(shape, generator=generator) for kind, _, shape in draws]
+            for _ in range(entry.get("repeat", 1))
+        ]
+        for (_, name, _), parts in zip(draws, zip(*rounds, strict=True), strict=True):
+            tensors[name] = torch.stack(parts) if "repeat" in entry else parts[0]
+    return tensors
+
+
 class Golden:
-    """A golden's scalars (`json`) and tensors (by key)."""
+    """A golden's scalars (`json`) and tensors (by key), stored or drawn from the reference's seeds."""
 
     def __init__(self, name: str):
         self.json = json.loads((GOLDEN / f"{name}.json").read_text()) if (GOLDEN / f"{name}.json").exists() else {}
         tensors = GOLDEN / f"{name}.safetensors"
         self.tensors = load_file(tensors) if tensors.exists() else {}
+        self.tensors |= redraw(self.json.get("drawn", []))
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.tensors[key]
