@@ -147,7 +147,7 @@ def test_common_imports_no_project():
 @each_project
 def test_goldens_stay_small(project):
     golden = ROOT / project / "test" / "golden"
-    assert sum(path.stat().st_size for path in golden.rglob("*") if path.is_file()) < 5 << 20  # bytes
+    assert sum(path.stat().st_size for path in golden.rglob("*") if path.is_file()) < 3 << 20  # bytes
 
 
 def test_torch_is_never_loaded_with_full_pickle():
