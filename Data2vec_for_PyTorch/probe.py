@@ -1,4 +1,4 @@
-"""Do representations improve over training? A linear probe on held-out text or images, a cloze retrieval on text.
+"""Do representations improve over training? A linear probe and a cloze retrieval on held-out text or images.
 
     python probe.py --config-dir configs/text/pretraining --config-name base task.data=DIR \
         common_eval.path=checkpoint_best.pt
@@ -12,7 +12,8 @@ untrained model (same seed) and for the checkpoint:
   of the predicted position; beside it, chance.
 
 On images (class folders in task.data/<train_subset> and <valid_subset>) the linear probe goes from the student's
-patches, averaged, to the picture's class; beside it, that of always guessing the largest class.
+patches, averaged, to the picture's class; beside it, that of always guessing the largest class. The cloze retrieval is
+over masked patches.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from data2vec.checkpoint import load_weights
 from data2vec.command_line import choose_precision, parse
 from data2vec.dictionary import MASK
 from data2vec.epochs import EpochBatches
-from data2vec.modality import build, is_vision, open_data
+from data2vec.modality import build, forward_of, is_vision, open_data
 from data2vec.pretraining_data import PretrainingData
 
 TRAIN_TOKENS, VALID_TOKENS, RETRIEVAL_TOKENS = 8000, 4000, 1000
@@ -67,13 +68,24 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 def probe_images(model, data, config, device: torch.device, precision: str) -> dict[str, float]:
     """All numbers of one image model, in percent."""
-    from data2vec.image_probe import class_folders, collect_pictures  # torchvision: text does without
+    from data2vec.image_probe import (  # torchvision: text does without
+        class_folders,
+        collect_masked_patches,
+        collect_pictures,
+    )
 
     train_folder, valid_folder, classes = class_folders(config)
     train = collect_pictures(model, train_folder, classes, config, device, precision)
     valid = collect_pictures(model, valid_folder, classes, config, device, precision)
     accuracy, largest = linear_probe(*train, *valid)
-    return {"linear probe": accuracy, "largest class": largest}
+    batches, forward = data.valid_batches(config.dataset.valid_subset), forward_of(config, data, device)
+    pred, target = collect_masked_patches(model, batches, RETRIEVAL_TOKENS, forward, device, precision)
+    return {
+        "linear probe": accuracy,
+        "largest class": largest,
+        "cloze retrieval": retrieval(pred, target),
+        "chance": 100 / len(pred),
+    }
 
 
 def probe_text(model, data: PretrainingData, config, device: torch.device, precision: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the linear probe looks at for images: mean-pooled patches of the student, and the classes of their folders."""
+"""What the probes look at for images: mean-pooled patches and the classes of their folders, and masked patches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from common import device as devices
 from common.device import UsageError
-from data2vec.epochs import BrokenSample
+from data2vec.epochs import BrokenSample, EpochBatches
 from data2vec.image_data import MaskedImages, Normalize, read_picture, to_uint8
 
 BATCH = 128
@@ -43,6 +43,22 @@ def collect_pictures(
             hidden = model.encode(normalize(images))[:, 1:]  # [B, P, C]
         features.append(hidden.float().mean(dim=1).cpu())
     return torch.cat(features), torch.tensor([classes.index(name) for name in names])
+
+
+@torch.no_grad()
+def collect_masked_patches(
+    model: torch.nn.Module, batches: EpochBatches, limit: int, forward, device: torch.device, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(predictions, targets), fp32 [N, C], of the first `limit` masked patches of a validation split."""
+    pred, target = [], []
+    for batch in batches.loader(num_workers=0):
+        with devices.autocast(device, precision):
+            out = forward(model, batch.to(device))
+        pred.append(out["pred"].cpu())
+        target.append(out["target"].cpu())
+        if sum(map(len, pred)) >= limit:
+            break
+    return torch.cat(pred)[:limit], torch.cat(target)[:limit]
 
 
 def class_folders(config: DictConfig) -> tuple[Path, Path, list[str]]:

@@ -110,6 +110,8 @@ def test_validation_and_probe_of_the_checkpoint(pictures, tmp_path, whole, capsy
     assert float(line["val_loss"]) == pytest.approx(saved, abs=1e-3)
     results = run(probe.main, pictures, tmp_path, path)
     assert results["checkpoint"]["largest class"] == pytest.approx(100 / 3)
+    assert results["checkpoint"]["chance"] == pytest.approx(100 / (9 * 9), rel=0.2)  # 9 pictures, 9 patches at most
+    assert 0 <= results["checkpoint"]["cloze retrieval"] <= 100
     assert "on held-out images" in capsys.readouterr().out
 
 
