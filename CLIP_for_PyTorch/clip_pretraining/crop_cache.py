@@ -21,6 +21,7 @@ from clip_pretraining.pairs import DecodedImages
 from clip_pretraining.sources import file_stamp
 from common.device import UsageError
 
+_PIXELS = 2  # of decode_image: another number where it gives other pixels, so that no old crop counts
 _KEY = np.dtype([("picture", "<u8"), ("checksum", "<u4"), ("unused", "<u4")])
 
 
@@ -83,5 +84,5 @@ def _reserve(path: Path, size: int) -> None:
 
 def _picture_key(name: str, stamp: str) -> int:
     """Never 0, which is what a fresh file is filled with."""
-    digest = hashlib.blake2b(f"{name} {stamp}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{_PIXELS} {name} {stamp}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1

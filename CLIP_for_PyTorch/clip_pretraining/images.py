@@ -97,9 +97,12 @@ def resize_only_the_crop(image: Image.Image, size: int) -> Image.Image:
     """As `resize_and_crop` without resampling what is cut away, a quarter sooner for 4:3.
 
     Pillow takes the crop in single precision, which moves one pixel in 10,000 of a photograph by one level; edges of
-    drawings can move by two, so only JPEGs come here. Columns go first in either case: left alone, Pillow begins with
-    the rows of an upright picture, and a fifth of the pixels round otherwise.
+    drawings can move by two, so only JPEGs come here, and none that has to grow gets a box. Columns go first in either
+    case: left alone, Pillow begins with the rows of an upright picture, and a fifth of the pixels round otherwise. Of
+    one over twice as high as wide it begins with the rows even without a box, so that one gets none.
     """
+    if min(image.size) < size or image.height > 2 * image.width:
+        return resize_and_crop(image, size)
     width, height = _resized(image.size, size)
     x, y = image.width / width, image.height / height  # source pixels per resized pixel
     left, top = (width - size) // 2 * x, (height - size) // 2 * y

@@ -97,7 +97,7 @@ class ClipTrainer(Trainer):
         return {**inputs, "pixel_values": normalise_pixels(inputs["pixel_values"], self._mean, self._std)}
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        if self.state.global_step < self.state.max_steps:  # else `Trainer` takes a step more whenever a run is resumed
+        if self.state.global_step < self.state.max_steps:  # else `Trainer` adds a step to a finished run
             super()._run_epoch(*args, **kwargs)
 
     # -- the step ----------------------------------------------------------------------------------------------------

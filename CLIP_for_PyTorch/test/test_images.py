@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clip_pretraining import load_image
 from clip_pretraining.evaluation import normalise_pixels
-from clip_pretraining.images import ImageError
+from clip_pretraining.images import ImageError, resize_and_crop
 
 GOLDEN = Path(__file__).parent / "golden"
 INFO = json.loads((GOLDEN / "preprocess.json").read_text())
@@ -25,6 +26,20 @@ def test_pixels(key):
     difference = np.abs(got.permute(1, 2, 0).numpy().astype(int) - EXPECTED[key].astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.01
+
+
+@pytest.mark.parametrize(
+    "width, height, size",
+    [(213, 451, 64), (262, 541, 224), (200, 400, 48), (20, 19, 224), (58, 17, 224), (451, 213, 64)],
+)
+def test_jpegs_of_unusual_shape_have_pillows_pixels(width, height, size, tmp_path):
+    """Over twice as high as wide Pillow begins with the rows; growing, a box moves more than a level."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        want = np.asarray(resize_and_crop(image, size)).astype(int)
+    difference = np.abs(load_image(tmp_path / "a.jpg", size).permute(1, 2, 0).numpy() - want)
+    assert difference.max() <= 1 and (difference > 0).mean() <= 0.01
 
 
 def test_every_readable_picture_is_covered():
