@@ -40,6 +40,14 @@ def test_every_script_starts_its_program(pictures, script, expected, tmp_path):
     assert expected in done.stdout and str(pictures) in done.stdout
 
 
+def test_an_evaluation_does_not_go_on_from_the_pretraining_in_the_default_folder(pictures):
+    flags = [f"--data_path={pictures}", f"--ckpt_path={pictures}", "--device_id=3", "--dry_run"]
+    done = shell("test/train_eval_1p.sh", *flags)
+    assert f"--output_dir {PROJECT}/test/output/3/finetuning " in done.stdout, done.stderr
+    done = shell("test/train_eval_1p.sh", *flags, "--output_dir=/tmp")
+    assert "--output_dir /tmp " in done.stdout
+
+
 def test_a_whole_run_from_the_test_folder(pictures, tmp_path):
     done = shell(
         "test/train_performance_1p.sh", f"--data_path={pictures / 'train'}", "--batch_size", "4", "--max_steps=2",
