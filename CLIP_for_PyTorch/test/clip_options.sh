@@ -8,7 +8,7 @@ data_path="" model_path="" batch_size=64 epochs=3 train_epochs="" precision=fp16
 train_clip() {
   require data_path model_path
   local start=(--overwrite_output_dir)
-  [[ -z $resume ]] || start=(--resume "$resume")
+  [[ -z $resume$ckpt_path ]] || start=(--resume "${resume:-$ckpt_path}")
   launch run_clip.py --model_name_or_path "$model_path" --data_dir "$data_path" \
     --dataset_name ydshieh/coco_dataset_script --dataset_config_name 2017 --do_train --do_eval \
     --num_train_epochs "${train_epochs:-$epochs}" --per_device_train_batch_size "$batch_size" \

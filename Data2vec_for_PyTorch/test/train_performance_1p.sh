@@ -11,4 +11,4 @@ launch train.py -m --config-dir "$config_dir" --config-name "$config_name" "task
   "distributed_training.distributed_world_size=$world_size" "optimization.max_update=$max_update" \
   common.threshold_loss_scale=0.001 ${batch_size:+"dataset.batch_size=$batch_size"} \
   ${epochs:+"optimization.max_epoch=$epochs"} \
-  --resume none dataset.disable_validation=true checkpoint.no_save=true
+  --resume "${ckpt_path:-none}" dataset.disable_validation=true checkpoint.no_save=true

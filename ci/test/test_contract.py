@@ -64,6 +64,19 @@ def test_scripts_share_the_launcher_and_its_flags(project, script):
 
 
 @each_project
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "1p" in script])  # those for 8 devices run these
+def test_a_checkpoint_that_is_given_is_used(project, script, tmp_path):
+    checkpoint = tmp_path / "a checkpoint.pt"
+    checkpoint.touch()
+    flags = [f"--data_path={tmp_path}", f"--ckpt_path={checkpoint}", f"--output_dir={tmp_path / 'out'}", "--dry_run"]
+    if project == "CLIP_for_PyTorch" and script != "train_eval_1p":
+        flags.append(f"--model_path={tmp_path}")
+    command = ["bash", str(ROOT / project / "test" / f"{script}.sh"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "a\\ checkpoint.pt " in done.stdout, done.stderr
+
+
+@each_project
 def test_every_launch_script_explains_itself(project):
     for path in sorted((ROOT / project / "test").glob("*.sh")):
         if path.name.startswith("train_"):
