@@ -112,7 +112,7 @@ def test_readme_has_the_sections_that_users_look_for(project):
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     for section in SECTIONS:
         assert any(re.match(section, heading) for heading in headings), f"no section {section}: {headings}"
-    for script in re.findall(r"\btest/(\w+\.(?:sh|py))", text):
+    for script in re.findall(r"(?<!/)\btest/(\w+\.(?:sh|py))", text):
         assert (ROOT / project / "test" / script).is_file(), f"README names test/{script}"
 
 
