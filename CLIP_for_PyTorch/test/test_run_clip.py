@@ -138,7 +138,7 @@ def test_accumulated_chunks_train_as_the_large_batch(pairs_table, model_without_
 def test_checkpointed_activations_change_nothing(pairs_table, tiny_model, tmp_path):
     """With dropout, which the second forward pass of a layer repeats."""
     for checkpointing in ("False", "True"):
-        options = train_options(pairs_table, "--max_steps", "3", "--activation_checkpointing", checkpointing)
+        options = train_options(pairs_table, "--max_steps", "3", "--gradient_checkpointing", checkpointing)
         run(tmp_path / checkpointing, tiny_model, *options)
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-6)
 
