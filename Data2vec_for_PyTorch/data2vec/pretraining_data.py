@@ -135,6 +135,11 @@ class PretrainingData(SplitBatches):
         task = config.task
         mask_names = ("mask_prob", "leave_unmasked_prob", "random_token_prob", "freq_weighted_replacement")
         mask_names += ("mask_multiple_length", "mask_stdev")
+        if not (self.folder / "dict.txt").is_file():
+            raise UsageError(
+                f"{self.folder / 'dict.txt'}: no such file; task.data is the --destdir of preprocess.py or "
+                "fairseq-preprocess, with dict.txt and train.bin/.idx"
+            )
         try:
             self.vocab = Dictionary.load(self.folder / "dict.txt")
         except (OSError, ValueError) as error:

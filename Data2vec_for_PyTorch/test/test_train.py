@@ -343,6 +343,7 @@ def refusal(train_main, tiny, corpus, tmp_path, capsys, *arguments):
         ("dataset.valid_subset=valid2", ["valid2.idx", "no such file"]),
         ("dataset.train_subset=nothing", ["nothing.idx"]),
         ("task.data=/does/not/exist", ["/does/not/exist", "no such folder"]),
+        ("task.data=/usr", ["/usr/dict.txt: no such file", "preprocess.py"]),
         ("task.mask_whole_words=true", ["mask_whole_words"]),
         ("model.average_top_k_layers=7", ["average_top_k_layers=7"]),
         ("optimization.lr=[0.1,0.2]", ["one value"]),
