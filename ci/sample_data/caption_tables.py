@@ -1,0 +1,24 @@
+"""Pictures with captions as tables: `pictures/` and, a line a pair, `<split>.jsonl` of `image_path` and `caption`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+
+def write_split(folder: Path, split: str, rows: Iterable[tuple[str, Image.Image, Iterable[str]]]) -> None:
+    """Writes `<split>.jsonl` and the pictures it names into `folder`.
+
+    Args:
+        rows: (file name without ending, picture, its captions) of every picture, in the order of the table.
+    """
+    (folder / "pictures").mkdir(exist_ok=True)
+    with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as table:
+        for name, picture, captions in rows:
+            path = f"pictures/{name}.png"
+            picture.save(folder / path)
+            for caption in captions:
+                table.write(json.dumps({"image_path": path, "caption": caption}) + "\n")
