@@ -8,7 +8,7 @@ PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor npu-contract npu-stub demo test counters counters-accept perf perf-run peers scaling outcomes lint format sample_data clean
+.PHONY: help install doctor npu-contract npu-stub demo test counters counters-accept perf perf-run peers outcomes lint format sample_data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,10 +30,10 @@ doctor: ## say what is wrong with this host's driver, CANN, torch and cards; DEV
 	@$(PYTHON) -m common.doctor $(if $(DEVICE),--device $(DEVICE))
 
 npu-contract: $(STAMP) ## fetch the torch_npu wheels (170 MB, deleted again) and check what our code calls of them
-	python -m ci.npu_contract.update
+	python -m ci.npu.contract.update
 
 npu-stub: $(STAMP) ## run our npu patches on the shape functions of the real torch_npu 2.13 (44 MB, kept in .npu_stub/)
-	python -m ci.npu_stub
+	python -m ci.npu.stub
 
 demo: sample_data ## train a small model on real pictures and show the result; PROJECT=X_for_PyTorch for another project
 	@test -f $(PROJECT)/test/demo.sh || { echo "error: PROJECT=$(PROJECT): choose one of $(PROJECTS)" >&2; exit 2; }
@@ -45,23 +45,20 @@ test: sample_data ## run every test of the repo, two files at a time (JOBS=0: on
 peers: $(STAMP) ## benchmarks against other implementations, an hour or more on one core; PEERS_ARGS="--only vit --quick" for some
 	python -m ci.peers $(PEERS_ARGS)
 
-scaling: $(STAMP) ## what 1 to 1,000 cards would do: measured steps, a model of the links, its check on gloo; SCALING_ARGS="--inter_gbps 25"
-	python -m ci.scaling $(SCALING_ARGS)
-
 outcomes: sample_data ## does every project still learn? all demos from three seeds; OUTCOMES_ARGS="--only CLIP_for_PyTorch" for some
-	python -m ci.outcomes $(OUTCOMES_ARGS)
+	python -m ci.gates.outcomes $(OUTCOMES_ARGS)
 
 counters: $(STAMP) ## does a training step of each project do what was accepted? exact, a minute; COUNTERS_ARGS="--project ViT"
-	python -m ci.counters $(COUNTERS_ARGS)
+	python -m ci.gates.counters $(COUNTERS_ARGS)
 
 counters-accept: $(STAMP) ## write the counts of the code as it is, for the commit that means to change them
-	python -m ci.counters --accept $(COUNTERS_ARGS)
+	python -m ci.gates.counters --accept $(COUNTERS_ARGS)
 
 perf: $(STAMP) ## is a step slower than at the merge base? paired, for the projects that changed; PERF_ARGS="v1.0 HEAD" for others
-	python -m ci.perf_ab $(PERF_ARGS)
+	python -m ci.gates.paired $(PERF_ARGS)
 
 perf-run: sample_data ## every project's train_performance_1p.sh against earlier nights on this device; PERF_RUN_ARGS="--update"
-	python -m ci.perf_run $(PERF_RUN_ARGS)
+	python -m ci.gates.nightly $(PERF_RUN_ARGS)
 
 lint: $(STAMP) ## check style and format
 	ruff check .

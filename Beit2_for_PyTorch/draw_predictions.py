@@ -6,11 +6,7 @@ python draw_predictions.py --checkpoint output/checkpoint.pth --tokenizer_weight
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 
@@ -20,9 +16,10 @@ from beit2.prediction_figure import draw, prediction_rows
 from beit2.training_files import load_model
 from beit2.weight_files import read_checkpoint
 from common import device as devices
+from common.errors import print_usage_errors
 
 
-@devices.print_usage_errors
+@print_usage_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("draw_predictions.py", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of run_beitv2_pretraining.py")

@@ -8,11 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 
@@ -28,9 +23,10 @@ from beit2.training_files import append_epoch_log, find_checkpoint, open_log
 from common import device as devices
 from common.apex_options import gradient_scaler
 from common.distributed import World, process_group
+from common.errors import print_usage_errors
 
 
-@devices.print_usage_errors
+@print_usage_errors
 def main(argv: list[str] | None = None) -> dict | None:
     options = setup.read_options(argv)
     if options.plan_memory is not None:

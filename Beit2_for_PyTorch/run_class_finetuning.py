@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
@@ -39,12 +35,13 @@ from beit2.weight_files import read_checkpoint
 from common import checkpoint_file, distributed
 from common import device as devices
 from common.apex_options import gradient_scaler
-from common.device import UsageError, mix_seed
+from common.device import mix_seed
 from common.distributed import World, process_group
+from common.errors import UsageError, print_usage_errors
 from common.run_log import RunLog
 
 
-@devices.print_usage_errors
+@print_usage_errors
 def main(argv: list[str] | None = None) -> dict:
     options = setup.read_options(argv)
     with process_group(options.device) as world:

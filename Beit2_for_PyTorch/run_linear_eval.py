@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +36,8 @@ from beit2.vision_transformer import VisionTransformer
 from beit2.weight_files import local_file, read_checkpoint, read_state_dict
 from common import device as devices
 from common import distributed
-from common.device import UsageError
 from common.distributed import World, process_group
+from common.errors import UsageError, print_usage_errors
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:
@@ -96,7 +92,7 @@ class LinearProbe(nn.Module):
         return torch.stack([head(x) for head, x in zip(self.heads, features, strict=True)])
 
 
-@devices.print_usage_errors
+@print_usage_errors
 def main(argv: list[str] | None = None) -> dict:
     options = read_options(argv)
     with process_group(options.device) as world:

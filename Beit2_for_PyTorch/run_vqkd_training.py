@@ -6,11 +6,6 @@ python run_vqkd_training.py --data_path DIR/train --eval_data_path DIR/val --tea
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -28,14 +23,14 @@ from beit2.training_files import append_epoch_log, find_checkpoint, load_trainin
 from common import device as devices
 from common import distributed
 from common.apex_options import gradient_scaler
-from common.device import UsageError
 from common.distributed import World, process_group
+from common.errors import UsageError, print_usage_errors
 from common.run_log import RunLog
 
 HALF = (0.5, 0.5, 0.5)
 
 
-@devices.print_usage_errors
+@print_usage_errors
 def main(argv: list[str] | None = None) -> dict:
     options = read_options(argv)
     with process_group(options.device) as world:

@@ -8,13 +8,10 @@ python export_vision_tower.py --model_name_or_path output --output_dir vision --
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-
-from clip_pretraining import export, modeling  # noqa: E402
-from common.device import UsageError, print_usage_errors  # noqa: E402
+from clip_pretraining import export, modeling
+from common.errors import UsageError, print_usage_errors
 
 
 @print_usage_errors

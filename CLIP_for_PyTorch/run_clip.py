@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-
-from clip_pretraining import arguments, legacy_options, npu_patches, pipeline, reports, resume  # noqa: E402
-from clip_pretraining.trainer import ClipTrainer, RunLogCallback  # noqa: E402
-from common import device, distributed  # noqa: E402
-from common.run_log import RunLog  # noqa: E402
+from clip_pretraining import arguments, legacy_options, npu_patches, pipeline, reports, resume
+from clip_pretraining.trainer import ClipTrainer, RunLogCallback
+from common import device, distributed
+from common.errors import print_usage_errors
+from common.run_log import RunLog
 
 
-@device.print_usage_errors
+@print_usage_errors
 def main(argv: list[str] | None = None) -> dict:
     """Runs what the command line asks for; returns what the result file says."""
     argv, notes = legacy_options.translate(arguments.spelled_out(sys.argv[1:] if argv is None else argv))

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-
-from clip_pretraining import construction, pipeline  # noqa: E402
-from common.device import UsageError, print_usage_errors, seed_everything  # noqa: E402
+from clip_pretraining import construction, pipeline
+from common.device import seed_everything
+from common.errors import UsageError, print_usage_errors
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

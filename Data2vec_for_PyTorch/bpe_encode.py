@@ -13,11 +13,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-
 from tqdm import tqdm
 
-from common.device import UsageError, print_usage_errors
+from common.errors import UsageError, print_usage_errors
 from data2vec.text_files import map_chunks, read_lines
 
 _tokenizers: dict[tuple[str, str], object] = {}  # one a process

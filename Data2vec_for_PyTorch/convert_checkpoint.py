@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
 
 import torch
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
-from common.device import UsageError, print_usage_errors
+from common.errors import UsageError, print_usage_errors
 from data2vec import Data2VecText, build_model
 from data2vec.checkpoint import load_weights
 from data2vec.encoder import SentenceEncoder

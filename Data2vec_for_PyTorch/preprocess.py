@@ -16,12 +16,10 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-
 import numpy as np
 from tqdm import tqdm
 
-from common.device import UsageError, print_usage_errors
+from common.errors import UsageError, print_usage_errors
 from data2vec.dictionary import Dictionary
 from data2vec.indexed_dataset import IndexedDatasetBuilder, best_fitting_int_dtype, files_of
 from data2vec.text_files import map_chunks, read_lines

@@ -18,18 +18,13 @@ over masked patches.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-
 import torch
 import torch.nn.functional as F
 
 from common import device as devices
 from common import distributed
 from common.checkpoint_file import CheckpointError, load
-from common.device import UsageError, print_usage_errors
+from common.errors import UsageError, print_usage_errors
 from data2vec.checkpoint import load_weights
 from data2vec.command_line import choose_precision, parse
 from data2vec.dictionary import MASK

@@ -11,19 +11,16 @@ Options are those of fairseq-hydra-train: a YAML file and dotted overrides. The 
 
 from __future__ import annotations
 
-import sys
 import time
 from itertools import islice
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
 
 from omegaconf import DictConfig
 
 from common import device as devices
 from common import distributed
 from common.checkpoint_file import CheckpointError, load
-from common.device import UsageError, print_usage_errors
+from common.errors import UsageError, print_usage_errors
 from common.result_file import keep_aside
 from common.run_log import RunLog
 from data2vec import npu_patches

@@ -6,15 +6,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
 
 from common import distributed
 from common.checkpoint_file import CheckpointError, load
-from common.device import UsageError, print_usage_errors
+from common.errors import UsageError, print_usage_errors
 from common.run_log import RunLog
 from data2vec import npu_patches
 from data2vec.checkpoint import load_weights

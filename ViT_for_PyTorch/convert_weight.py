@@ -6,15 +6,12 @@ python convert_weight.py --to torch --ms_ckpt_path vit_base_p16.ckpt --torch_pth
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-
 import vit  # noqa: F401  (first: repairs torchvision)
 from common import checkpoint_file
-from common.device import UsageError, print_usage_errors
+from common.errors import UsageError, print_usage_errors
 from vit import mindspore_checkpoint, weights
 
 

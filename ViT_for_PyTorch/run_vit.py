@@ -16,15 +16,14 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repo root, for common/
-
-from common import apex_options  # noqa: E402
-from common.checkpoint_file import CheckpointError  # noqa: E402
-from common.device import UsageError, print_usage_errors, resolve  # noqa: E402
-from common.result_file import keep_aside  # noqa: E402
-from vit import config as configuration  # noqa: E402
-from vit.config import Config  # noqa: E402
-from vit.download import DownloadError  # noqa: E402
+from common import apex_options
+from common.checkpoint_file import CheckpointError
+from common.device import resolve
+from common.errors import UsageError, print_usage_errors
+from common.result_file import keep_aside
+from vit import config as configuration
+from vit.config import Config
+from vit.download import DownloadError
 
 RUN_MODES = ("train", "finetune", "eval", "predict")
 # option of the reference's run_mindformer.py -> key of our configuration

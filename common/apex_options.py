@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from common.device import UsageError, grad_scaler
+from common.device import grad_scaler
+from common.errors import UsageError
 
 LEVELS = ("O0", "O1", "O2", "O3")
 BACKENDS = ("native", "apex")

@@ -19,37 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.errors import UsageError
+
 DEVICES = ("auto", "npu", "cuda", "cpu")
 PRECISIONS = ("fp32", "bf16", "fp16")
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class UsageError(SystemExit):
-    """A mistake the user can mend: ends the program with one `error: ...` line on stderr and exit status 2.
-
-    A `SystemExit`, so that a long traceback does not hide the sentence the user has to read.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(2)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-def print_usage_errors(main):
-    """Decorator of an entry script's `main`: prints a `UsageError` as one line and exits with status 2."""
-
-    def wrapped(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UsageError as error:
-            print(f"error: {error.message}", file=sys.stderr, flush=True)
-            raise
-
-    wrapped.__wrapped__ = main
-    return wrapped
 
 
 def resolve(name: str = "auto", index: int = 0) -> torch.device:
@@ -128,6 +102,30 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_AUTOCAST_DTYPE[precision])
+
+
+def require_precision(device: torch.device, precision: str) -> None:
+    """Refuses a precision that the device cannot train in.
+
+    Raises:
+        UsageError: unknown, or bf16 on a card of the Atlas training series (910A), where autocast would be turned off
+            with a warning and the run train in fp32.
+    """
+    _check_precision(precision)
+    if precision == "bf16" and device.type == "npu":
+        from common import npu
+
+        if not npu.has_bf16(device):
+            raise UsageError(f"--precision bf16: {describe(device)} has no bf16; give --precision fp16 or fp32")
+
+
+def fused_adamw(device: torch.device) -> bool:
+    """Whether AdamW runs as one kernel on this device; `torch.optim.AdamW(..., fused=fused_adamw(device))`."""
+    if device.type != "npu":
+        return True
+    from common import npu
+
+    return npu.has_fused_adamw(device)
 
 
 class StaticGradScaler(torch.amp.GradScaler):
@@ -233,34 +231,3 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-_torchvision_schemas: torch.library.Library | None = None  # kept alive: the ops vanish with the object
-
-
-def repair_torchvision() -> bool:
-    """Makes `import torchvision` work beside a torch without CUDA. Returns whether a repair was needed.
-
-    PyPI's torchvision wheel links its C++ ops against CUDA. Beside a CPU or NPU torch they cannot load, and the import
-    dies with "operator torchvision::nms does not exist". None of our projects uses those ops; registering the two names
-    torchvision looks for is enough. Where the ops do load (CUDA, or a torchvision built for this torch) nothing is
-    done.
-
-    Call it before anything imports torchvision or timm.
-    """
-    global _torchvision_schemas
-    if "torchvision" in sys.modules or _torchvision_schemas is not None:
-        return _torchvision_schemas is not None
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return False
-    for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
-        try:
-            torch.ops.load_library(str(library))
-            return False
-        except OSError:
-            continue
-    _torchvision_schemas = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        _torchvision_schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return True

@@ -22,7 +22,7 @@ import torch.distributed.nn.functional  # noqa: F401  # else DDP imports it late
 
 from common import device as devices
 from common import lost_ranks
-from common.cpu_memory import keep_freed_memory
+from common.cpu import keep_freed_memory
 
 # Backend by device. The pair for npu lets CPU tensors (counters, objects, checkpoints' metadata) use gloo beside hccl.
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}

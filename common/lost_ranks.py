@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.hccn_address import address_towards
+from common.hosts import address_towards
 
 PROBE_S = 5.0  # how long a host may take to answer; a route that is down is often silent
 _BACKLOG = 4096  # knocks are never taken off the queue

@@ -6,6 +6,7 @@ On a machine without torch_npu nothing here is called. What only one project nee
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.device import UsageError
+from common.errors import UsageError
 
 
 def is_npu(device: torch.device) -> bool:
     return device.type == "npu"
+
+
+def _is_first_generation(device: torch.device) -> bool:
+    """Atlas training series (Ascend910A, 910ProB ...); 910B1 to B4 (A2), 910_93xx (A3) and 950 came later."""
+    return not re.match(r"Ascend(910B\d|910_\d|9[5-9]\d)", torch.npu.get_device_name(device))
+
+
+def has_bf16(device: torch.device) -> bool:
+    return not _is_first_generation(device)
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether the card has aclnnApplyAdamWV2, which CANN documents for Atlas A2, A3 and 950 only."""
+    return not _is_first_generation(device)
 
 
 def chosen(patches: Mapping[str, Callable]) -> dict[str, Callable]:

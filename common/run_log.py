@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common import device as devices
 from common.distributed import World
-from common.profiling import StepProfiler
+from common.profile.step_profiler import StepProfiler
 from common.result_file import ResultFile, keep_aside
 from common.throughput import SteadyClock
 

@@ -13,7 +13,7 @@ from timm.layers import Mlp, drop_path, trunc_normal_
 from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 
 NORM_EPS = 1e-6
 

@@ -10,7 +10,7 @@ from timm.layers import PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from beit2.blocks import NORM_EPS, Block, RelativePositionBias, drop_path_rates
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 
 _WRITES_TO_RESIDUAL = re.compile(r"(blocks|cls_pt_layers)\.(\d+)\.(attn\.proj|mlp\.fc2)")
 

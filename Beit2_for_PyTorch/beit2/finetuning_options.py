@@ -27,7 +27,7 @@ from beit2.options import (
 from beit2.pretraining_options import mean_and_std
 from beit2.vision_transformer import VisionTransformer
 from beit2.weight_files import local_file, read_state_dict
-from common.device import UsageError
+from common.errors import UsageError
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:

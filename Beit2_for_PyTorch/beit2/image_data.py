@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from beit2.masking import MaskingGenerator
 from beit2.transforms import TwoViewTransform
-from common.device import UsageError, mix_seed
+from common.device import mix_seed
 from common.distributed import World
+from common.errors import UsageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 

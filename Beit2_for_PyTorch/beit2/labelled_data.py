@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from beit2.image_data import EXTENSIONS, read_image
 from beit2.transforms import INTERPOLATIONS, draw_jitter, jitter_crop, random_crop, to_uint8
-from common.device import UsageError, mix_seed
+from common.device import mix_seed
+from common.errors import UsageError
 
 Transform = Callable[[Image.Image, int], torch.Tensor]  # picture, seed -> tensor
 

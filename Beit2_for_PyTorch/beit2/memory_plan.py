@@ -9,7 +9,7 @@ import torch
 
 from beit2.pretraining_model import MaskedImageModel
 from beit2.pretraining_options import build_model
-from common.device import UsageError
+from common.errors import UsageError
 
 GIB = 1 << 30
 _TOKENIZER_PARAMETERS = 86_400_000  # the base encoder and its task layer; the decoder is not loaded

@@ -10,7 +10,7 @@ from torch import nn
 from beit2.pretraining_model import MaskedImageModel
 from beit2.tokenizer import VQKD, build_tokenizer, load_tokenizer_weights
 from beit2.vision_transformer import VisionTransformer
-from common.device import UsageError
+from common.errors import UsageError
 
 # width, depth, heads
 _SIZES = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.device import UsageError
+from common.errors import UsageError
 
 _NAMES_IN_TIMM = {"nesterov": "sgd", "nvnovograd": "novograd"}
 

@@ -11,7 +11,7 @@ import torch
 from beit2.schedule import cosine_schedule
 from common import device as devices
 from common.apex_options import BACKENDS, LEVELS, translate
-from common.device import UsageError
+from common.errors import UsageError
 
 # Options of the reference that nothing reads, there or here, and what to use instead.
 DEAD = {

@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from beit2 import training_files
 from beit2.initialization import materialize
 from beit2.pretraining_model import MaskedImageModel
-from common import checkpoint_file, distributed, sharding
+from common import checkpoint_file, distributed, shards
 from common.apex_options import restore_scale
 from common.checkpoint_file import CheckpointError
-from common.device import UsageError
 from common.distributed import World
+from common.errors import UsageError
 
 
 class Replica:
@@ -39,7 +39,7 @@ class Replica:
         model.activation_checkpointing = options.activation_checkpointing
         self.model = self.wrapped = model
         if self.sharded:
-            sharding.shard(model, (*model.blocks, *getattr(model, "cls_pt_layers", ())), world, precision)
+            shards.shard(model, (*model.blocks, *getattr(model, "cls_pt_layers", ())), world, precision)
         materialize(model, world.device, options.seed)
         if not self.sharded:
             # every parameter gets a gradient in every step, in the same order
@@ -62,9 +62,9 @@ class Replica:
         folder = Path(options.output_dir)
         if self.sharded:
             rest = {"scaler": scaler.state_dict(), **training_files.run_shape(steps_per_epoch)}
-            sharding.save_shards(folder / training_files.SHARDED, progress | rest, optimizer, self.model)
+            shards.save_shards(folder / training_files.SHARDED, progress | rest, optimizer, self.model)
             if numbered:
-                state = sharding.whole_state(self.model)  # on rank 0; empty elsewhere
+                state = shards.whole_state(self.model)  # on rank 0; empty elsewhere
                 if self.world.is_main:
                     epoch = progress["step"] // steps_per_epoch - 1
                     content = {"model": state, "epoch": epoch, "args": training_files.plain_options(options)}
@@ -109,11 +109,11 @@ def load_shards(
         UsageError: another model's, or in the middle of an epoch of another number of steps.
     """
     try:
-        progress = training_files.fit_progress(sharding.load_progress(folder), steps_per_epoch, folder)
+        progress = training_files.fit_progress(shards.load_progress(folder), steps_per_epoch, folder)
         scaling = progress.pop("scaler", None)
         if scaling and scaler.is_enabled():
             restore_scale(scaler, scaling)
-        sharding.load_shards(folder, optimizer, model)
+        shards.load_shards(folder, optimizer, model)
     except CheckpointError as error:
         raise UsageError(str(error)) from error
     return progress

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beit2.blocks import Attention, Block, RelativePositionBias, drop_path_rates, init_linear_and_norm, take_rows
 from beit2.encoder import Encoder
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 
 
 class MaskedImageModel(Encoder):

@@ -31,7 +31,7 @@ from beit2.schedule import cosine_schedule
 from beit2.tokenizer import VQKD, load_tokenizer_weights
 from beit2.transforms import INTERPOLATIONS, TwoViewTransform
 from beit2.weight_files import local_file, saved_options
-from common.device import UsageError
+from common.errors import UsageError
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -15,8 +15,8 @@ from beit2.quantizer import NormEMAQuantizer
 from beit2.teachers import ScalingLayer, build_teacher
 from beit2.vision_transformer import VisionTransformer
 from beit2.weight_files import read_state_dict
-from common.cpu_kernels import cpu_kernels
-from common.device import UsageError
+from common.cpu import cpu_kernels
+from common.errors import UsageError
 
 PROCESS_TYPES = ("default", "dall-e", "imagenet_norm")
 # What training checkpoints hold besides the tokenizer.

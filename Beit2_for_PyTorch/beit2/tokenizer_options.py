@@ -10,7 +10,7 @@ from beit2.teachers import load_teacher
 from beit2.tokenizer import PROCESS_TYPES, VQKD
 from beit2.transforms import INTERPOLATIONS
 from beit2.weight_files import local_file
-from common.device import UsageError
+from common.errors import UsageError
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:

@@ -15,10 +15,10 @@ from torch import nn
 from beit2.weight_files import local_file, read_checkpoint
 from common import checkpoint_file, distributed
 from common.apex_options import restore_scale
-from common.device import UsageError
 from common.distributed import World
+from common.errors import UsageError
 from common.run_log import RunLog
-from common.sharding import saved_at
+from common.shards import saved_at
 
 NETWORK = "Beit2_for_PyTorch"
 LATEST = "checkpoint.pth"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from beit2.blocks import init_linear_and_norm
 from beit2.encoder import Encoder
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 
 
 class VisionTransformer(Encoder):

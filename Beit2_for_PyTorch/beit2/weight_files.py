@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
-from common.device import UsageError
+from common.errors import UsageError
 
 # The reference keeps NumPy floats (learning rates) in its optimizer state. These names build numbers, nothing else.
 NUMPY_SCALARS = (

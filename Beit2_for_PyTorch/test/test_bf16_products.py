@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import beit2
 from beit2 import blocks, pretraining_model, tokenizer, vision_transformer
-from common import cpu_kernels
+from common import cpu as cpu_kernels
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "init_values": 0.5}
 

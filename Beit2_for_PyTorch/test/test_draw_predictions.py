@@ -9,7 +9,7 @@ import draw_predictions
 import run_beitv2_pretraining
 from beit2.prediction_figure import code_colours
 from beit2.weight_files import read_checkpoint
-from common.device import UsageError
+from common.errors import UsageError
 
 
 def test_figure_of_a_trained_model(pictures, tokenizer_file, tmp_path):

@@ -12,7 +12,7 @@ import run_linear_eval
 import run_vqkd_training
 from beit2.labelled_data import find_classes
 from beit2.weight_files import read_checkpoint
-from common.device import UsageError
+from common.errors import UsageError
 
 TOKENIZER = (
     "--model vqkd_test_clip --input_size 32 --codebook_n_emd 32 --codebook_emd_dim 8 --quantize_kmeans_init --epochs 2 "

@@ -13,7 +13,7 @@ from beit2.convert import spline_matrix
 from beit2.labelled_data import CentreCrop, CropAndFlip
 from beit2.optimizers import create_optimizer, layer_decay
 from beit2.transforms import INTERPOLATIONS, Draw, TwoViewTransform, draw_jitter, jitter_crop, random_crop
-from common.device import UsageError
+from common.errors import UsageError
 
 
 @pytest.mark.parametrize("name", ["m0", "m1", "m2"])

@@ -14,7 +14,7 @@ from beit2.quantizer import NormEMAQuantizer
 from beit2.training_files import fit_progress
 from beit2.weight_files import read_checkpoint
 from common import checkpoint_file
-from common.device import UsageError
+from common.errors import UsageError
 
 HERE = Path(__file__).resolve().parent
 

@@ -10,7 +10,7 @@ import beit2
 from beit2.quantizer import NormEMAQuantizer, kmeans
 from beit2.teachers import ScalingLayer, load_teacher
 from beit2.tokenizer import load_tokenizer_weights
-from common.device import UsageError
+from common.errors import UsageError
 
 
 def build(g):

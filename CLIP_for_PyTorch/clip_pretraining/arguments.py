@@ -11,8 +11,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from common.device import PRECISIONS, UsageError
+from common.device import PRECISIONS
 from common.distributed import World
+from common.errors import UsageError
 
 
 @dataclass

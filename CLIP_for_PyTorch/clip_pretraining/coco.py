@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from clip_pretraining.pairs import ImageRef, Pairs
 from clip_pretraining.sources import drop_empty_captions
-from common.device import UsageError
+from common.errors import UsageError
 
 ANNOTATIONS = "annotations_trainval2017"
 

@@ -20,7 +20,7 @@ from transformers import (
 from clip_pretraining import modeling
 from clip_pretraining.modeling import ImageSettings
 from clip_pretraining.tokenization import load_tokenizer, openai_tokenizer, train_tokenizer
-from common.device import UsageError
+from common.errors import UsageError
 
 # width, depth, heads, MLP of both towers; picture, patch; projection; words of a tokenizer trained for it
 SIZES = {

@@ -19,7 +19,7 @@ import torch
 
 from clip_pretraining.pairs import DecodedImages
 from clip_pretraining.sources import file_stamp
-from common.device import UsageError
+from common.errors import UsageError
 
 _PIXELS = 2  # of decode_image: another number where it gives other pixels, so that no old crop counts
 _KEY = np.dtype([("picture", "<u8"), ("checksum", "<u4"), ("unused", "<u4")])

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
 from clip_pretraining.modeling import ImageSettings
-from common.device import UsageError
+from common.errors import UsageError
 
 _OPEN_CLIP_BLOCK = {
     "layer_norm1": "ln_1",

@@ -24,7 +24,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 
 
 def install(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from common.device import UsageError
+from common.errors import UsageError
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",

@@ -23,7 +23,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from common.device import UsageError
+from common.errors import UsageError
 
 FAMILIES = {"vision-text-dual-encoder": VisionTextDualEncoderModel, "clip": CLIPModel}
 SIGLIP_INITIAL = {"logit_scale": 2.302585, "logit_bias": -10.0}  # ln 10 and -10: arXiv:2303.15343, section 3.1

@@ -1,6 +1,6 @@
 """What the models need on an Ascend NPU, each change a named function with its reason.
 
-NPU_PATCHES_OFF=NAME,... leaves patches out. Run on a simulated npu device (ci/fake_npu), not on Ascend hardware.
+NPU_PATCHES_OFF=NAME,... leaves patches out. Run on a simulated npu device (ci/npu/fake), not on Ascend hardware.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from clip_pretraining.pairs import Collate, DecodedImages, GlobalBatchSampler, I
 from clip_pretraining.shards import read_shards
 from clip_pretraining.tokenization import PackedCaptions, clean_caption, load_tokenizer
 from common import distributed
-from common.device import UsageError
 from common.distributed import World
+from common.errors import UsageError
 
 
 @dataclass

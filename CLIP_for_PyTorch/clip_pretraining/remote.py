@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
-from common.device import UsageError
+from common.errors import UsageError
 
 TRIES, FIRST_WAIT_S, TIMEOUT_S = 5, 0.5, 60  # the wait doubles from try to try
 _PASSING = (408, 429)  # client errors that go away; those of the server (5xx) may as well

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from common.device import UsageError
+from common.errors import UsageError
 
 MARK = "complete.json"  # written last into a checkpoint folder
 # what `Trainer` and evaluation write beside the log's files

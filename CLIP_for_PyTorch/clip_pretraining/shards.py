@@ -24,7 +24,7 @@ from clip_pretraining import remote
 from clip_pretraining.pairs import ImageRef, Pairs
 from clip_pretraining.sources import IMAGE_SUFFIXES, drop_empty_captions, keep_json
 from common import distributed
-from common.device import UsageError
+from common.errors import UsageError
 
 Sample = tuple[str, int, int, str]  # key, offset and length of the picture in the tar, caption
 

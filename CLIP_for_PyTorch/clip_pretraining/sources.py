@@ -14,7 +14,7 @@ import numpy as np
 from clip_pretraining import remote
 from clip_pretraining.pairs import ImageRef, Pairs, relative_to, unreadable_images
 from common import distributed
-from common.device import UsageError
+from common.errors import UsageError
 
 MAX_BAD_SHARE = 0.01  # of pictures or captions; above it the data set is wrong, not merely imperfect
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")

@@ -15,7 +15,7 @@ from clip_pretraining.evaluation import Encoder
 from clip_pretraining.pairs import DecodedImages, ImageRef
 from clip_pretraining.sources import IMAGE_SUFFIXES
 from clip_pretraining.tokenization import PackedCaptions, clean_caption
-from common.device import UsageError
+from common.errors import UsageError
 
 IMAGENET_TEMPLATES = Path(__file__).with_name("imagenet_templates.txt")  # the 80 of openai/CLIP
 

@@ -17,7 +17,7 @@ from clip_pretraining import coco, sources
 from clip_pretraining.crop_cache import CropCache
 from clip_pretraining.images import ImageError
 from clip_pretraining.pairs import DecodedImages, GlobalBatchSampler, ImageRef, Pairs
-from common.device import UsageError
+from common.errors import UsageError
 
 
 def message(error) -> str:

@@ -18,8 +18,8 @@ from clip_pretraining.images import load_image
 from clip_pretraining.modeling import ImageSettings, encode_images, image_settings, load_model
 from clip_pretraining.pairs import DecodedImages, ImageRef
 from clip_pretraining.tokenization import PackedCaptions, load_tokenizer
-from common.device import UsageError
 from common.distributed import World
+from common.errors import UsageError
 
 
 def encoder_of(folder: Path, batch_size: int = 4) -> evaluation.Encoder:

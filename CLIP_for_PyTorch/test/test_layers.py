@@ -10,7 +10,7 @@ import torch
 
 from clip_pretraining import construction, layers
 from clip_pretraining.tokenization import pad_captions
-from common import cpu_kernels
+from common import cpu as cpu_kernels
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red box", "a green box on white ground", "a blue box, and a red one", "black"]

@@ -258,7 +258,7 @@ def test_every_option_of_the_readme_is_one_of_a_script():
     known |= {f"--{name}" for names in (legacy_options.HOUSE, legacy_options._SPECIAL) for name in names}
     for script in ("save_clip_roberta.py", "export_vision_tower.py"):
         known |= set(re.findall(r'"(--\w+)"', (project / script).read_text()))
-    flags = (project / "test/clip_options.sh").read_text() + (project.parent / "common/launch.sh").read_text()
+    flags = (project / "test/clip_options.sh").read_text() + (project.parent / "common/launch/launch.sh").read_text()
     named = set(re.findall(r"(?<![\w-])--(\w+)", (project / "README.md").read_text()))
     unknown = {name for name in named if f"--{name}" not in known and not re.search(rf"\b{name}\b", flags)}
     assert len(named) > 40 and unknown - {"case"} == set()  # --case: of the benchmark

@@ -16,7 +16,7 @@ import run_clip
 from clip_pretraining import remote, shards, sources
 from clip_pretraining.images import ImageError
 from clip_pretraining.pairs import DecodedImages
-from common.device import UsageError
+from common.errors import UsageError
 
 
 def test_tars_on_several_disks_are_one_set(tmp_path):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from common import device as devices
 from common.apex_options import BACKENDS, LEVELS, translate
-from common.device import UsageError
+from common.errors import UsageError
 from data2vec.config import load_config
 
 TEXT_CONFIGS = "configs/text/pretraining"

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.device import UsageError
+from common.errors import UsageError
 from data2vec.config_values import checked_value
 
 DEFAULTS = Path(__file__).with_name("fairseq_defaults.yaml")

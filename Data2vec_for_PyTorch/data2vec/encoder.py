@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 from data2vec.dropout import attention, dropout_add
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from common.device import UsageError
+from common.errors import UsageError
 from data2vec.batching import epoch_batches
 
 VALID_EPOCH = 1  # validation masks are those of epoch 1, always

@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
 
-from common.device import UsageError, mix_seed, to_device
+from common.device import mix_seed, to_device
+from common.errors import UsageError
 from data2vec.batching import batch_by_size
 from data2vec.block_masking import block_mask
 from data2vec.epochs import BrokenSample, SplitBatches

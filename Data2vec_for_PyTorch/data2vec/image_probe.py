@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from common import device as devices
-from common.device import UsageError
+from common.errors import UsageError
 from data2vec.epochs import BrokenSample, EpochBatches
 from data2vec.image_data import MaskedImages, Normalize, read_picture, to_uint8
 

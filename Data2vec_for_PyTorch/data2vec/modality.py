@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from common.device import UsageError
+from common.errors import UsageError
 from data2vec.dictionary import MASK
 from data2vec.epochs import SplitBatches
 from data2vec.pretraining_data import PretrainingData

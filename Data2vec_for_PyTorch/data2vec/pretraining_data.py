@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from common.device import UsageError, to_device
+from common.device import to_device
+from common.errors import UsageError
 from data2vec.batching import batch_by_size, filter_by_size, ordered_indices
 from data2vec.dictionary import MASK, Dictionary
 from data2vec.epochs import BrokenSample, SplitBatches

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 from common.device import to_device
 from data2vec.encoder import EncoderConfig, Rows, SentenceEncoder, init_bert_weights
 from data2vec.targets import TargetConfig, average_targets, regression_loss

@@ -16,7 +16,7 @@ from timm.layers import trunc_normal_
 from timm.models import beit
 from torch import Tensor, nn
 
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 from data2vec.dropout import attention
 from data2vec.targets import TargetConfig, average_targets, regression_loss
 from data2vec.teacher import WithTeacher

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from common import cpu_kernels
+from common import cpu as cpu_kernels
 from data2vec import build_model, encoder, mask_tokens, text_model, vision_model
 from data2vec.vision_model import build_vision_model
 

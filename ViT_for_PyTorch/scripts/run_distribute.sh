@@ -12,7 +12,7 @@ while (($#)) && [[ $1 != --* ]]; do
 done
 if [[ ${1:-} != --help ]]; then
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-  share=$(PYTHONPATH=$root python3 -m common.rank_range "${positional[@]}" "$@") || exit 2
+  share=$(PYTHONPATH=$root python3 -m vit.rank_range "${positional[@]}" "$@") || exit 2
   eval "$share"
   [[ $run_mode != eval ]] || Network=ViT_for_PyTorch_eval
   if [[ -n $starts_nothing ]]; then

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 
 import vit
-from common import cpu_kernels
+from common import cpu as cpu_kernels
 from vit import model as vit_model
 
 

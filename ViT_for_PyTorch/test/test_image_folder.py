@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionImageFolder
 
-from common.device import UsageError
+from common.errors import UsageError
 from vit.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan, to_rgb
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.device import UsageError
+from common.errors import UsageError
 from vit.augment import EvalTransform, TrainTransform
 from vit.image_folder import BrokenImage, scan
 from vit.loader import EvalLoader, TrainLoader, to_model_input

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common import rank_range, rank_table, result_file
-from common.launch_world import LaunchError, nodes_of_table
+from common import rank_table, result_file
+from common.launch.world import LaunchError, nodes_of_table
+from vit import rank_range
 
 PROJECT = Path(__file__).resolve().parents[1]
 # What the reference's script started, recorded with a stub in place of python.

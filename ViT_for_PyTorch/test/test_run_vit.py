@@ -15,7 +15,7 @@ from PIL import Image
 
 import run_vit
 from common import checkpoint_file, result_file
-from common.device import UsageError
+from common.errors import UsageError
 from common.test.apex_stand_in import PACKAGE
 
 PROJECT = Path(__file__).resolve().parents[1]

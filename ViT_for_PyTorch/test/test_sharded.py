@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import run_vit
-from ci.forked_ranks import run
-from common import checkpoint_file, result_file, sharding
+from ci.gates.forked_ranks import run
+from common import checkpoint_file, result_file, shards
 from vit import checkpoint
 
 SCRIPT = Path(run_vit.__file__)
@@ -91,7 +91,7 @@ def test_ranks_that_cannot_keep_the_global_batch_are_refused(runs):
 
 
 def test_bf16_computes_near_fp32_from_fp32_masters(runs):
-    state = sharding.read_shards(runs / "bf16" / "checkpoints" / "checkpoint-2")
+    state = shards.read_shards(runs / "bf16" / "checkpoints" / "checkpoint-2")
     assert {value.dtype for value in state["model"].values()} == {torch.float32}
     for step, (loss, norm) in losses(runs / "bf16").items():
         exact = losses(runs / "ddp")[step]
@@ -100,7 +100,7 @@ def test_bf16_computes_near_fp32_from_fp32_masters(runs):
 
 def test_one_plain_file_is_the_checkpoint_of_ddp(runs, tmp_path, capsys):
     folder = runs / "fsdp" / "checkpoints" / f"checkpoint-{LAST}"
-    sharding.main([str(folder), str(tmp_path / "model.pt")])
+    shards.main([str(folder), str(tmp_path / "model.pt")])
     whole = checkpoint_file.load(tmp_path / "model.pt")
     ddp = checkpoint_file.load(runs / "ddp" / "checkpoints" / f"checkpoint-{LAST}.pt")
     best = checkpoint_file.load(runs / "fsdp" / "checkpoints" / "best.pt")
@@ -111,7 +111,7 @@ def test_one_plain_file_is_the_checkpoint_of_ddp(runs, tmp_path, capsys):
             if not key.endswith("qkv.bias"):
                 torch.testing.assert_close(whole[part][key], value, rtol=1e-4, atol=2e-5)
     with pytest.raises(SystemExit):
-        sharding.main([str(folder), str(tmp_path / "model.pt")])
+        shards.main([str(folder), str(tmp_path / "model.pt")])
     assert "exists: name a new file" in capsys.readouterr().err
 
 
@@ -131,7 +131,7 @@ def test_only_whole_checkpoints_are_found_and_old_ones_are_dropped(runs, tmp_pat
     assert {path.name for path in source.iterdir() if path.is_dir()} == {"checkpoint-4", "checkpoint-6"}
     shutil.copytree(source, tmp_path / "checkpoints")
     assert checkpoint.find("auto", str(tmp_path)) == tmp_path / "checkpoints" / "checkpoint-6"
-    (tmp_path / "checkpoints" / "checkpoint-6" / sharding.PROGRESS).unlink()
+    (tmp_path / "checkpoints" / "checkpoint-6" / shards.PROGRESS).unlink()
     with pytest.warns(UserWarning, match="not whole is passed over"):
         assert checkpoint.find("auto", str(tmp_path)) == tmp_path / "checkpoints" / "checkpoint-4"
 
@@ -146,12 +146,12 @@ def test_a_folder_with_foreign_code_is_refused_and_does_not_run_it(runs, tmp_pat
     shutil.copytree(runs / "fsdp" / "checkpoints" / "checkpoint-6", folder)
     (folder / ".metadata").write_bytes(pickle.dumps(RunsCode()))
     with pytest.raises(checkpoint_file.CheckpointError, match="wants to run builtins.print"):
-        sharding.read_shards(folder)
+        shards.read_shards(folder)
     for path in folder.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
     shutil.copy(runs / "fsdp" / "checkpoints" / "checkpoint-6" / ".metadata", folder)
     with pytest.raises(checkpoint_file.CheckpointError, match="not a readable sharded checkpoint"):
-        sharding.read_shards(folder)
+        shards.read_shards(folder)
     assert "the code has run" not in capsys.readouterr().out
 
 
@@ -164,18 +164,18 @@ class EnumsByName(pickle.Pickler):
 
 class TakesAttribute:
     def __reduce__(self):
-        return (getattr, (sharding.Metadata, "__init__"))
+        return (getattr, (shards.Metadata, "__init__"))
 
 
 def test_an_index_of_an_early_python_3_11_is_read_and_no_attribute_but_of_enums(runs, tmp_path):
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(runs / "fsdp" / "checkpoints" / "checkpoint-6", folder)
-    want = sharding.read_shards(folder)["model"]
+    want = shards.read_shards(folder)["model"]
     index = pickle.loads((folder / ".metadata").read_bytes())
     with open(folder / ".metadata", "wb") as file:
         EnumsByName(file).dump(index)
     assert b"getattr" in (folder / ".metadata").read_bytes()
-    torch.testing.assert_close(sharding.read_shards(folder)["model"], want, rtol=0, atol=0)
+    torch.testing.assert_close(shards.read_shards(folder)["model"], want, rtol=0, atol=0)
     (folder / ".metadata").write_bytes(pickle.dumps(TakesAttribute()))
     with pytest.raises(checkpoint_file.CheckpointError, match="its index wants '__init__' of"):
-        sharding.read_shards(folder)
+        shards.read_shards(folder)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.device import UsageError
+from common.errors import UsageError
 from vit import Trainer
 from vit import trainer as trainer_module
 

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from common import checkpoint_file
-from common.sharding import PROGRESS
+from common.shards import PROGRESS
 from vit import download
 from vit.checkpoint import folder_of, newest
 from vit.model import PRESETS, create_model

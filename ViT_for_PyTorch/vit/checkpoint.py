@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import checkpoint_file, sharding
+from common import checkpoint_file, shards
 from common.apex_options import restore_scale
-from common.device import UsageError
+from common.errors import UsageError
 
 
 @dataclass
@@ -71,14 +71,14 @@ def save_sharded(
 ) -> None:
     """Writes the folder `path`, each rank its shards. All ranks call it."""
     values = _values(state, shape, config, scaler) | {"has_ema": ema is not None}
-    sharding.save_shards(path, values, optimizer, model, **({} if ema is None else {"ema": ema}))
+    shards.save_shards(path, values, optimizer, model, **({} if ema is None else {"ema": ema}))
 
 
 def save_whole(
     path: Path, state: TrainState, shape: RunShape, config: dict[str, Any], model: nn.Module, ema: nn.Module | None
 ) -> None:
     """Writes the weights of a sharded run as one plain file, without the optimizer. All ranks call it."""
-    tensors = {"model": sharding.whole_state(model), "ema": None if ema is None else sharding.whole_state(ema)}
+    tensors = {"model": shards.whole_state(model), "ema": None if ema is None else shards.whole_state(ema)}
     if tensors["model"]:  # the main rank
         values = {"state": asdict(state), "shape": asdict(shape), "config": config}
         checkpoint_file.save(tensors | values, path)
@@ -90,7 +90,7 @@ def _values(state: TrainState, shape: RunShape, config: dict[str, Any], scaler: 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a folder that is whole, sharded or not; None when there is none."""
-    found = [checkpoint_file.newest(folder, "checkpoint-*.pt"), sharding.newest_shards(folder)]
+    found = [checkpoint_file.newest(folder, "checkpoint-*.pt"), shards.newest_shards(folder)]
     return max((path for path in found if path is not None), key=_step_of, default=None)
 
 
@@ -108,7 +108,7 @@ def find(resume_training: str, output_dir: str) -> Path | None:
         return None
     if resume_training == "auto":
         return newest(folder_of(output_dir))
-    if not Path(resume_training).is_file() and not (Path(resume_training) / sharding.PROGRESS).is_file():
+    if not Path(resume_training).is_file() and not (Path(resume_training) / shards.PROGRESS).is_file():
         raise UsageError(
             f"--resume_training {resume_training}: no such file, nor a sharded checkpoint's folder; 'auto' takes the "
             "newest in --output_dir"
@@ -122,7 +122,7 @@ def read_values(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: not a training checkpoint of this project.
     """
-    content = sharding.load_progress(path) if path.is_dir() else checkpoint_file.load(path)
+    content = shards.load_progress(path) if path.is_dir() else checkpoint_file.load(path)
     wanted = {"state", "shape"} if path.is_dir() else {"model", "optimizer", "state", "shape"}
     if not isinstance(content, dict) or not wanted <= content.keys():
         raise UsageError(
@@ -169,12 +169,12 @@ def restore(
         )
     has_ema = content["has_ema"] if path.is_dir() else content["ema"] is not None
     if path.is_dir():
-        sharding.load_shards(path, optimizer, model, **({"ema": ema} if ema is not None and has_ema else {}))
+        shards.load_shards(path, optimizer, model, **({"ema": ema} if ema is not None and has_ema else {}))
     else:
-        sharding.load_whole_model(model, content["model"])
-        sharding.load_whole_optimizer(optimizer, content["optimizer"])
+        shards.load_whole_model(model, content["model"])
+        shards.load_whole_optimizer(optimizer, content["optimizer"])
         if ema is not None and has_ema:
-            sharding.load_whole_model(ema, content["ema"])
+            shards.load_whole_model(ema, content["ema"])
     if content["scaler"]:
         restore_scale(scaler, content["scaler"])
     if ema is not None and not has_ema:

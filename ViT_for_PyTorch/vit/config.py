@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.apex_options import BACKENDS
-from common.device import DEVICES, PRECISIONS, UsageError
+from common.device import DEVICES, PRECISIONS
+from common.errors import UsageError
 from vit.model import model_names
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from common.device import UsageError
 from common.distributed import World
+from common.errors import UsageError
 from vit.augment import EvalTransform, TrainTransform
 from vit.config import Config
 from vit.image_folder import ImageFolder, check_same_classes, scan

@@ -14,11 +14,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint_file, sharding
+from common import checkpoint_file, shards
 from common import device as devices
 from common.apex_options import ApexScaler, gradient_scaler
-from common.device import UsageError
 from common.distributed import World, all_reduce_mean, barrier, broadcast_object, gather_objects, process_group
+from common.errors import UsageError
 from common.run_log import RunLog
 from vit import checkpoint, download, npu_patches
 from vit import config as configuration
@@ -133,7 +133,7 @@ def over_ranks(config: Config, world: World, model: VisionTransformer, ema: Mode
     """The model as it is trained: with --parallel fsdp in shards, in place; on several ranks otherwise under DDP."""
     if config.parallel == "fsdp":
         for module in (model, ema.module) if ema else (model,):
-            sharding.shard(module, module.blocks, world, config.precision)
+            shards.shard(module, module.blocks, world, config.precision)
         return torch.compile(model) if config.model.compile else model
     trained = torch.compile(model) if config.model.compile else model
     if world.size == 1:
@@ -246,7 +246,7 @@ def update(run: Run, step: int, loss: Tensor) -> Tensor:
     run.scaler.unscale_(run.optimizer)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if sharding.is_sharded(grad_norm):
+    if shards.is_sharded(grad_norm):
         grad_norm = grad_norm.full_tensor()
     if run.config.optimizer.clip_grad > 0:
         nn.utils.clip_grads_with_norm_(parameters, run.config.optimizer.clip_grad, grad_norm)
@@ -287,7 +287,7 @@ def save(run: Run, log: RunLog, name: str = "") -> None:
         write(path, state, run.shape, options, run.model, run.optimizer, run.scaler, ema)
         if run.world.is_main:
             checkpoint_file.keep_newest(folder, run.config.keep_checkpoints, "checkpoint-*.pt")
-            sharding.keep_newest_shards(folder, run.config.keep_checkpoints)
+            shards.keep_newest_shards(folder, run.config.keep_checkpoints)
 
 
 def bad_files(run: Run) -> dict[str, str]:

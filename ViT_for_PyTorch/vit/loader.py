@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.device import UsageError, mix_seed, step_generator
+from common.device import mix_seed, step_generator
+from common.errors import UsageError
 from vit.augment import Erasure, EvalTransform, TrainTransform, erase, normalise
 from vit.image_folder import BadFiles, BrokenImage, ImageFolder, read_image
 

@@ -9,7 +9,7 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from common.cpu_kernels import cpu_kernels
+from common.cpu import cpu_kernels
 
 HEAD_INIT_STD = 2e-5  # main_finetune.py; a fresh head starts at uniform predictions and does not disturb the encoder
 

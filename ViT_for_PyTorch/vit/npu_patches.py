@@ -2,7 +2,7 @@
 
 There is little to do: torch_npu fuses `scaled_dot_product_attention` by itself for our case ([B, H, N, D], no mask),
 has a fused AdamW kernel, and nothing in the training step has a shape that depends on data.
-NPU_PATCHES_OFF=NAME,... leaves patches out. Run on a simulated npu device (ci/fake_npu), not on Ascend hardware.
+NPU_PATCHES_OFF=NAME,... leaves patches out. Run on a simulated npu device (ci/npu/fake), not on Ascend hardware.
 """
 
 from __future__ import annotations

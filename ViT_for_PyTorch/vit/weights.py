@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common import checkpoint_file, sharding
+from common import checkpoint_file, shards
 from vit import mindspore_checkpoint
 from vit.model import reset_head
 
@@ -27,7 +27,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             return mindspore_checkpoint.from_mindspore(mindspore_checkpoint.read(path))
         except ValueError as error:
             raise checkpoint_file.CheckpointError(f"{path}: {error}") from error
-    content = sharding.read_shards(path) if Path(path).is_dir() else checkpoint_file.load(path)
+    content = shards.read_shards(path) if Path(path).is_dir() else checkpoint_file.load(path)
     if isinstance(content, dict):
         # a run with a weight average was scored with it: evaluation and prediction must use the same weights
         content = content.get("ema") or content.get("model", content.get("state_dict", content))

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci.peers import table
-from common.device import DEVICES, UsageError, print_usage_errors
+from common.device import DEVICES
+from common.errors import UsageError, print_usage_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECTS = ("vit", "beit2", "clip", "data2vec")

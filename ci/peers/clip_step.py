@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from ci.peers.paired_timing import gemm_peak, paired, write_result  # noqa: E402
 from ci.peers.steps import clip  # noqa: E402
-from common.cpu_memory import keep_freed_memory  # noqa: E402
+from common.cpu import keep_freed_memory  # noqa: E402
 
 # case: (precision of ours, the peer, its precision, what the result calls it)
 CASES = {

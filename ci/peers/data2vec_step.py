@@ -26,7 +26,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from ci.peers import data2vec_plain  # noqa: E402
 from ci.peers.paired_timing import gemm_peak, write_result  # noqa: E402
 from common import device as devices  # noqa: E402
-from common.cpu_memory import keep_freed_memory  # noqa: E402
+from common.cpu import keep_freed_memory  # noqa: E402
 from common.distributed import World  # noqa: E402
 from data2vec import build_model, mask_tokens  # noqa: E402
 from data2vec.config import load_config  # noqa: E402

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.errors import print_usage_errors
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -33,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from ci.peers.paired_timing import gemm_peak  # noqa: E402
 from ci.peers.steps.step import PROJECTS, sides_of  # noqa: E402
 from common import device as devices  # noqa: E402
-from common.device import UsageError  # noqa: E402
+from common.errors import UsageError  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATMUL_SIZES = (512, 2048, 4096, 8192)
@@ -223,7 +225,7 @@ def folder_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", devices.describe(device).lower()).strip("-")
 
 
-@devices.print_usage_errors
+@print_usage_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=devices.DEVICES)

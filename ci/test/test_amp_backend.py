@@ -7,7 +7,7 @@ import pytest
 
 from ci.training_cases import CASES, COUNTED
 from common import checkpoint_file
-from common.device import UsageError
+from common.errors import UsageError
 from common.test.apex_stand_in import PACKAGE
 
 ASKED = ["--amp_backend", "apex", "--fp16_opt_level", "O1"]

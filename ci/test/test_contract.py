@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import outcomes
+from ci.gates.outcomes import gate as outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECTS = {

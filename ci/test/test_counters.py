@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ci import counters
-from ci.operation_counter import OperationCounter
+from ci.gates.counters import gate as counters
+from ci.gates.counters.operation_counter import OperationCounter
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "ViT_for_PyTorch"

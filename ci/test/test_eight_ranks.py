@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ci.forked_ranks import run
+from ci.gates.forked_ranks import run
 from ci.training_cases import CASES, COUNTED, ROOT
 from common import result_file
 

@@ -7,9 +7,11 @@ import subprocess
 
 import pytest
 
-from ci import loss_compare, loss_files, revisions
-from ci.paired_verdict import FAIL, INCONCLUSIVE, PASS
-from common.device import UsageError
+from ci.gates import revisions
+from ci.gates.losses import gate as loss_compare
+from ci.gates.losses import loss_files
+from ci.gates.paired.verdict import FAIL, INCONCLUSIVE, PASS
+from common.errors import UsageError
 
 
 def curve(steps=300, seed=0, bias=0.0, noise=0.004, every=10):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ci.npu_contract import contract
-from ci.npu_contract.update import README, with_table
-from ci.npu_contract.uses import ROOT, Use, repository_uses, uses_in
+from ci.npu.contract import contract
+from ci.npu.contract.update import README, with_table
+from ci.npu.contract.uses import ROOT, Use, repository_uses, uses_in
 
 
 @pytest.fixture(scope="module")
@@ -111,4 +111,4 @@ def test_older_versions_are_told_apart(apis):
 def test_the_table_in_the_readme_is_of_these_sources(apis, uses):
     text = README.read_text(encoding="utf-8")
     now = with_table(text, contract.table(uses, apis))
-    assert text == now, "python -m ci.npu_contract.update --offline renews the table"
+    assert text == now, "python -m ci.npu.contract.update --offline renews the table"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ci import fake_npu, forked_ranks
+from ci.gates import forked_ranks
+from ci.npu import fake as fake_npu
 from ci.training_cases import ROOT, write_pictures
 
 pytestmark = pytest.mark.skipif(fake_npu.why_missing() is not None, reason=str(fake_npu.why_missing()))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ci import fake_npu, forked_ranks
+from ci.gates import forked_ranks
+from ci.npu import fake as fake_npu
 from ci.training_cases import CASES, COUNTED, ROOT
 from common import result_file
 

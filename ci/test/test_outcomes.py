@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ci import outcomes
+from ci.gates.outcomes import gate as outcomes
 
 PROJECTS = sorted(path.stem for path in outcomes.STORED.glob("*.json"))  # whose reference has been measured
 

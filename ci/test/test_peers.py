@@ -10,7 +10,7 @@ import torch
 
 from ci.peers import device_step, table
 from ci.peers.steps.step import PROJECTS, ROOT, sides_of
-from common.device import UsageError
+from common.errors import UsageError
 
 peers = importlib.import_module("ci.peers.__main__")
 CPU = torch.device("cpu")

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ci import perf_ab, perf_report, revisions
-from ci.paired_verdict import FAIL, INCONCLUSIVE, PASS, slowdown, verdict, why_untrusted
+from ci.gates import revisions
+from ci.gates.nightly import report as perf_report
+from ci.gates.paired import gate as perf_ab
+from ci.gates.paired.verdict import FAIL, INCONCLUSIVE, PASS, slowdown, verdict, why_untrusted
 from ci.training_cases import Case
-from common.device import UsageError
+from common.errors import UsageError
 
 
 class SimulatedHost:
@@ -185,7 +187,7 @@ def test_the_command_reports_and_keeps_the_history(made_up_project, tmp_path, mo
 
 def test_changed_files_name_their_projects():
     assert revisions.projects_of(["CLIP_for_PyTorch/run_clip.py", "ViT_for_PyTorch/README.md"]) == ["CLIP_for_PyTorch"]
-    assert revisions.projects_of(["ViT_for_PyTorch/test/test_model.py", "ci/counters.py", "README.md"]) == []
+    assert revisions.projects_of(["ViT_for_PyTorch/test/test_model.py", "ci/gates/counters/gate.py", "README.md"]) == []
     assert len(revisions.projects_of(["common/device.py"])) == 4
     with pytest.raises(UsageError, match="no-such-revision"):
         revisions.commit_of("no-such-revision")

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from ci import machine, perf_run, perf_series
-from ci.perf_series import FASTER, NEW, SAME, SLOWER
+from ci.gates import machine
+from ci.gates.nightly import gate as perf_run
+from ci.gates.nightly import series as perf_series
+from ci.gates.nightly.series import FASTER, NEW, SAME, SLOWER
 from ci.training_cases import write_pictures
-from common.device import UsageError
+from common.errors import UsageError
 
 STUB = """#!/usr/bin/env bash
 set -e

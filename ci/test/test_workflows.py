@@ -43,8 +43,12 @@ def test_commands_are_make_targets_and_gates_that_exist(path):
                 assert re.search(rf"^{target[1]}:", MAKEFILE, re.M), command
                 installed = True
                 continue
-            module = re.fullmatch(r"\.venv/bin/python -m ci\.(\w+) .+ \|\| test \$\? -eq 3", command)
-            assert module and installed and "3 " in (ROOT / "ci" / f"{module[1]}.py").read_text().split("Exit code:")[1]
+            module = re.fullmatch(r"\.venv/bin/python -m ci\.gates\.(\w+) .+ \|\| test \$\? -eq 3", command)
+            assert (
+                module
+                and installed
+                and "3 " in (ROOT / "ci" / "gates" / module[1] / "gate.py").read_text().split("Exit code:")[1]
+            )
 
 
 def test_tests_run_on_all_supported_pythons_and_both_processors():
@@ -60,7 +64,7 @@ def test_nightly_runs_what_is_too_long_for_a_change():
     workflow = load(ROOT / ".github/workflows/nightly.yml")
     assert workflow["on"]["schedule"]
     everything = "\n".join(commands(workflow))
-    for command in ("make peers", "make outcomes", "-m ci.perf_ab", "-m ci.perf_run"):
+    for command in ("make peers", "make outcomes", "-m ci.gates.paired", "-m ci.gates.nightly"):
         assert command in everything
     jobs = workflow["jobs"]
     (checkout,) = (step for step in jobs["perf"]["steps"] if step.get("uses", "").startswith("actions/checkout"))

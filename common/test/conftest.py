@@ -10,7 +10,7 @@ SCRIPT = """#!/usr/bin/env bash
 # A trial launch. Usage: bash test/trial.sh --data_path=DIR
 Network=Trial; CaseKind=acc; RankSize=1
 ExtraFlags="model_path"; batch_size=4
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch/launch.sh" "$@"
 require data_path
 launch run.py --data "$data_path" --batch_size "$batch_size" --model "$model_path"
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.apex_options import ApexScaler, find_apex, gradient_scaler, restore_scale, translate
-from common.device import UsageError
+from common.errors import UsageError
 from common.test.apex_stand_in import PACKAGE
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import distributed
-from common.device import UsageError
+from common.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ci import fake_npu
+from ci.npu import fake as fake_npu
 from common import doctor
-from common.doctor_facts import CANN_PACKAGES, Card, CardProcess, Facts, gather, read_npu_smi
+from common.doctor.facts import CANN_PACKAGES, Card, CardProcess, Facts, gather, read_npu_smi
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = json.loads(doctor.TABLE.read_text())

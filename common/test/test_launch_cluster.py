@@ -1,4 +1,4 @@
-"""launch_cluster.py with a stand-in for ssh that runs the command here, and the scheduler templates."""
+"""`common.launch.cluster` with a stand-in for ssh that runs the command here, and the scheduler templates."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.launch_world import nodes_of_hostfile
+from common.launch.world import nodes_of_hostfile
 
 COMMON = Path(__file__).resolve().parents[1]
 DUAL = COMMON / "test" / "golden" / "ranktable" / "valid" / "dual_16p.json"
@@ -62,11 +62,11 @@ def folder(tmp_path) -> Path:
 def environment(folder: Path, **extra: str) -> dict[str, str]:
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "RANK_ID", "MASTER_ADDR")}
-    return {**clean, "PATH": path, "OMP_NUM_THREADS": "1", **extra}
+    return {**clean, "PATH": path, "PYTHONPATH": str(COMMON.parent), "OMP_NUM_THREADS": "1", **extra}
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, COMMON / "launch_cluster.py", *words]
+    command = [sys.executable, "-m", "common.launch.cluster", *words]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment(folder), **streams)
 
@@ -180,7 +180,7 @@ def test_the_slurm_script_starts_every_node_with_its_rank(folder):
         (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (folder / "bin" / name).chmod(0o755)
     variables = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7,9]", "SLURM_NNODES": "2"}
-    command = ["bash", COMMON / "cluster" / "slurm.sh", "node.sh", "--data_path=my data"]
+    command = ["bash", COMMON / "launch" / "slurm.sh", "node.sh", "--data_path=my data"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder, **variables))
     assert done.returncode == 0, done.stderr
     for node in range(2):
@@ -189,7 +189,7 @@ def test_the_slurm_script_starts_every_node_with_its_rank(folder):
 
 
 def test_the_volcano_job_starts_all_pods_and_names_a_script_and_flags_that_exist(tmp_path):
-    job = yaml.safe_load((COMMON / "cluster" / "volcano_job.yaml").read_text())
+    job = yaml.safe_load((COMMON / "launch" / "volcano_job.yaml").read_text())
     (task,) = job["spec"]["tasks"]
     assert job["spec"]["minAvailable"] == task["replicas"] and {"svc", "env"} <= set(job["spec"]["plugins"])
     (container,) = task["template"]["spec"]["containers"]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ci.namespace_servers import NotPermitted, servers
-from common import launch_world, rank_table
-from common.launch_world import LaunchError, Node, nodes_of_hostfile, nodes_of_table, own_node, own_rank
+from common import rank_table
+from common.launch import world as launch_world
+from common.launch.world import LaunchError, Node, nodes_of_hostfile, nodes_of_table, own_node, own_rank
 
 GOLDEN = Path(__file__).parent / "golden" / "ranktable"
 DUAL = GOLDEN / "valid" / "dual_16p.json"

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from common import npu, profile_summary
-from common.device import UsageError
+from common import npu
 from common.distributed import World
-from common.profile_summary import Cost, Window
-from common.profiling import StepProfiler
+from common.errors import UsageError
+from common.profile import summary as profile_summary
+from common.profile.step_profiler import StepProfiler
+from common.profile.summary import Cost, Window
 from common.run_log import RunLog
 
 

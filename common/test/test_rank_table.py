@@ -8,9 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from common import hccl_tools, hccn_address, merge_hccl, rank_table, rank_table_commands
-from common.rank_table import RankTableError, check, merge, read, torchrun_lines, world
-from common.rank_table_check import warnings
+from common import rank_table
+from common.rank_table import (
+    RankTableError,
+    check,
+    device_addresses,
+    hccl_tools,
+    merge,
+    merge_hccl,
+    read,
+    torchrun_lines,
+    world,
+)
+from common.rank_table import __main__ as rank_table_commands
+from common.rank_table.validation import warnings
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden" / "ranktable"
@@ -376,7 +387,7 @@ def test_hccn_conf_fills_in_and_a_contradiction_is_reported(tmp_path):
     conf = tmp_path / "hccn.conf"
     conf.write_text("address_0=fd01::6\nnetmask_0=255.255.255.0\naddress_1=192.168.0.2\n")
     said: list[str] = []
-    found = hccn_address.device_addresses([0, 1], tool=str(tool), conf=conf, report=said.append)
+    found = device_addresses.device_addresses([0, 1], tool=str(tool), conf=conf, report=said.append)
     assert found == {0: "fd01::5", 1: "192.168.0.2"}
     assert "gave no address of device 1" in said[0]
     assert "fd01::5" in said[1] and "fd01::6" in said[1]
@@ -384,9 +395,9 @@ def test_hccn_conf_fills_in_and_a_contradiction_is_reported(tmp_path):
 
 def test_own_address_prefers_a_reachable_one(monkeypatch):
     monkeypatch.setattr("socket.gethostbyname", lambda _: "127.0.1.1")
-    monkeypatch.setattr(hccn_address, "_default_route_address", lambda: "10.1.2.3")
+    monkeypatch.setattr(device_addresses, "_default_route_address", lambda: "10.1.2.3")
     said: list[str] = []
-    assert hccn_address.own_address(said.append) == "10.1.2.3"
+    assert device_addresses.own_address(said.append) == "10.1.2.3"
     assert "127.0.1.1" in said[0] and "--server_ip" in said[0]
 
 
@@ -396,7 +407,7 @@ def test_the_command_line_checks_and_shows(tmp_path):
     assert done.returncode == 0 and "good, 2 servers, 16 ranks" in done.stdout
     done = run("-m", "common.rank_table", "check", good, bad, tmp_path / "absent.json", cwd=tmp_path)
     assert done.returncode == 1 and "status is 'initializing'" in done.stderr and "absent.json" in done.stderr
-    done = run(ROOT / "common/rank_table.py", "show", good, "--master_port", "1234", cwd=tmp_path, PYTHONPATH="")
+    done = run("-m", "common.rank_table", "show", good, "--master_port", "1234", cwd=tmp_path)
     assert done.returncode == 0
     assert "10.90.43.22: ASCEND_RT_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 torchrun --nnodes=2 --node_rank=1" in done.stdout
     done = run("-m", "common.rank_table", "show", bad, cwd=tmp_path)

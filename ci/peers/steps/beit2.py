@@ -20,7 +20,7 @@ from beit2.pretraining_step import gradient_step
 from ci.peers import beit2_plain
 from ci.peers.steps.step import Step
 from common import device as devices
-from common.device import UsageError
+from common.errors import UsageError
 
 MODEL, TOKENIZER = "beit_base_patch16_224_8k_vocab_cls_pt", "vqkd_encoder_base_decoder_1x768x12_clip"
 _TINY = {"img_size": 32, "patch_size": 8}

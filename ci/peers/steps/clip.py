@@ -20,7 +20,7 @@ from clip_pretraining.loss import contrastive_loss
 from clip_pretraining.modeling import ImageSettings
 from clip_pretraining.tokenization import pad_captions
 from common import device as devices
-from common.device import UsageError
+from common.errors import UsageError
 
 _BASE = {"width": 768, "depth": 12, "heads": 12, "side": 224, "patch": 32, "vocab": 50265, "dropout": 0.1}
 SIZES: dict[str, dict[str, Any]] = {

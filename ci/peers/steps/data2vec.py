@@ -14,9 +14,9 @@ from torch import Tensor
 from ci.peers import data2vec_plain
 from ci.peers.steps.step import ROOT, Step
 from common import device as devices
-from common.cpu_memory import keep_freed_memory
-from common.device import UsageError
+from common.cpu import keep_freed_memory
 from common.distributed import World
+from common.errors import UsageError
 from data2vec import build_model, mask_tokens
 from data2vec.config import load_config
 from data2vec.pretraining_data import TextBatch

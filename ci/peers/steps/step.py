@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from common.device import UsageError
+from common.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
 PROJECTS = {

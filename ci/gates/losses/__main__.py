@@ -1,0 +1,5 @@
+import sys
+
+from ci.gates.losses.gate import main
+
+sys.exit(main())

@@ -1,0 +1,208 @@
+"""Does each project still learn? Its demo from three seeds on the sample data, against the quality it had before.
+
+    python -m ci.gates.outcomes                       # all four: under an hour on two cores; exit 1 on a regression
+    python -m ci.gates.outcomes --only ViT_for_PyTorch --seeds 0
+    python -m ci.gates.outcomes --results DIR         # judge an earlier run again
+    python -m ci.gates.outcomes --update              # store what was measured (say why in the commit)
+
+A run is the project's own `test/demo.sh SAMPLE_DATA OUTPUT SEED`; its numbers are those it writes to OUTPUT/demo.json.
+The verdict is one-sided, on the mean over seeds: it fails below `limit` = mean - 3 x spread, where the mean and the
+sample standard deviation are those of the three stored seeds and the spread is at least FLOOR of the mean (three values
+can lie close by luck). Between two means of three that is 3.7 standard errors: by Student's t with two degrees of
+freedom an unchanged program fails about once in 30 releases. However noisy a metric is, its limit is at least KEPT of
+the way from what a model gets that learned nothing. A demo that ends without its numbers fails; one whose own check,
+made for its one seed, is not content has written them, and the band decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from common.device import available_cores  # noqa: E402
+from common.errors import UsageError, print_usage_errors  # noqa: E402
+
+STORED = ROOT / "ci" / "baselines" / "outcomes"
+DEFAULT_OUTPUT = ROOT / "ci" / "reports" / "outcomes"
+SEEDS = (0, 10, 20)  # BEiT v2's demo fine-tunes from seed, seed + 1 and seed + 2
+SPREADS, FLOOR, KEPT = 3.0, 0.02, 0.25
+# the keys of demo.json that must not fall, and what a model gets that learned nothing
+METRICS = {
+    "ViT_for_PyTorch": {"top1": 18.0},  # the share of the largest of nine classes
+    "Beit2_for_PyTorch": {"finetune_gain": 0.0, "pretrained": 18.0},
+    "CLIP_for_PyTorch": {"text_to_image_R@1": 0.27, "text_to_image_R@10": 2.72, "image_to_text_R@10": 2.72},  # chance
+    "Data2vec_for_PyTorch": {"probe_gain": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One metric of one project; `measured` has a value a seed, and is empty where no run ended well."""
+
+    project: str
+    metric: str
+    measured: tuple[float, ...]
+    reference: float
+    limit: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and bool(self.measured) and statistics.mean(self.measured) >= self.limit
+
+
+def run_demo(project: str, seed: int, data: Path, folder: Path) -> None:
+    """Runs a demo at one thread, its output in folder/demo.txt, and notes its exit code in folder/run.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = ROOT / project / "test" / "demo.sh"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    began = time.perf_counter()
+    with open(folder / "demo.txt", "w") as log:
+        command = ["bash", str(script), str(data), str(folder), str(seed)]
+        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    seconds = round(time.perf_counter() - began)
+    (folder / "run.json").write_text(json.dumps({"exit": status, "seconds": seconds}))
+    print(f"{project} seed {seed}: exit {status} after {seconds} s, see {folder / 'demo.txt'}", flush=True)
+
+
+def read_results(project: str, seeds: list[int], output: Path) -> tuple[dict[str, tuple[float, ...]], str]:
+    """({metric: a value a seed that has one}, which runs did not end well or "")."""
+    numbers, failures = [], []
+    for seed in seeds:
+        folder = output / project / f"seed-{seed}"
+        if not (folder / "run.json").exists():
+            failures.append(f"seed {seed} did not run")
+            continue
+        status = json.loads((folder / "run.json").read_text())["exit"]
+        if (folder / "demo.json").exists():
+            numbers.append(json.loads((folder / "demo.json").read_text(encoding="utf-8")))
+        else:
+            failures.append(f"seed {seed} ended with exit code {status}")
+    for metric in METRICS[project]:
+        if any(metric not in found for found in numbers):
+            raise UsageError(f"{output / project}: demo.json has no {metric!r}; METRICS in ci/gates/outcomes names it")
+    values = {metric: tuple(float(found[metric]) for found in numbers) for metric in METRICS[project]}
+    return values, "; ".join(failures)
+
+
+def limit_of(values: list[float], nothing_learned: float) -> float:
+    """The lowest acceptable mean, from the stored seeds' values."""
+    mean = statistics.mean(values)
+    band = mean - SPREADS * max(statistics.stdev(values), FLOOR * abs(mean))
+    return max(band, nothing_learned + KEPT * (mean - nothing_learned))
+
+
+def judge(project: str, measured: dict[str, tuple[float, ...]], failure: str, stored: dict) -> list[Verdict]:
+    """A verdict a metric."""
+    verdicts = []
+    for metric, nothing_learned in METRICS[project].items():
+        if metric not in stored["metrics"]:
+            raise UsageError(
+                f"{project}: no reference for {metric!r}; run python -m ci.gates.outcomes --only {project} --update"
+            )
+        values = stored["metrics"][metric]["values"]
+        mean = statistics.mean(values)
+        verdicts.append(Verdict(project, metric, measured[metric], mean, limit_of(values, nothing_learned), failure))
+    return verdicts
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """Markdown: a row a metric."""
+    text = "| project | metric | measured: mean (seeds) | stored mean | limit | verdict |\n|---|---|---|---|---|---|\n"
+    for v in verdicts:
+        values = ", ".join(f"{value:.2f}" for value in v.measured)
+        measured = f"{statistics.mean(v.measured):.2f} ({values})" if v.measured else "nothing"
+        verdict = "pass" if v.passed else f"FAIL {v.failure}".strip()
+        text += f"| {v.project} | {v.metric} | {measured} | {v.reference:.2f} | {v.limit:.2f} | {verdict} |\n"
+    return text
+
+
+def load_stored(project: str, folder: Path) -> dict:
+    path = folder / f"{project}.json"
+    if not path.exists():
+        raise UsageError(f"{path} does not exist: run python -m ci.gates.outcomes --only {project} --update")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def store(project: str, seeds: list[int], measured: dict[str, tuple[float, ...]], folder: Path) -> Path:
+    """Writes the reference of a project with where its numbers come from."""
+    if len(seeds) < 3:
+        raise UsageError(f"--update with {len(seeds)} seeds: a spread needs at least 3")
+    metrics = {
+        metric: {
+            "values": list(values),
+            "mean": round(statistics.mean(values), 4),
+            "spread": round(statistics.stdev(values), 4),
+            "limit": round(limit_of(list(values), METRICS[project][metric]), 4),
+        }
+        for metric, values in measured.items()
+    }
+    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    record = {
+        "command": f"bash {project}/test/demo.sh SAMPLE_DATA OUTPUT SEED",
+        "seeds": seeds,
+        "cpu": cpu,
+        "torch": torch.__version__,
+        "band": f"one-sided: mean of the seeds - {SPREADS:g} x max(their sample deviation, {FLOOR:g} x mean), "
+        f"and {KEPT:g} of the way from nothing learned at least",
+        "metrics": metrics,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{project}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+@print_usage_errors
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ci.gates.outcomes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=list(METRICS), choices=list(METRICS), metavar="PROJECT")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=available_cores(), help="demos at a time, each at one thread")
+    parser.add_argument("--output_dir", type=Path, help="default: a new folder in ci/reports/outcomes")
+    parser.add_argument("--results", type=Path, help="judge the runs of this folder; start none")
+    parser.add_argument("--stored", type=Path, default=STORED, help="folder of the references")
+    parser.add_argument("--update", action="store_true", help="store the measured values as the reference")
+    options = parser.parse_args(argv)
+    output = options.results or options.output_dir or DEFAULT_OUTPUT / time.strftime("%Y%m%d-%H%M%S")
+    output = output.resolve()
+    if not options.update:  # known before hours of training, not after
+        for project in options.only:
+            load_stored(project, options.stored)
+    if options.results is None:
+        if output.is_dir() and any(output.iterdir()):
+            raise UsageError(f"--output_dir {output} is not empty; --results {output} judges what is in it")
+        from ci.sample_data.build import DEFAULT_OUTPUT as SAMPLE_DATA
+        from ci.sample_data.build import build
+
+        data = build(SAMPLE_DATA)
+        jobs = [(p, seed, data, output / p / f"seed-{seed}") for p in options.only for seed in options.seeds]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda job: run_demo(*job), jobs))
+    verdicts = []
+    for project in options.only:
+        measured, failure = read_results(project, options.seeds, output)
+        if options.update:
+            if failure:
+                raise UsageError(f"{project}: {failure}: its reference stays as it is")
+            print(f"stored {store(project, options.seeds, measured, options.stored)}")
+        verdicts += judge(project, measured, failure, load_stored(project, options.stored))
+    print(table(verdicts))
+    return 0 if all(verdict.passed for verdict in verdicts) else 1

@@ -1,0 +1,5 @@
+import sys
+
+from common.doctor import main
+
+sys.exit(main())

@@ -1,0 +1,285 @@
+"""FSDP2: one model spread over the ranks, and its checkpoints, which load on any number of ranks or on none.
+
+    python -m common.shards output/checkpoints/checkpoint-1200 model.pt     one plain file of a sharded checkpoint
+
+A sharded checkpoint is a folder that `torch.distributed.checkpoint` (DCP) writes: a file a rank, an index, and
+`progress.pt` with what is no tensor. DCP unpickles its index and its plain values without limits; here both go through
+an unpickler that knows tensors and plain values only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from common import checkpoint_file, distributed
+from common.checkpoint_file import CheckpointError
+from common.distributed import World
+from common.errors import UsageError
+
+PROGRESS = "progress.pt"  # written last: a folder without it is not whole
+_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# what DCP's index consists of; anything else in it is refused
+_INDEX_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"Path", "PosixPath"},
+}
+
+
+def shard(model: nn.Module, units: Iterable[nn.Module], world: World, precision: str) -> None:
+    """FSDP2 (`fully_shard`): each of `units` is gathered for its own computation only, the rest of the model as a root.
+
+    Masters and gradient sums stay in fp32, computation is in `precision`. The model may come from the host: a unit goes
+    to the device as it is sharded, so that no card ever holds all of it.
+
+    Raises:
+        UsageError: there is no process group to shard over.
+    """
+    if not distributed.is_distributed():
+        raise UsageError("--parallel fsdp shards over ranks: start with torchrun, e.g. --nproc_per_node 8")
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[precision], reduce_dtype=torch.float32)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(tensor: Any) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A sharded model's state dict with whole tensors, on the host of rank 0; empty elsewhere. All ranks call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_shards(
+    folder: Path, progress: Any, optimizer: torch.optim.Optimizer, model: nn.Module, **others: nn.Module
+) -> None:
+    """Every rank writes its shards into a new folder, which then takes the name `folder`. All ranks call it.
+
+    Args:
+        progress: plain values and tensors, as `checkpoint_file.save` takes them.
+        others: further models to keep, by name, e.g. a weight average.
+    """
+    writing = folder.with_name(f".{folder.name}.writing")
+    if distributed.rank() == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+    distributed.barrier()
+    dcp.save(_parts(optimizer, model, others), checkpoint_id=writing)
+    if distributed.rank() == 0:
+        checkpoint_file.save(progress, writing / PROGRESS)
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(writing, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    distributed.barrier()
+
+
+def load_progress(folder: Path) -> Any:
+    """What `save_shards` was given as progress; CheckpointError where the folder is not whole."""
+    return checkpoint_file.load(folder / PROGRESS)
+
+
+def load_shards(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, **others: nn.Module) -> None:
+    """Restores `save_shards`' folder in place, on any number of ranks, sharded or not. All ranks call it.
+
+    Raises:
+        CheckpointError: the checkpoint of another model, damaged, or with foreign code in it.
+    """
+    parts = _parts(optimizer, model, others)
+    try:
+        dcp.load(parts, storage_reader=_reader(folder), planner=_Planner())
+    except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: the checkpoint of another model, or damaged ({reason})") from error
+    set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    for name, other in others.items():
+        set_model_state_dict(other, parts[name])
+
+
+def read_shards(folder: str | Path) -> dict[str, Any]:
+    """The parts of a sharded checkpoint with whole tensors, read by this process alone: {"model": {...}, ...}.
+
+    Raises:
+        CheckpointError: no such folder, damaged, or with foreign code in it.
+    """
+    if not (Path(folder) / PROGRESS).is_file():
+        raise CheckpointError(f"{folder}: not a whole sharded checkpoint (it has no {PROGRESS})")
+    parts: dict[str, Any] = {}
+    try:
+        _load_state_dict(parts, storage_reader=_reader(folder), planner=_WholePlanner(), no_dist=True)
+    except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: not a readable sharded checkpoint ({reason})") from error
+    return parts
+
+
+def saved_at(folder: Path) -> Path | None:
+    """`folder` if it is a whole sharded checkpoint; else the one before it, where a crash came between two renames."""
+    found = (path for path in (folder, folder.with_name(f".{folder.name}.old")) if (path / PROGRESS).is_file())
+    return next(found, None)
+
+
+def newest_shards(folder: str | Path, pattern: str = "checkpoint-*") -> Path | None:
+    """The sharded checkpoint with the highest number in its name that is whole, or None."""
+    found = [path for path in Path(folder).glob(pattern) if path.is_dir() and re.search(r"\d+$", path.name)]
+    for path in sorted(found, key=_number, reverse=True):
+        if (path / PROGRESS).is_file() and (path / ".metadata").is_file():
+            return path
+        warnings.warn(f"{path}: a sharded checkpoint that is not whole is passed over", stacklevel=2)
+    return None
+
+
+def keep_newest_shards(folder: Path, count: int, pattern: str = "checkpoint-*") -> None:
+    """Deletes all but the `count` newest sharded checkpoints of a folder; 0 keeps all."""
+    found = sorted((path for path in folder.glob(pattern) if (path / PROGRESS).is_file()), key=_number)
+    for path in found[:-count] if count > 0 else []:
+        shutil.rmtree(path)
+
+
+def load_whole_model(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads an unsharded state dict, which every rank has read, into a sharded model. All ranks call it."""
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+
+
+def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads an unsharded `optimizer.state_dict()` into an optimizer of sharded parameters. All ranks call it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def place(parameter: Tensor, value: Any) -> Any:
+        if not (is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape):
+            return value
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    spread = {
+        index: {name: place(parameters[index], value) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": spread})
+
+
+def _parts(optimizer: torch.optim.Optimizer, model: nn.Module, others: dict[str, nn.Module]) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    rest = {name: get_model_state_dict(other) for name, other in others.items()}
+    return {"model": model_state, "optimizer": optimizer_state, **rest}
+
+
+def _number(path: Path) -> int:
+    found = re.search(r"(\d+)$", path.name)
+    return int(found[1]) if found else -1
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """What `builtins.getattr` may do in an index: the first Pythons 3.11 pickle an enum's member by it."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"its index wants {name!r} of {kind!r}")
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
+        if name in _INDEX_NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its index wants to run {module}.{name}")
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader with a safe unpickler for the index."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _reader(folder: str | Path) -> _Reader:
+    """The reader of a folder whose index is found good; DCP itself would go on without one."""
+    reader = _Reader(folder)
+    try:
+        reader.read_metadata()
+    except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{folder}: not a readable sharded checkpoint ({error})") from error
+    return reader
+
+
+class _PlainBytes:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        # checked first, since DCP's own method then loads the same bytes without limits
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+class _Planner(_PlainBytes, DefaultLoadPlanner):
+    pass
+
+
+class _WholePlanner(_PlainBytes, _EmptyStateDictLoadPlanner):
+    pass
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="sharding", description="Makes one plain file of a sharded checkpoint.")
+    parser.add_argument("folder", type=Path, help="the checkpoint, e.g. output/checkpoints/checkpoint-1200")
+    parser.add_argument("file", type=Path, help="torch file with the weights under 'model' (and 'ema'), by name")
+    options = parser.parse_args(argv)
+    if options.file.exists():
+        parser.error(f"{options.file} exists: name a new file")
+    try:
+        parts = read_shards(options.folder)
+    except CheckpointError as error:
+        parser.error(str(error))
+    weights = {name: part for name, part in parts.items() if name != "optimizer"}
+    checkpoint_file.save(weights, options.file)
+    print(f"{options.file}: {len(parts['model'])} tensors of {options.folder}; the optimizer's state stays there")
+
+
+if __name__ == "__main__":
+    main()
