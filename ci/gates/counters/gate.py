@@ -27,13 +27,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ci.gates import training_steps
+from ci.training_cases import CASES, COUNTED, short_names
+
 ROOT = Path(__file__).resolve().parents[3]
-if __package__ in (None, ""):
-    sys.path.insert(0, str(ROOT))
-
-from ci.gates import training_steps  # noqa: E402
-from ci.training_cases import CASES, COUNTED, short_names  # noqa: E402
-
 BASELINES = ROOT / "ci" / "baselines" / "counters"
 WARM_STEPS = 2  # the first makes the optimizer's state; in the second, DDP settles its buckets
 # name of a run: precision, ranks; the one that forks comes first, before autograd has threads
@@ -208,7 +205,17 @@ def count_project(project: str, tree: Path = ROOT, runs: list[str] | None = None
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RANK_ID")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "counts.json"
-        command = [sys.executable, __file__, "--measure", str(path), "--tree", str(tree), "--project", project]
+        command = [
+            sys.executable,
+            "-m",
+            "ci.gates.counters",
+            "--measure",
+            str(path),
+            "--tree",
+            str(tree),
+            "--project",
+            project,
+        ]
         command += ["--runs", *(runs or RUNS)]
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

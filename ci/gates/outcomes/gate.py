@@ -28,15 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from common.device import available_cores
+from common.errors import UsageError, print_usage_errors
+
 ROOT = Path(__file__).resolve().parents[3]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-from common.device import available_cores  # noqa: E402
-from common.errors import UsageError, print_usage_errors  # noqa: E402
-
 STORED = ROOT / "ci" / "baselines" / "outcomes"
 DEFAULT_OUTPUT = ROOT / "ci" / "reports" / "outcomes"
 SEEDS = (0, 10, 20)  # BEiT v2's demo fine-tunes from seed, seed + 1 and seed + 2
