@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 
+# Exit status of a run that was asked to stop, wrote a checkpoint and wants to be started again (EX_TEMPFAIL of
+# sysexits.h): the launcher returns it, and the Slurm and Volcano templates start the run anew for it.
+PREEMPTED = 75
+
 
 class UsageError(SystemExit):
     """A mistake the user can mend: ends the program with one `error: ...` line on stderr and exit status 2.
