@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UsageError, print_usage_errors
-from data2vec.text_files import map_chunks, read_lines
+from data2vec.data.text_files import map_chunks, read_lines
 
 _tokenizers: dict[tuple[str, str], object] = {}  # one a process
 

@@ -16,11 +16,11 @@ from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
 from data2vec import Data2VecText, build_model
-from data2vec.checkpoint import load_weights
-from data2vec.encoder import SentenceEncoder
-from data2vec.huggingface import export_huggingface, load_huggingface
-from data2vec.vision_model import Data2VecVision, build_vision_model
-from data2vec.vision_weights import export_huggingface_vision, load_huggingface_vision
+from data2vec.model.encoder import SentenceEncoder
+from data2vec.model.vision_model import Data2VecVision, build_vision_model
+from data2vec.training.checkpoint import load_weights
+from data2vec.weights.huggingface import export_huggingface, load_huggingface
+from data2vec.weights.vision_weights import export_huggingface_vision, load_huggingface_vision
 
 
 @print_usage_errors

@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UsageError, print_usage_errors
-from data2vec.dictionary import Dictionary
-from data2vec.indexed_dataset import IndexedDatasetBuilder, best_fitting_int_dtype, files_of
-from data2vec.text_files import map_chunks, read_lines
+from data2vec.data.dictionary import Dictionary
+from data2vec.data.indexed_dataset import IndexedDatasetBuilder, best_fitting_int_dtype, files_of
+from data2vec.data.text_files import map_chunks, read_lines
 
 
 @print_usage_errors

@@ -25,12 +25,12 @@ from common import device as devices
 from common import distributed
 from common.checkpoint_file import CheckpointError, load
 from common.errors import UsageError, print_usage_errors
-from data2vec.checkpoint import load_weights
 from data2vec.command_line import choose_precision, parse
-from data2vec.dictionary import MASK
-from data2vec.epochs import EpochBatches
+from data2vec.data.dictionary import MASK
+from data2vec.data.epochs import EpochBatches
+from data2vec.data.pretraining_data import PretrainingData
 from data2vec.modality import build, forward_of, is_vision, open_data
-from data2vec.pretraining_data import PretrainingData
+from data2vec.training.checkpoint import load_weights
 
 TRAIN_TOKENS, VALID_TOKENS, RETRIEVAL_TOKENS = 8000, 4000, 1000
 CLASSES = 100

@@ -24,14 +24,14 @@ from common.errors import UsageError, print_usage_errors
 from common.result_file import keep_aside
 from common.run_log import RunLog
 from data2vec import npu_patches
-from data2vec.checkpoint import load_training_state, load_weights, save_checkpoints
 from data2vec.command_line import choose_precision, parse, start_ranks
-from data2vec.epochs import SplitBatches
-from data2vec.huggingface import load_huggingface
+from data2vec.data.epochs import SplitBatches
 from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
-from data2vec.report import Report
-from data2vec.training import TrainState, make_state, train_update, validate
-from data2vec.vision_weights import load_huggingface_vision
+from data2vec.training.checkpoint import load_training_state, load_weights, save_checkpoints
+from data2vec.training.report import Report
+from data2vec.training.update import TrainState, make_state, train_update, validate
+from data2vec.weights.huggingface import load_huggingface
+from data2vec.weights.vision_weights import load_huggingface_vision
 
 
 @print_usage_errors

@@ -13,11 +13,11 @@ from common.checkpoint_file import CheckpointError, load
 from common.errors import UsageError, print_usage_errors
 from common.run_log import RunLog
 from data2vec import npu_patches
-from data2vec.checkpoint import load_weights
 from data2vec.command_line import choose_precision, parse, start_ranks
 from data2vec.modality import build, forward_of, open_data
-from data2vec.report import Report
-from data2vec.training import make_state, validate
+from data2vec.training.checkpoint import load_weights
+from data2vec.training.report import Report
+from data2vec.training.update import make_state, validate
 
 
 @print_usage_errors

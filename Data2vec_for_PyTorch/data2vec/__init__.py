@@ -4,14 +4,14 @@ from common.torchvision_repair import repair_torchvision
 
 repair_torchvision()  # before anything imports torchvision or timm
 
-from data2vec.batching import batch_by_size
-from data2vec.dictionary import Dictionary
-from data2vec.ema import ema_decay_at, ema_step
-from data2vec.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from data2vec.masking import mask_tokens
-from data2vec.optimizer import FairseqAdam, cosine_lr
-from data2vec.text_model import Data2VecText, build_model
-from data2vec.token_blocks import TokenBlockDataset
+from data2vec.data.batching import batch_by_size
+from data2vec.data.dictionary import Dictionary
+from data2vec.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from data2vec.data.masking import mask_tokens
+from data2vec.data.token_blocks import TokenBlockDataset
+from data2vec.model.ema import ema_decay_at, ema_step
+from data2vec.model.text_model import Data2VecText, build_model
+from data2vec.training.optimizer import FairseqAdam, cosine_lr
 
 __all__ = [
     "Data2VecText",

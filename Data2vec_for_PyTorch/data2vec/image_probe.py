@@ -10,8 +10,8 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from common import device as devices
 from common.errors import UsageError
-from data2vec.epochs import BrokenSample, EpochBatches
-from data2vec.image_data import MaskedImages, Normalize, read_picture, to_uint8
+from data2vec.data.epochs import BrokenSample, EpochBatches
+from data2vec.data.image_data import MaskedImages, Normalize, read_picture, to_uint8
 
 BATCH = 128
 

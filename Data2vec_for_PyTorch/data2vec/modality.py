@@ -9,10 +9,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UsageError
-from data2vec.dictionary import MASK
-from data2vec.epochs import SplitBatches
-from data2vec.pretraining_data import PretrainingData
-from data2vec.text_model import build_model
+from data2vec.data.dictionary import MASK
+from data2vec.data.epochs import SplitBatches
+from data2vec.data.pretraining_data import PretrainingData
+from data2vec.model.text_model import build_model
 
 
 def is_vision(config: DictConfig) -> bool:
@@ -27,7 +27,7 @@ def fps_unit(config: DictConfig) -> str:
 def open_data(config: DictConfig, rank: int = 0, world_size: int = 1) -> SplitBatches:
     """The run's data. UsageError when the folder is not one."""
     if is_vision(config):
-        from data2vec.image_data import ImagePretrainingData  # torchvision: a text run does without
+        from data2vec.data.image_data import ImagePretrainingData  # torchvision: a text run does without
 
         return ImagePretrainingData(config, rank, world_size)
     return PretrainingData(config, rank, world_size)
@@ -38,7 +38,7 @@ def build(config: DictConfig, data: SplitBatches) -> torch.nn.Module:
     options = OmegaConf.to_container(config.model)
     try:
         if is_vision(config):
-            from data2vec.vision_model import build_vision_model
+            from data2vec.model.vision_model import build_vision_model
 
             return build_vision_model(options)
         return build_model(options, len(data.vocab))
@@ -51,7 +51,7 @@ def forward_of(
 ) -> Callable[[torch.nn.Module, Any], dict[str, Any]]:
     """function of (model, batch) that returns the model's output dict."""
     if is_vision(config):
-        from data2vec.image_data import Normalize
+        from data2vec.data.image_data import Normalize
 
         normalize = Normalize(config, device)
         return lambda model, batch: model(normalize(batch.images), batch.mask, batch.rows)

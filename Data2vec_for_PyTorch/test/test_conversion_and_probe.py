@@ -51,8 +51,8 @@ def test_folder_to_checkpoint(folder, golden, tmp_path):
 
 def test_training_starts_from_a_folder(folder, golden, model_info):
     from data2vec import build_model
-    from data2vec.checkpoint import load_weights
-    from data2vec.huggingface import load_huggingface
+    from data2vec.training.checkpoint import load_weights
+    from data2vec.weights.huggingface import load_huggingface
 
     model = build_model(model_info["base"]["cfg_model"], 169)
     head = model.encoder.regression_head[0].weight.clone()

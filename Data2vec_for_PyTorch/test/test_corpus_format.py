@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data2vec import Dictionary, IndexedDataset, IndexedDatasetBuilder
-from data2vec.indexed_dataset import best_fitting_int_dtype
+from data2vec.data.indexed_dataset import best_fitting_int_dtype
 
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "float64")
 

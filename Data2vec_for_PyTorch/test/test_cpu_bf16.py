@@ -1,4 +1,4 @@
-"""bf16 on CPUs without bf16 instructions (common/cpu_kernels.py): as near to fp32 as autocast, in both models."""
+"""bf16 on CPUs without bf16 instructions (common/cpu.py): as near to fp32 as autocast, in both models."""
 
 import contextlib
 from pathlib import Path
@@ -8,8 +8,9 @@ import torch
 import yaml
 
 from common import cpu as cpu_kernels
-from data2vec import build_model, encoder, mask_tokens, text_model, vision_model
-from data2vec.vision_model import build_vision_model
+from data2vec import build_model, mask_tokens
+from data2vec.model import encoder, text_model, vision_model
+from data2vec.model.vision_model import build_vision_model
 
 TEXT, VISION = (
     yaml.safe_load(Path(__file__).with_name(name).read_text())["model"] for name in ("tiny.yaml", "tiny_vision.yaml")

@@ -30,7 +30,7 @@ def prefixes(golden):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_same_bytes_as_fairseq(scripts, golden, tmp_path, workers, monkeypatch):
-    from data2vec import text_files
+    from data2vec.data import text_files
 
     monkeypatch.setattr(text_files.map_chunks, "__defaults__", (2000,))  # a dozen chunks
     scripts[0]([*prefixes(golden), "--destdir", str(tmp_path), "--workers", str(workers)])
@@ -81,7 +81,7 @@ def test_preprocess_refusals(scripts, golden, tmp_path, capsys):
 
 
 def test_line_ends_are_those_of_text_mode(tmp_path):
-    from data2vec.text_files import chunk_ends, read_lines
+    from data2vec.data.text_files import chunk_ends, read_lines
 
     path = tmp_path / "t"
     path.write_bytes(b"one\r\ntwo\n\nthree\rfour")
@@ -114,7 +114,7 @@ def test_bpe_round_trip(learned):
 
 
 def test_bpe_workers_and_empty_lines(scripts, learned, tmp_path, capsys, monkeypatch):
-    from data2vec import text_files
+    from data2vec.data import text_files
 
     monkeypatch.setattr(text_files.map_chunks, "__defaults__", (300,))
     files = ["--encoder-json", str(learned / "e.json"), "--vocab-bpe", str(learned / "v.bpe")]

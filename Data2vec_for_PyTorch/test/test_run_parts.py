@@ -36,7 +36,7 @@ def test_values_take_their_keys_type():
 
 def test_max_positions_leaves_longer_samples_out(corpus):
     from data2vec.config import load_config
-    from data2vec.pretraining_data import PretrainingData
+    from data2vec.data.pretraining_data import PretrainingData
 
     config, _ = load_config(PROJECT / "test", "tiny", [f"task.data={corpus}", "model.max_positions=40"])
     data = PretrainingData(config)
@@ -61,7 +61,7 @@ def test_configuration_of_a_fairseq_checkpoint_is_understood(golden):
 
 
 def test_collapse_is_explained():
-    from data2vec.training import check_collapse, representation_std
+    from data2vec.training.update import check_collapse, representation_std
 
     same = torch.ones(50, 8)
     std = representation_std(torch.randn(50, 8), same)
@@ -70,7 +70,7 @@ def test_collapse_is_explained():
 
 
 def test_loss_scaler_rules():
-    from data2vec.loss_scaler import LossScaler
+    from data2vec.training.loss_scaler import LossScaler
 
     scaler = LossScaler(True, scale=8, window=2)
     assert [scaler.update(1.0) and scaler.scale for _ in range(4)] == [8, 16, 16, 32]
@@ -89,7 +89,7 @@ def test_loader_plans_what_the_model_needs(corpus, golden, norm):
 
     from data2vec import build_model
     from data2vec.config import load_config
-    from data2vec.pretraining_data import PretrainingData
+    from data2vec.data.pretraining_data import PretrainingData
 
     settings = [f"task.data={corpus}", "model.layer_norm_target_layer=false", f"model.{norm}=true"]
     config, _ = load_config(PROJECT / "test", "tiny", settings)
@@ -105,7 +105,7 @@ def test_length_buckets_change_no_result(corpus):
 
     from data2vec import build_model, npu_patches
     from data2vec.config import load_config
-    from data2vec.pretraining_data import PretrainingData
+    from data2vec.data.pretraining_data import PretrainingData
 
     config, _ = load_config(PROJECT / "test", "tiny", [f"task.data={corpus}"])
     plain = PretrainingData(config)
@@ -121,7 +121,7 @@ def test_length_buckets_change_no_result(corpus):
 
 def test_collated_batch_equals_golden(corpus, golden):
     from data2vec.config import load_config
-    from data2vec.pretraining_data import PretrainingData
+    from data2vec.data.pretraining_data import PretrainingData
 
     expected = np.load(golden / "collate.npz")
     config, _ = load_config(PROJECT / "test", "tiny", [f"task.data={corpus}"])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data2vec import Dictionary, IndexedDataset, TokenBlockDataset, batch_by_size, mask_tokens
-from data2vec.batching import epoch_batches, filter_by_size, ordered_indices
+from data2vec.data.batching import epoch_batches, filter_by_size, ordered_indices
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +179,8 @@ import numpy as np
 
 sys.path[:0] = [{root!r}, {project!r}]
 from data2vec.config import load_config
-from data2vec.indexed_dataset import IndexedDatasetBuilder
-from data2vec.pretraining_data import PretrainingData
+from data2vec.data.indexed_dataset import IndexedDatasetBuilder
+from data2vec.data.pretraining_data import PretrainingData
 
 folder = Path({folder!r})
 builder = IndexedDatasetBuilder(folder / "train", np.int64)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data2vec import FairseqAdam, build_model, cosine_lr, ema_decay_at, ema_step
-from data2vec.optimizer import clip_coefficient, gradient_norm
-from data2vec.text_model import plan_batch
+from data2vec.model.text_model import plan_batch
+from data2vec.training.optimizer import clip_coefficient, gradient_norm
 
 VOCAB, MASK = 169, 168
 VARIANTS = ("base", "mse", "innorm", "bnorm", "emaall")

@@ -143,7 +143,7 @@ def test_train_line_goes_on_after_a_resume(train_main, tiny, corpus, tmp_path, c
 def test_nan_never_reaches_weights_or_a_checkpoint(train_main, tiny, corpus, tmp_path, monkeypatch, device_waits):
     """On accelerators the run goes on until somebody looks: the update is skipped, and nothing is saved."""
     import train
-    from data2vec import finite_guard
+    from data2vec.training import finite_guard
 
     whole = train.forward_of
 
@@ -252,10 +252,10 @@ def test_an_earlier_run_is_kept_aside(train_main, tiny, corpus, tmp_path, golden
 def test_flat_fp16_optimizer_state_loads(golden, model_info, tmp_path):
     """fairseq keeps one flat fp32 buffer for all parameters of an fp16 run."""
     from data2vec import FairseqAdam, build_model
-    from data2vec.checkpoint import load_training_state
     from data2vec.config import load_config
-    from data2vec.loss_scaler import LossScaler
-    from data2vec.training import TrainState
+    from data2vec.training.checkpoint import load_training_state
+    from data2vec.training.loss_scaler import LossScaler
+    from data2vec.training.update import TrainState
 
     (tmp_path / "tiny.yaml").write_text(TINY)
     config, _ = load_config(tmp_path, "tiny", ["task.data=x"])

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import yaml
 
 from data2vec import ema_step
-from data2vec.block_masking import block_mask
-from data2vec.checkpoint import load_weights
-from data2vec.vision_model import build_vision_model
-from data2vec.vision_weights import export_huggingface_vision, load_huggingface_vision
+from data2vec.data.block_masking import block_mask
+from data2vec.model.vision_model import build_vision_model
+from data2vec.training.checkpoint import load_weights
+from data2vec.weights.vision_weights import export_huggingface_vision, load_huggingface_vision
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -65,7 +65,7 @@ def test_encoder_equals_huggingface(huggingface):
 
 
 def test_gradients_equal_huggingface(huggingface):
-    from data2vec.vision_weights import _block_to_huggingface
+    from data2vec.weights.vision_weights import _block_to_huggingface
 
     images, mask, rows = batch()
     model = make_model(use_final_proj=False)

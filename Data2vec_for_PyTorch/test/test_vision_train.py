@@ -117,7 +117,7 @@ def test_validation_and_probe_of_the_checkpoint(pictures, tmp_path, whole, capsy
 
 def make_data(pictures, *settings, **ranks):
     from data2vec.config import load_config
-    from data2vec.image_data import ImagePretrainingData
+    from data2vec.data.image_data import ImagePretrainingData
 
     config, _ = load_config(PROJECT / "test", "tiny_vision", [f"task.data={pictures}", *settings])
     return ImagePretrainingData(config, **ranks)

@@ -23,7 +23,7 @@ import preprocess  # noqa: E402
 from ci.peers.paired_timing import cpu_seconds, paired, write_result  # noqa: E402
 from data2vec import Dictionary, IndexedDataset  # noqa: E402
 from data2vec.config import load_config  # noqa: E402
-from data2vec.pretraining_data import PretrainingData  # noqa: E402
+from data2vec.data.pretraining_data import PretrainingData  # noqa: E402
 
 WORDS, LINES, LINE = 20000, 6000, 25
 SPACES = re.compile(r"\s+")

@@ -30,8 +30,8 @@ from common.cpu import keep_freed_memory  # noqa: E402
 from common.distributed import World  # noqa: E402
 from data2vec import build_model, mask_tokens  # noqa: E402
 from data2vec.config import load_config  # noqa: E402
-from data2vec.pretraining_data import TextBatch  # noqa: E402
-from data2vec.training import make_state, train_update  # noqa: E402
+from data2vec.data.pretraining_data import TextBatch  # noqa: E402
+from data2vec.training.update import make_state, train_update  # noqa: E402
 
 VOCAB, MASK = 50265, 50264
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -132,7 +132,7 @@ def test_two_revisions_are_trained_and_compared(tmp_path, capsys, monkeypatch):
     subprocess.run([*git, "init", "--quiet", "--initial-branch=main"], check=True)
     subprocess.run([*git, "add", "--all"], check=True)
     subprocess.run([*commit, "one"], check=True)
-    source = repo / "Data2vec_for_PyTorch" / "data2vec" / "training.py"
+    source = repo / "Data2vec_for_PyTorch" / "data2vec" / "training" / "update.py"
     text = source.read_text()
     assert "out = forward(model, batch)" in text
     (repo / "README.md").write_text("another commit, no other training")

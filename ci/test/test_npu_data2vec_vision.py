@@ -55,7 +55,7 @@ def runs(tmp_path_factory) -> Runs:
     ]
     environment = fake_npu.environment(root / "report")
     environment.pop("OMP_NUM_THREADS")
-    late = ("data2vec.image_data", "data2vec.vision_model")
+    late = ("data2vec.data.image_data", "data2vec.model.vision_model")
     done = forked_ranks.run(PROJECT / "train.py", late, *commands, **environment)
     assert done.returncode == 0, done.stdout[-6000:]
     reports = [r for r in fake_npu.read_reports(root / "report") if r.steps == STOP]

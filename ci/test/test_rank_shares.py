@@ -24,9 +24,9 @@ from clip_pretraining.pairs import EpochLoader, GlobalBatchSampler
 from clip_pretraining.shards import read_shards
 from common.distributed import World
 from data2vec.config import load_config
-from data2vec.dictionary import Dictionary
-from data2vec.indexed_dataset import write_corpus
-from data2vec.pretraining_data import PretrainingData
+from data2vec.data.dictionary import Dictionary
+from data2vec.data.indexed_dataset import write_corpus
+from data2vec.data.pretraining_data import PretrainingData
 from vit.augment import EvalTransform, TrainTransform
 from vit.data import training_batches
 from vit.image_folder import ImageFolder

@@ -19,8 +19,8 @@ from common.distributed import World
 from common.errors import UsageError
 from data2vec import build_model, mask_tokens
 from data2vec.config import load_config
-from data2vec.pretraining_data import TextBatch
-from data2vec.training import make_state, train_update
+from data2vec.data.pretraining_data import TextBatch
+from data2vec.training.update import make_state, train_update
 
 SIZES: dict[str, dict[str, Any]] = {
     "full": {"rows": 32, "tokens": 512, "vocab": 50265, "config": "base", "dropout": 0.1},

@@ -19,9 +19,9 @@ from torchvision.transforms import ColorJitter, Compose, InterpolationMode, Rand
 
 from common.device import mix_seed, to_device
 from common.errors import UsageError
-from data2vec.batching import batch_by_size
-from data2vec.block_masking import block_mask
-from data2vec.epochs import BrokenSample, SplitBatches
+from data2vec.data.batching import batch_by_size
+from data2vec.data.block_masking import block_mask
+from data2vec.data.epochs import BrokenSample, SplitBatches
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 JITTER = 0.4

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from common.errors import UsageError
-from data2vec.batching import epoch_batches
+from data2vec.data.batching import epoch_batches
 
 VALID_EPOCH = 1  # validation masks are those of epoch 1, always
 

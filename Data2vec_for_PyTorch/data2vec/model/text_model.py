@@ -12,9 +12,9 @@ from torch import nn
 
 from common.cpu import cpu_kernels
 from common.device import to_device
-from data2vec.encoder import EncoderConfig, Rows, SentenceEncoder, init_bert_weights
-from data2vec.targets import TargetConfig, average_targets, regression_loss
-from data2vec.teacher import WithTeacher
+from data2vec.model.encoder import EncoderConfig, Rows, SentenceEncoder, init_bert_weights
+from data2vec.model.targets import TargetConfig, average_targets, regression_loss
+from data2vec.model.teacher import WithTeacher
 
 TEACHER_INPUTS = ("masked_only", "full")
 # With ema_transformer_layers_only these are copied from the student, not averaged.

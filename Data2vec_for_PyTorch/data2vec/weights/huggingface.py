@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint_file import CheckpointError
-from data2vec.encoder import EncoderConfig, SentenceEncoder
+from data2vec.model.encoder import EncoderConfig, SentenceEncoder
 
 PREFIX = "encoder.sentence_encoder."
 LAYER_NORM_EPS = 1e-5  # torch's default, which fairseq's text encoder has

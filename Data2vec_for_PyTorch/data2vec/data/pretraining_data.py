@@ -12,13 +12,13 @@ from omegaconf import DictConfig
 
 from common.device import to_device
 from common.errors import UsageError
-from data2vec.batching import batch_by_size, filter_by_size, ordered_indices
-from data2vec.dictionary import MASK, Dictionary
-from data2vec.epochs import BrokenSample, SplitBatches
-from data2vec.indexed_dataset import IndexedDataset
-from data2vec.masking import mask_tokens
-from data2vec.text_model import BatchPlan, plan_batch, target_config
-from data2vec.token_blocks import TokenBlockDataset
+from data2vec.data.batching import batch_by_size, filter_by_size, ordered_indices
+from data2vec.data.dictionary import MASK, Dictionary
+from data2vec.data.epochs import BrokenSample, SplitBatches
+from data2vec.data.indexed_dataset import IndexedDataset
+from data2vec.data.masking import mask_tokens
+from data2vec.data.token_blocks import TokenBlockDataset
+from data2vec.model.text_model import BatchPlan, plan_batch, target_config
 
 PROBED_SAMPLES = 256  # samples looked at before training for ids that the vocabulary does not have
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from data2vec.dictionary import MASK, Dictionary
+from data2vec.data.dictionary import MASK, Dictionary
 
 
 def mask_tokens(

@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 
 from common import device as devices
 from common.run_log import RunLog
-from data2vec import fairseq_log
-from data2vec.fairseq_log import Meters
 from data2vec.modality import is_vision
-from data2vec.training import TrainState, UpdateResult, check_collapse, ema_decay, learning_rate
+from data2vec.training import fairseq_log
+from data2vec.training.fairseq_log import Meters
+from data2vec.training.update import TrainState, UpdateResult, check_collapse, ema_decay, learning_rate
 
 
 class Report:

@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
-from data2vec.teacher import WithTeacher
-from data2vec.training import TrainState
-from data2vec.vision_weights import to_our_names
+from data2vec.model.teacher import WithTeacher
+from data2vec.training.update import TrainState
+from data2vec.weights.vision_weights import to_our_names
 
 # weights that a fine-tuned or converted model may lack
 OPTIONAL = ("encoder.regression_head.", "final_proj.", "mask_emb", "encoder.norm.")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UsageError
-from data2vec.config_values import checked_value
+from data2vec.config.config_values import checked_value
 
 DEFAULTS = Path(__file__).with_name("fairseq_defaults.yaml")
 VISION_DEFAULTS = Path(__file__).with_name("vision_defaults.yaml")

@@ -13,10 +13,10 @@ from common import device as devices
 from common import distributed
 from common.distributed import World
 from data2vec.config import adam_betas
-from data2vec.ema import ema_decay_at, ema_step
-from data2vec.finite_guard import FiniteGuard
-from data2vec.loss_scaler import LossScaler
-from data2vec.optimizer import FairseqAdam, clip_coefficient, cosine_lr, gradient_norm
+from data2vec.model.ema import ema_decay_at, ema_step
+from data2vec.training.finite_guard import FiniteGuard
+from data2vec.training.loss_scaler import LossScaler
+from data2vec.training.optimizer import FairseqAdam, clip_coefficient, cosine_lr, gradient_norm
 
 # Standard deviation, averaged over features, under which representations count as collapsed.
 COLLAPSED_STD = 1e-4

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from common.cpu import cpu_kernels
 from data2vec.dropout import attention
-from data2vec.targets import TargetConfig, average_targets, regression_loss
-from data2vec.teacher import WithTeacher
+from data2vec.model.targets import TargetConfig, average_targets, regression_loss
+from data2vec.model.teacher import WithTeacher
 
 INIT_STD = 0.02
 

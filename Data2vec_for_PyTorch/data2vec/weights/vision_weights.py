@@ -12,7 +12,7 @@ from torch import Tensor
 from common.checkpoint_file import CheckpointError
 
 if TYPE_CHECKING:  # it brings timm, which a text run does without
-    from data2vec.vision_model import Data2VecVision
+    from data2vec.model.vision_model import Data2VecVision
 
 # below "blocks.N." and "encoder.layer.N."
 _BLOCK = {

@@ -1,0 +1,1 @@
+"""Corpora and pictures as batches of masked samples."""

@@ -1,0 +1,1 @@
+"""The network: student, teacher, targets and loss."""

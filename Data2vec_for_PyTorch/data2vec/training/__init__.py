@@ -1,0 +1,1 @@
+"""Updates, their optimizer, what is saved and what is reported."""
