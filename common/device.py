@@ -128,6 +128,15 @@ def fused_adamw(device: torch.device) -> bool:
     return npu.has_fused_adamw(device)
 
 
+def saturates(device: torch.device) -> bool:
+    """Whether an overflow in fp16 leaves a finite number and a flag instead of inf."""
+    if device.type != "npu":
+        return False
+    from common import npu
+
+    return not npu.has_bf16(device)
+
+
 class StaticGradScaler(torch.amp.GradScaler):
     """Loss scaling by a constant. Steps with inf or nan gradients are skipped; the scale stays.
 

@@ -35,6 +35,19 @@ def has_fused_adamw(device: torch.device) -> bool:
     return not _is_first_generation(device)
 
 
+def take_overflow(device: torch.device) -> bool:
+    """Whether an fp16 result was cut at 65504 since the last call; waits for the device.
+
+    The first generation saturates where others give inf, so a gradient that overflowed has a finite norm there; the
+    card only sets a flag (op-plugin, AmpForeachNonFiniteCheckAndUnscaleKernelNpuOpApi.cpp). Others: always False.
+    """
+    if not _is_first_generation(device):
+        return False
+    found = bool(torch.npu.get_npu_overflow_flag())
+    torch.npu.clear_npu_overflow_flag()
+    return found
+
+
 def chosen(patches: Mapping[str, Callable]) -> dict[str, Callable]:
     """The patches that NPU_PATCHES_OFF=NAME,NAME does not name: the switch to find out whether one is to blame.
 

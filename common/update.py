@@ -27,8 +27,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from common import distributed
-from common.device import require_precision
+from common import distributed, npu
+from common.device import require_precision, saturates
 from common.errors import UsageError
 
 MAX_SKIPPED = 50  # fp16 steps without an update in a row: the scale will not find its way any more
@@ -214,7 +214,7 @@ class GuardedStep:
     def _may_apply(self, step: int, norm: Tensor) -> bool:
         if not self.scale.enabled and norm.device.type != "cpu":
             return True
-        finite = math.isfinite(float(norm))
+        finite = math.isfinite(float(norm)) and not self._cut_by_the_card(norm.device)
         if not self.scale.enabled:
             if not finite:
                 self._stop(self._first_bad.tolist())
@@ -228,6 +228,12 @@ class GuardedStep:
                 {"step": step, "ranks": {}},
             )
         return finite
+
+    def _cut_by_the_card(self, device: torch.device) -> bool:
+        """Whether fp16 results of any rank were cut at the largest number, which a finite norm does not show."""
+        if not (self.scale.enabled and saturates(device)):
+            return False
+        return bool(distributed.all_reduce_sum(torch.tensor([float(npu.take_overflow(device))])))
 
     def _stop(self, found: list[int]) -> None:
         """Raises on every rank with what all of them know."""

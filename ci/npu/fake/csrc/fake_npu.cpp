@@ -30,6 +30,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("peak_bytes", [](int index) { return fake_npu::memory[index].peak.load(); });
   m.def("reset_peak", [](int index) { fake_npu::npu_allocator.resetPeakStats(index); });
   m.def("total_bytes", [] { return fake_npu::kTotalBytes; });
+  m.def("card", &fake_npu::card);
+  m.def("overflow_flag", [] { return fake_npu::overflowed.load(); });
+  m.def("clear_overflow_flag", [] { fake_npu::overflowed = false; });
+  m.def("first_generation", &fake_npu::first_generation);
   m.def("in_bad_fork", [] { return fake_npu::in_bad_fork.load(); });
   m.def("observe", &observe, "calls function(kind, operator) for what observe.h lists; None stops it");
   m.def("note", [](const std::string& kind, const std::string& op) { fake_npu::note(kind.c_str(), op); });

@@ -40,8 +40,12 @@ class Hccl final : public c10d::Backend {
   }
   WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override {
     auto hosts = host(tensors);
-    for (const auto& tensor : tensors)
-      TORCH_CHECK(tensor.scalar_type() != at::kDouble, "hccl: allreduce does not support float64");
+    for (const auto& tensor : tensors) {
+      const auto type = tensor.scalar_type();
+      TORCH_CHECK(
+          type != at::kDouble && type != at::kBool && type != at::kByte,
+          "hccl: allreduce does not support ", type, " (HcclAllReduce: int8 to int64, fp16, fp32, bf16)");
+    }
     auto sums = options;
     const bool averages = options.reduceOp == c10d::ReduceOp::AVG;  // which gloo does not have
     if (averages) sums.reduceOp = c10d::ReduceOp::SUM;

@@ -24,6 +24,18 @@ inline void check_device(
       " and ", device, "! (when checking arguments of ", name, ")");
 }
 
+// The first Atlas training cards have no inf in fp16: a result is cut at the largest number and a flag is set, which
+// torch.npu.get_npu_overflow_flag reads (op-plugin, AmpForeachNonFiniteCheckAndUnscaleKernelNpuOpApi.cpp).
+inline std::atomic<bool> overflowed{false};
+
+inline void saturate(const at::Tensor& result) {
+  if (!result.defined() || result.scalar_type() != at::kHalf || result.numel() == 0 || !result.is_cpu()) return;
+  if (!at::isinf(result).any().item<bool>()) return;
+  overflowed = true;
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const_cast<at::Tensor&>(result).clamp_(-65504.0, 65504.0);
+}
+
 // The arguments of one boxed call, with what is done to them.
 struct BoxedCall {
   BoxedCall(const c10::OperatorHandle& op, torch::jit::Stack* stack)
@@ -74,7 +86,28 @@ struct BoxedCall {
     note_waits(op, name, &argument(0));
   }
 
+  // op-plugin, FusedAdamWKernelNpuOpApi.cpp: grad_scale and found_inf are taken and never read; aclnnApplyAdamWV2 wants
+  // one type for parameter, gradient and moments, and the first Atlas training cards do not have it.
+  void as_torch_npu() {
+    if (name != "aten::_fused_adamw_") return;
+    TORCH_CHECK(
+        !first_generation(), "aclnnApplyAdamWV2 is not supported on ", card(), " (_fused_adamw_)");
+    for (size_t i = 0; i < schema.arguments().size(); i++) {
+      const auto& declared = schema.arguments()[i].name();
+      if (declared == "grad_scale" || declared == "found_inf") argument(i) = c10::IValue();
+    }
+    for (size_t list = 1; list < 4; list++) {
+      const auto parameters = argument(0).toTensorVector(), others = argument(list).toTensorVector();
+      for (size_t i = 0; i < parameters.size(); i++)
+        TORCH_CHECK(
+            parameters[i].scalar_type() == others[i].scalar_type(),
+            "aclnnApplyAdamWV2: parameter, gradient and moments must have one type, found ",
+            parameters[i].scalar_type(), " and ", others[i].scalar_type());
+    }
+  }
+
   void arguments_to_host() {
+    as_torch_npu();
     for (size_t i = 0; i < schema.arguments().size(); i++) {
       auto& value = argument(i);
       const auto& declared = schema.arguments()[i];
@@ -114,6 +147,7 @@ struct BoxedCall {
     aliases.write_back();
     for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
       auto& value = (*stack)[i];
+      if (first_generation()) each_tensor(value, saturate);
       if (value.isTensor()) {
         value = aliases.npu(value.toTensor());
       } else if (value.isTensorList()) {

@@ -4,12 +4,26 @@
 // rows of the functions that reach these operators. Where two rows disagree (torch.mm lists fp16 and fp32,
 // functional.linear also bf16) the union is taken.
 #pragma once
+#include <cstdlib>
+#include <regex>
 #include <set>
 #include <string>
 
 #include "observe.h"
 
 namespace fake_npu {
+
+// Which card is simulated: FAKE_NPU_CARD, "Ascend910B3" (Atlas A2) by default. The first Atlas training cards
+// ("Ascend910A", "Ascend910ProB") have no bf16 and no aclnnApplyAdamWV2 (CANN, ops-nn, optim/apply_adam_w_v2/docs).
+inline std::string card() {
+  const char* given = std::getenv("FAKE_NPU_CARD");
+  return given ? given : "Ascend910B3";
+}
+
+inline bool first_generation() {
+  static const bool first = !std::regex_search(card(), std::regex("^Ascend(910B[0-9]|910_[0-9]|9[5-9][0-9])"));
+  return first;
+}
 
 inline bool refuses_float64(const std::string& name) {
   static const std::set<std::string> refusing = {
@@ -37,6 +51,8 @@ inline void check_type(const std::string& name, const at::Tensor& tensor) {
         !refuses_float64(name),
         name, ": float64 is not supported on npu (torch_npu's API list has bf16, fp16 and fp32 for it)");
     note("float64", name);
+  } else if (tensor.scalar_type() == at::kBFloat16 && first_generation()) {
+    TORCH_CHECK(false, name, ": ", card(), " has no bfloat16");
   } else if (tensor.scalar_type() == at::kBFloat16 && lists_no_bfloat16(name)) {
     note("undocumented_type", name + " bfloat16");
   }

@@ -3,6 +3,8 @@
 import copy
 import io
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,7 +111,7 @@ def test_autocast_and_loss_scaling():
         with torch.autocast("npu", dtype=dtype):
             y = layer(x(2, 4))
             assert y.dtype == dtype and F.layer_norm(y, (4,)).dtype == torch.float32
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=False)  # a fused one would take nan, as on the card
     scaler = torch.amp.GradScaler("npu", init_scale=1024.0)
     before = layer.weight.detach().clone()
     scaler.scale(layer(x(2, 4)).sum() * float("inf")).backward()
@@ -191,3 +193,73 @@ def test_float64_is_refused_where_the_card_has_none(name):
     }
     with pytest.raises(RuntimeError, match="float64 is not supported on npu"):
         calls[name]()
+
+
+def test_fused_adamw_takes_grad_scale_and_found_inf_and_reads_neither():
+    """As op-plugin's FusedAdamWKernelNpuOpApi.cpp: an optimizer that is told to skip or to unscale does not."""
+    told, plain = nn.Linear(2, 2).to(NPU), nn.Linear(2, 2)
+    plain.load_state_dict({name: value.cpu() for name, value in told.state_dict().items()})
+    for model in (told, plain):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        model(torch.ones(1, 2, device=model.weight.device)).sum().backward()
+        if model is told:
+            optimizer.grad_scale = torch.full((), 4.0, device=NPU)
+            optimizer.found_inf = torch.ones((), device=NPU)
+        optimizer.step()
+    torch.testing.assert_close(told.weight.cpu(), plain.weight)
+
+
+def test_one_type_for_parameter_gradient_and_moments():
+    weight = nn.Parameter(torch.ones(2, device=NPU, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].float()
+    with pytest.raises(RuntimeError, match="must have one type"):
+        optimizer.step()
+
+
+FIRST_CARD = """
+import torch
+from common import device as devices, npu
+from common.errors import UsageError
+from common.update import GuardedStep, loss_scale
+
+device = devices.resolve("npu")
+assert not torch.npu.is_bf16_supported() and not devices.fused_adamw(device)
+try:
+    loss_scale(device, "bf16")
+except UsageError as error:
+    assert "Ascend910A" in str(error) and "has no bf16" in str(error), error
+else:
+    raise AssertionError("bf16 was taken")
+weight = torch.nn.Parameter(torch.ones(2, device=device))
+try:
+    torch.optim.AdamW([weight], fused=True).zero_grad()
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], fused=True).step()
+except RuntimeError as error:
+    assert "aclnnApplyAdamWV2 is not supported on Ascend910A" in str(error), error
+else:
+    raise AssertionError("fused AdamW ran")
+
+layer = torch.nn.Linear(4, 4).to(device)
+optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=devices.fused_adamw(device))
+step = GuardedStep(optimizer, layer.parameters(), loss_scale(device, "fp16", 2.0**14))
+before = layer.weight.clone()
+for number, size in ((1, 1e3), (2, 1e-3)):
+    with devices.autocast(device, "fp16"):
+        loss = layer(torch.full((2, 4), size, device=device)).float().square().sum() * (1e3 if number == 1 else 1e-6)
+    step.scaled(loss).backward()
+    norm, applied = step(number, torch.ones((), device=device))
+    assert bool(norm.isfinite()), "the card has no inf"
+    assert applied == (number == 2), number
+    assert torch.equal(layer.weight, before) == (number == 1), number
+print("held")
+"""
+
+
+def test_the_first_atlas_training_card_has_no_bf16_no_fused_adamw_and_saturates():
+    environment = os.environ | {"FAKE_NPU_CARD": "Ascend910A"}
+    done = subprocess.run([sys.executable, "-c", FIRST_CARD], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("held\n"), done.stdout + done.stderr

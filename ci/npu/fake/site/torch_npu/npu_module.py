@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import types
 from types import ModuleType
 
@@ -50,7 +49,7 @@ def make(native: ModuleType) -> ModuleType:
         GradScaler=lambda *args, **kwargs: torch.amp.GradScaler("npu", *args, **kwargs),
     )
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16, torch.float32]
-    module.is_bf16_supported = lambda including_emulation=False: True
+    module.is_bf16_supported = lambda including_emulation=False: not native.first_generation()
     module.npu = module
     return module
 
@@ -75,9 +74,9 @@ def _add_devices(module, native, index) -> None:
     module.device_count = native.device_count
     module.current_device = native.current_device
     module.set_device = lambda device: native.set_device(index(device))
-    module.get_device_name = lambda device=None: (
-        f"{os.environ.get('FAKE_NPU_CARD', 'Ascend910B3')} (simulated, host memory)"
-    )
+    module.get_device_name = lambda device=None: f"{native.card()} (simulated, host memory)"
+    module.get_npu_overflow_flag = native.overflow_flag
+    module.clear_npu_overflow_flag = native.clear_overflow_flag
     module.is_initialized = lambda: True
     module.init = module._lazy_init = lambda: None
     module._is_in_bad_fork = native.in_bad_fork
