@@ -1,0 +1,1 @@
+"""What a change has to pass: a room for each question."""

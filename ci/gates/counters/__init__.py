@@ -1,0 +1,1 @@
+"""Does a training step do what was accepted?"""

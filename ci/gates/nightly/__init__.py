@@ -1,0 +1,1 @@
+"""Is a performance run slower than on earlier nights?"""

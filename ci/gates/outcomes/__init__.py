@@ -1,0 +1,1 @@
+"""Does every project still learn?"""

@@ -1,0 +1,1 @@
+"""Is a step slower than at another revision?"""

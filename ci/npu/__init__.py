@@ -1,0 +1,1 @@
+"""What can be tested of the npu path without a card."""

@@ -1,0 +1,1 @@
+"""`--profile`: a trace of a few steps and a page about it."""
