@@ -137,6 +137,22 @@ def saturates(device: torch.device) -> bool:
     return not npu.has_bf16(device)
 
 
+def deterministic(device: torch.device) -> None:
+    """Makes every operator of this process give the same bits for the same input: `--deterministic`. Slower.
+
+    Call it before the first product on the device. Sums over cards: HCCL_DETERMINISTIC, which CANN reads when it meets.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS, for use_deterministic_algorithms
+    os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+    if device.type == "npu":
+        from common import npu
+
+        npu.deterministic()
+
+
 class StaticGradScaler(torch.amp.GradScaler):
     """Loss scaling by a constant. Steps with inf or nan gradients are skipped; the scale stays.
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  # else DDP imports it later, and its defaults hold the group for ever
 
 from common import device as devices
-from common import lost_ranks
+from common import lost_ranks, npu
 from common.cpu import keep_freed_memory
 
 # Backend by device. The pair for npu lets CPU tensors (counters, objects, checkpoints' metadata) use gloo beside hccl.
@@ -73,6 +73,8 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         return
 
     backend = _BACKEND[device.type]
+    if device.type == "npu":
+        init_timeout_s, train_timeout_s = npu.group_timeouts(init_timeout_s, train_timeout_s)
     if world.is_main:
         timeouts = f"{init_timeout_s} s to meet, {train_timeout_s} s a collective"
         print(f"process group: {size} ranks, {backend}, time-outs: {timeouts}", flush=True)
@@ -156,7 +158,7 @@ def _ranks_from_environment() -> tuple[int, int, int, int]:
 def _set_timeout(timeout: timedelta) -> None:
     """Sets the time-out of later collectives on every backend of the default group that lets it be changed.
 
-    torch_npu's HCCL does not: there HCCL_EXEC_TIMEOUT (env_npu.sh) is the limit.
+    torch_npu's HCCL does not: there HCCL_EXEC_TIMEOUT is the limit, see `npu.group_timeouts`.
     """
     group = dist.group.WORLD
     for device in group._device_types:

@@ -72,6 +72,22 @@ def set_up() -> None:
     torch.npu.config.allow_internal_format = False
 
 
+def deterministic() -> None:
+    """Level 1 of torch_npu 2.13 and newer: the same bits in each run; level 2 would also hold over shapes."""
+    if hasattr(torch.npu, "set_deterministic_level"):
+        torch.npu.set_deterministic_level(1)
+
+
+def group_timeouts(to_meet: int, collective: int) -> tuple[int, int]:
+    """(seconds of the process group, seconds that a collective really has) on npu.
+
+    HCCL's own limits rule, and the group's has to be larger than both (CANN's page of HCCL_ASYNC_ERROR_HANDLING), else
+    the group ends the run before HCCL has said which rank is missing. 120 and 1836 s are HCCL's defaults.
+    """
+    connect, execute = (int(os.environ.get(f"HCCL_{n}_TIMEOUT") or d) for n, d in (("CONNECT", 120), ("EXEC", 1836)))
+    return max(to_meet, connect + 60, execute + 60), execute
+
+
 def exact_gelu(x: Tensor) -> Tensor:
     """x Phi(x), which `torch.nn.functional.gelu` is on every other device.
 

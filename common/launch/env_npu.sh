@@ -28,13 +28,51 @@ else
     "going on with the environment as it is" >&2
 fi
 
+# NPU_PRESET=speed (default) | debug | deterministic. A variable that the user has set stays as it is.
+preset() { # NAME=VALUE
+  [[ -v ${1%%=*} ]] || export "${1?}"
+}
+
+: "${NPU_PRESET:=speed}"
 # Only errors in CANN's own logs; this process only. (The device-wide msnpureport setting is every user's: left alone.)
-export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}
-export ASCEND_GLOBAL_EVENT_ENABLE=${ASCEND_GLOBAL_EVENT_ENABLE:-0}
-export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}
-# Queue operator launches from Python ahead of the device.
-export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-1}
-# Cards may take minutes to meet (first compilation); a collective that takes 20 minutes has lost a peer.
-export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}
-export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-1200}
-echo "HCCL_CONNECT_TIMEOUT=$HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT=$HCCL_EXEC_TIMEOUT TASK_QUEUE_ENABLE=$TASK_QUEUE_ENABLE"
+preset ASCEND_GLOBAL_LOG_LEVEL=3
+preset ASCEND_GLOBAL_EVENT_ENABLE=0
+preset ASCEND_SLOG_PRINT_TO_STDOUT=0
+# Grow the allocator's segments instead of keeping blocks that no later batch fits into.
+preset PYTORCH_NPU_ALLOC_CONF=expandable_segments:True
+# Cards may take minutes to meet (first compilation); a collective that takes nine minutes has lost a peer. Both stay
+# below the process group's own time-out (common/distributed.py), else it would not be HCCL that says who is missing.
+preset HCCL_CONNECT_TIMEOUT=1200
+preset HCCL_EXEC_TIMEOUT=540
+# A failed collective ends its process instead of leaving it to wait (today's name of HCCL_ASYNC_ERROR_HANDLING).
+preset TORCH_HCCL_ASYNC_ERROR_HANDLING=1
+case $NPU_PRESET in
+  speed)
+    # Launches operators from two threads ahead of the device; the second level may raise peak memory.
+    preset TASK_QUEUE_ENABLE=2
+    # Main and launch thread on cores of their own, loader workers on the card's other cores.
+    preset CPU_AFFINITY_CONF=2
+    # Small collectives on the vector cores instead of the card's processor.
+    preset HCCL_OP_EXPANSION_MODE=AIV
+    ;;
+  debug)
+    # One operator after the other, so that an error names the line of Python that called it. Slow.
+    preset ASCEND_LAUNCH_BLOCKING=1
+    preset TASK_QUEUE_ENABLE=0
+    # Which rank entered which collective, and what filled the memory.
+    preset TORCH_HCCL_DESYNC_DEBUG=1
+    preset OOM_SNAPSHOT_ENABLE=1
+    preset ASCEND_GLOBAL_EVENT_ENABLE=1
+    ;;
+  deterministic)
+    # Sums over ranks in one order; common.device.deterministic sets the operators. Slower.
+    preset HCCL_DETERMINISTIC=true
+    preset TASK_QUEUE_ENABLE=1
+    ;;
+  *)
+    echo "error: NPU_PRESET=$NPU_PRESET: choose speed, debug or deterministic" >&2
+    exit 2
+    ;;
+esac
+echo "NPU_PRESET=$NPU_PRESET TASK_QUEUE_ENABLE=$TASK_QUEUE_ENABLE HCCL_CONNECT_TIMEOUT=$HCCL_CONNECT_TIMEOUT" \
+  "HCCL_EXEC_TIMEOUT=$HCCL_EXEC_TIMEOUT"

@@ -189,11 +189,11 @@ def test_cann_environment_is_found_set_and_skippable(project, tmp_path):
     (cann / "ascend-toolkit" / "set_env.sh").write_text("export FOUND_CANN=$UNSET_VARIABLE_IS_FINE.yes\n")
     info = tmp_path / "ascend_cann_install.info"
     info.write_text(f"Toolkit_InstallPath={tmp_path}\nInstall_Path={cann}\n")
-    script = f'source "{COMMON}/env_npu.sh"; echo "found $FOUND_CANN $HCCL_CONNECT_TIMEOUT"'
+    script = f'source "{COMMON}/launch/env_npu.sh"; echo "found $FOUND_CANN $HCCL_CONNECT_TIMEOUT"'
     run = subprocess.run(
         ["bash", "-euc", script], capture_output=True, text=True, env=environment(CANN_INSTALL_INFO=str(info))
     )
-    assert run.returncode == 0 and "found .yes 1800" in run.stdout
+    assert run.returncode == 0 and "found .yes 1200" in run.stdout
 
     process = bash(project, "--data_path=.", "--device=npu", CANN_INSTALL_INFO=str(info))
     assert "CANN environment:" in process.stdout
