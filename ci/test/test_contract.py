@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ci import public_addresses
 from ci.gates.outcomes import gate as outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,10 +35,22 @@ each_project = pytest.mark.parametrize("project", PROJECTS)
 
 @each_project
 def test_has_the_files_that_users_look_for(project):
-    names = ["README.md", "UPSTREAM.md", "requirements.txt", "test/env_npu.sh", "test/demo.sh"]
+    names = [
+        "README.md",
+        "UPSTREAM.md",
+        "LICENSE",
+        "modelzoo_level.txt",
+        "requirements.txt",
+        "test/env_npu.sh",
+        "test/demo.sh",
+    ]
     names += [f"test/{script}.sh" for script in SCRIPTS]
     names += [f"{PROJECTS[project]}/__init__.py", f"{PROJECTS[project]}/npu_patches.py"]
     assert [name for name in names if not (ROOT / project / name).is_file()] == []
+
+
+def test_public_addresses_are_stated():
+    assert public_addresses.main([]) == 0, "python -m ci.public_addresses --write"
 
 
 @each_project
