@@ -12,6 +12,7 @@ Options are those of fairseq-hydra-train: a YAML file and dotted overrides. The 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -29,9 +30,19 @@ from data2vec.data.epochs import SplitBatches
 from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
 from data2vec.training.checkpoint import load_training_state, load_weights, save_checkpoints
 from data2vec.training.report import Report
-from data2vec.training.update import TrainState, make_state, train_update, validate
+from data2vec.training.update import Run, TrainState, make_state, train_update, validate
 from data2vec.weights.huggingface import load_huggingface
 from data2vec.weights.vision_weights import load_huggingface_vision
+
+
+@dataclass
+class Pretraining(Run):
+    """A run, its data, where it reports and saves, and the number of updates at which it ends."""
+
+    data: SplitBatches
+    report: Report
+    save_dir: Path
+    limit: int
 
 
 @print_usage_errors
@@ -46,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         data.open_splits()
         model = build(config, data).to(world.device)
         npu_patches.apply_to_model(model, world.device)
-        state = make_state(model, config, precision, world.size)
+        state = make_state(model, config, precision, world)
         save_dir = Path(options.output_dir) / config.checkpoint.save_dir
         checkpoint = checkpoint_to_resume(config, save_dir)
         resumed = resume(state, config, checkpoint, data)
@@ -74,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
             report = Report(log, config, updates_per_epoch, state)
             for text in data.notes:
                 log.info(text)
-            train(state, config, data, world, precision, report, save_dir, limit)
+            forward = forward_of(config, data, world.device)
+            train(Pretraining(config, world, precision, forward, state, data, report, save_dir, limit))
             report.finish(state)
 
 
@@ -116,42 +128,47 @@ def resume(state: TrainState, config: DictConfig, path: Path | None, data: Split
     return None
 
 
-def train(state, config, data, world, precision, report, save_dir, limit) -> None:
-    """Epochs until `limit` updates (or optimization.max_epoch, or stop_time_hours)."""
-    forward = forward_of(config, data, world.device)
-    stop = state.num_updates >= limit
+def train(run: Pretraining) -> None:
+    """Epochs until `run.limit` updates (or optimization.max_epoch, or stop_time_hours)."""
+    state, options = run.state, run.config.optimization
+    stop = state.num_updates >= run.limit
     while not stop:
         epoch = state.epoch
-        epoch_batches = data.train_batches(epoch, state.iterations)
-        loader, rows = epoch_batches.loader(config.dataset.num_workers), iter(epoch_batches.rows)
+        epoch_batches = run.data.train_batches(epoch, state.iterations)
+        loader, rows = epoch_batches.loader(run.config.dataset.num_workers), iter(epoch_batches.rows)
         while not stop:
-            with report.log.data_wait():
-                batches = [batch.to(world.device) for batch in islice(loader, config.optimization.update_freq[0])]
+            with run.report.log.data_wait():
+                batches = [batch.to(run.world.device) for batch in islice(loader, options.update_freq[0])]
             if not batches:
                 break
             began = time.perf_counter()
-            result = train_update(state, batches, config, world, precision, forward)
-            report.update(state, result, time.perf_counter() - began, sum(islice(rows, len(batches))))
-            stop = should_stop(state, config, limit)
-            ended = state.iterations >= data.batches_per_epoch()
+            result = train_update(run, batches)
+            run.report.update(state, result, time.perf_counter() - began, sum(islice(rows, len(batches))))
+            stop = should_stop(run)
+            ended = state.iterations >= run.data.batches_per_epoch()
             if ended:
                 state.epoch, state.iterations = epoch + 1, 0
-                stop = stop or 0 < config.optimization.max_epoch < state.epoch
-            validate_and_save(state, config, data, world, precision, report, save_dir, forward, ended, stop)
+                stop = stop or 0 < options.max_epoch < state.epoch
+            validate_and_save(run, ended, stop)
             if ended:
                 break
-        report.end_of_epoch(state, epoch)
+        run.report.end_of_epoch(state, epoch)
 
 
-def should_stop(state: TrainState, config: DictConfig, limit: int) -> bool:
-    hours = config.optimization.stop_time_hours
-    too_long = hours > 0 and distributed.broadcast_object(state.seconds() > 3600 * hours)
-    return state.num_updates >= limit or too_long
+def should_stop(run: Pretraining) -> bool:
+    hours = run.config.optimization.stop_time_hours
+    too_long = hours > 0 and distributed.broadcast_object(run.state.seconds() > 3600 * hours)
+    return run.state.num_updates >= run.limit or too_long
 
 
-def validate_and_save(state, config, data, world, precision, report, save_dir, forward, ended, stop) -> None:
-    """Validates and saves where fairseq would: at intervals of updates, at epochs' ends, and at the run's end."""
-    options, dataset = config.checkpoint, config.dataset
+def validate_and_save(run: Pretraining, ended: bool, stop: bool) -> None:
+    """Validates and saves where fairseq would: at intervals of updates, at epochs' ends, and at the run's end.
+
+    Args:
+        ended: an epoch has just ended.
+        stop: the run has.
+    """
+    options, dataset, state = run.config.checkpoint, run.config.dataset, run.state
     epoch = state.epoch - ended
 
     def due(interval: int, count: int) -> bool:
@@ -163,23 +180,29 @@ def validate_and_save(state, config, data, world, precision, report, save_dir, f
     validates = stop or (saves and not ended) or (ended and due(dataset.validate_interval, epoch))
     validates |= due(dataset.validate_interval_updates, state.num_updates)
     validates &= not dataset.disable_validation and state.num_updates >= dataset.validate_after_updates
-    losses = []
     if validates or saves:
-        report.read(state)  # raises before a broken model is saved
-    if validates:
-        for name in dataset.valid_subset.split(","):
-            with report.log.pause("validate"):
-                began = time.perf_counter()
-                loader = data.valid_batches(name).loader(dataset.num_workers)
-                sums = validate(state.model, loader, world, precision, forward)
-            losses.append(report.validation(state, epoch, name, sums, began))
+        run.report.read(state)  # raises before a broken model is saved
+    losses = [validation_loss(run, epoch, name) for name in dataset.valid_subset.split(",")] if validates else []
     if saves and not options.no_save:
-        state.meters = {} if ended else report.meters()
-        with report.log.pause("save"):
-            if world.is_main:
-                save_checkpoints(save_dir, state, config, losses[0] if losses else None, ended)
-            state.best_loss = distributed.broadcast_object(state.best_loss)
-            distributed.barrier()
+        save(run, losses[0] if losses else None, ended)
+
+
+def validation_loss(run: Pretraining, epoch: int, name: str) -> float:
+    with run.report.log.pause("validate"):
+        began = time.perf_counter()
+        sums = validate(run, run.data.valid_batches(name).loader(run.config.dataset.num_workers))
+    return run.report.validation(run.state, epoch, name, sums, began)
+
+
+def save(run: Pretraining, loss: float | None, ended: bool) -> None:
+    """The checkpoints that are due, by the main rank; the others wait."""
+    state = run.state
+    state.meters = {} if ended else run.report.meters()
+    with run.report.log.pause("save"):
+        if run.world.is_main:
+            save_checkpoints(run.save_dir, state, run.config, loss, ended)
+        state.best_loss = distributed.broadcast_object(state.best_loss)
+        distributed.barrier()
 
 
 if __name__ == "__main__":

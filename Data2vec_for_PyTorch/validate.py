@@ -17,7 +17,7 @@ from data2vec.command_line import choose_precision, parse, start_ranks
 from data2vec.modality import build, forward_of, open_data
 from data2vec.training.checkpoint import load_weights
 from data2vec.training.report import Report
-from data2vec.training.update import make_state, validate
+from data2vec.training.update import Run, make_state, validate
 
 
 @print_usage_errors
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         data = open_data(config, world.rank, world.size)
         model = build(config, data).to(world.device)
         npu_patches.apply_to_model(model, world.device)
-        state = make_state(model, config, precision, world.size)
+        state = make_state(model, config, precision, world)
         try:
             checkpoint = load(path)
             load_weights(model, checkpoint, path)
@@ -50,11 +50,10 @@ def main(argv: list[str] | None = None) -> None:
             profile=options.profile,
         ) as log:  # fmt: skip
             report = Report(log, config, updates_per_epoch=1)
-            forward = forward_of(config, data, world.device)
+            run = Run(config, world, precision, forward_of(config, data, world.device), state)
             for name in names:
                 began = time.perf_counter()
-                loader = batches[name].loader(config.dataset.num_workers)
-                sums = validate(model, loader, world, precision, forward)
+                sums = validate(run, batches[name].loader(config.dataset.num_workers))
                 loss = report.validation(state, 1, name, sums, began)
             log.finish(loss=loss)
 

@@ -140,10 +140,10 @@ def test_train_line_goes_on_after_a_resume(train_main, tiny, corpus, tmp_path, c
 
 
 @pytest.mark.parametrize("device_waits", [True, False])
-def test_nan_never_reaches_weights_or_a_checkpoint(train_main, tiny, corpus, tmp_path, monkeypatch, device_waits):
-    """On accelerators the run goes on until somebody looks: the update is skipped, and nothing is saved."""
+def test_nan_never_reaches_a_checkpoint(train_main, tiny, corpus, tmp_path, monkeypatch, device_waits):
+    """A CPU does not apply the update; on accelerators the run goes on until somebody looks, and nothing is saved."""
     import train
-    from data2vec.training import finite_guard
+    from common.update import GuardedStep
 
     whole = train.forward_of
 
@@ -161,15 +161,23 @@ def test_nan_never_reaches_weights_or_a_checkpoint(train_main, tiny, corpus, tmp
     states = []
     make_state = train.make_state
     monkeypatch.setattr(train, "make_state", lambda *a: states.append(make_state(*a)) or states[-1])
-    if not device_waits:  # as on an accelerator: nobody looks after each update
-        look, looks = finite_guard.FiniteGuard.check, []
-        monkeypatch.setattr(
-            finite_guard.FiniteGuard, "check", lambda self: look(self) if looks.append(1) or len(looks) > 5 else None
-        )
-    with pytest.raises(FloatingPointError, match="update 3"):
+    if not device_waits:
+        monkeypatch.setattr(GuardedStep, "_may_apply", lambda *a: True)
+    with pytest.raises(FloatingPointError, match=r"step 3 on rank 0 \(samples \d+, "):
         run(train_main, tiny, corpus, tmp_path / "out", "--log_every", "100", "--save_every", "5")
     assert not list((tmp_path / "out").glob("checkpoints/*.pt"))
-    assert all(torch.isfinite(p).all() for p in states[0].model.parameters())
+    finite = all(torch.isfinite(p).all() for p in states[0].model.parameters())
+    assert finite == device_waits and states[0].num_updates == (2 if device_waits else 5)
+    assert "Status = FAILED" in (tmp_path / "out" / "Data2vec_for_PyTorch_bs256_1p_acc.log").read_text()
+
+
+def test_fp16_that_overflows_for_ever_ends(train_main, tiny, corpus, tmp_path, capsys):
+    """Also where the scripts' common.threshold_loss_scale keeps fairseq's own abort out of reach."""
+    settings = ["--precision", "fp16", "common.fp16_init_scale=2e38", "common.threshold_loss_scale=1e38"]
+    settings += ["dataset.disable_validation=true"]
+    with pytest.raises(FloatingPointError, match="50 steps in a row without an update.*use bf16 or fp32"):
+        run(train_main, tiny, corpus, tmp_path / "out", *settings)
+    assert capsys.readouterr().out.count("loss scale now 1e+38") == 49
     assert "Status = FAILED" in (tmp_path / "out" / "Data2vec_for_PyTorch_bs256_1p_acc.log").read_text()
 
 
@@ -251,11 +259,11 @@ def test_an_earlier_run_is_kept_aside(train_main, tiny, corpus, tmp_path, golden
 
 def test_flat_fp16_optimizer_state_loads(golden, model_info, tmp_path):
     """fairseq keeps one flat fp32 buffer for all parameters of an fp16 run."""
-    from data2vec import FairseqAdam, build_model
+    from common.distributed import World
+    from data2vec import build_model
     from data2vec.config import load_config
     from data2vec.training.checkpoint import load_training_state
-    from data2vec.training.loss_scaler import LossScaler
-    from data2vec.training.update import TrainState
+    from data2vec.training.update import make_state
 
     (tmp_path / "tiny.yaml").write_text(TINY)
     config, _ = load_config(tmp_path, "tiny", ["task.data=x"])
@@ -265,7 +273,7 @@ def test_flat_fp16_optimizer_state_loads(golden, model_info, tmp_path):
     checkpoint["last_optimizer_state"] = {"state": {0: {"step": 6, **flat}}, "param_groups": [], "loss_scale": 64.0}
     torch.save(checkpoint, tmp_path / "flat.pt")
     model = build_model(model_info["base"]["cfg_model"], 169)
-    state = TrainState(model, FairseqAdam(model.parameters()), LossScaler(True))
+    state = make_state(model, config, "fp16", World())
     load_training_state(state, tmp_path / "flat.pt", config)
     assert state.scaler.scale == 64.0
     for i, parameter in enumerate(model.parameters()):

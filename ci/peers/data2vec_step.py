@@ -31,7 +31,7 @@ from common.distributed import World  # noqa: E402
 from data2vec import build_model, mask_tokens  # noqa: E402
 from data2vec.config import load_config  # noqa: E402
 from data2vec.data.pretraining_data import TextBatch  # noqa: E402
-from data2vec.training.update import make_state, train_update  # noqa: E402
+from data2vec.training.update import Run, make_state, train_update  # noqa: E402
 
 VOCAB, MASK = 50265, 50264
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,7 +54,7 @@ def build(shape: tuple[int, int], dropout: float):
 def ours(precision: str, shape: tuple[int, int], dropout: float):
     keep_freed_memory()
     config, model, source, target = build(shape, dropout)
-    state = make_state(model, config, precision, 1)
+    state = make_state(model, config, precision, World())
     rows, tokens = shape
     lengths = torch.full((rows,), tokens)
     batch = TextBatch(torch.arange(rows), source, target, lengths, model.plan(source, target, MASK))
@@ -62,8 +62,10 @@ def ours(precision: str, shape: tuple[int, int], dropout: float):
     def forward(model, batch):
         return model(batch.src_tokens, batch.target_tokens, MASK, batch.plan)
 
+    run = Run(config, World(), precision, forward, state)
+
     def step():
-        result = train_update(state, [batch], config, World(), precision, forward)
+        result = train_update(run, [batch])
         return float(result.loss_sum / result.sample_size), float(result.grad_norm)
 
     return step

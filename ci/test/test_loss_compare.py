@@ -134,12 +134,12 @@ def test_two_revisions_are_trained_and_compared(tmp_path, capsys, monkeypatch):
     subprocess.run([*commit, "one"], check=True)
     source = repo / "Data2vec_for_PyTorch" / "data2vec" / "training" / "update.py"
     text = source.read_text()
-    assert "out = forward(model, batch)" in text
+    assert "out = run.forward(model, batch)" in text
     (repo / "README.md").write_text("another commit, no other training")
     subprocess.run([*git, "add", "--all"], check=True)
     subprocess.run([*commit, "two"], check=True)
-    planted = 'out = forward(model, batch)\n        out["loss_sum"] = out["loss_sum"] * 1.0001'
-    source.write_text(text.replace("out = forward(model, batch)", planted, 1))
+    planted = 'out = run.forward(model, batch)\n        out["loss_sum"] = out["loss_sum"] * 1.0001'
+    source.write_text(text.replace("out = run.forward(model, batch)", planted, 1))
     subprocess.run([*commit, "three"], check=True)
     monkeypatch.setattr(revisions, "ROOT", repo)
     train, trained = loss_compare.train_revision, {}

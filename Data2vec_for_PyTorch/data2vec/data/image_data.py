@@ -35,6 +35,7 @@ class ImageBatch:
     images: torch.Tensor  # uint8 [B, 3, S, S]
     mask: torch.Tensor  # bool [B, P]
     rows: torch.Tensor  # int64 [N], the masked patches' places in B * (1 + P)
+    names: list[str]  # files [B]
 
     @property
     def num_tokens(self) -> int:
@@ -45,7 +46,7 @@ class ImageBatch:
         if device.type == "cpu":
             return self
         tensors = (to_device(getattr(self, name), device) for name in ("images", "mask", "rows"))
-        return ImageBatch(self.id, *tensors)
+        return ImageBatch(self.id, *tensors, self.names)
 
 
 class MaskedImages:
@@ -93,7 +94,9 @@ class MaskedImages:
             images[row] = self.image(index, epoch)
             mask[row] = torch.from_numpy(self.mask(index, epoch))
         row, patch = mask.nonzero(as_tuple=True)
-        return ImageBatch(torch.from_numpy(np.asarray(indices)), images, mask, row * (patches + 1) + patch + 1)
+        rows = row * (patches + 1) + patch + 1
+        files = [self.files[index] for index in indices.tolist()]
+        return ImageBatch(torch.from_numpy(np.asarray(indices)), images, mask, rows, files)
 
 
 class ImagePretrainingData(SplitBatches):

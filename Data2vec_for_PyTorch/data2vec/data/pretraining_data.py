@@ -46,6 +46,11 @@ class TextBatch:
     plan: BatchPlan | None
 
     @property
+    def names(self) -> list[str]:
+        """Which samples these are, for messages."""
+        return [f"{index}" for index in self.id.tolist()]
+
+    @property
     def num_tokens(self) -> int:
         """Real tokens, padding not counted."""
         return int(self.src_lengths.sum())

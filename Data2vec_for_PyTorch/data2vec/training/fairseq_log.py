@@ -19,31 +19,29 @@ class Meters:
         self.loss = self.sample_size = self.sentences = 0.0
         self.gnorm = self.clipped = self.ema_decay = 0.0
         self.target_std = self.pred_std = 0.0
+        self.spreads = 0  # updates that have these two
         self.seconds = 0.0  # in updates, without waiting for data
         self.began = time.perf_counter()
 
-    def add(
-        self,
-        loss_sum: float,
-        sample_size: float,
-        sentences: float,
-        ema_decay: float,
-        gnorm: float = 0.0,
-        clip_norm: float = 0.0,
-        seconds: float = 0.0,
-        target_std: float = 0.0,
-        pred_std: float = 0.0,
-    ) -> None:
+    def add(self, loss_sum: float, sample_size: float, sentences: float, ema_decay: float) -> None:
+        """An update, or all of a validation."""
         self.updates += 1
         self.loss += loss_sum
         self.sample_size += sample_size
         self.sentences += sentences
+        self.ema_decay += 1000 * ema_decay
+
+    def add_step(self, gnorm: float, clip_norm: float, seconds: float) -> None:
+        """What the optimizer's step of that update was."""
         self.gnorm += gnorm
         self.clipped += 100.0 * (0 < clip_norm < gnorm)
-        self.ema_decay += 1000 * ema_decay
         self.seconds += seconds
-        self.target_std += target_std
+
+    def add_spread(self, pred_std: float, target_std: float) -> None:
+        """The standard deviations of that update, if it has any."""
+        self.spreads += 1
         self.pred_std += pred_std
+        self.target_std += target_std
 
     def state_dict(self) -> dict[str, float]:
         """The sums, and the wall seconds they took so far."""
@@ -51,7 +49,8 @@ class Meters:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Goes on from saved sums; the time between runs does not count."""
-        vars(self).update(state, began=time.perf_counter() - state["began"])
+        known = {"spreads": state["updates"]} | state  # checkpoints before `spreads` counted every update
+        vars(self).update(known, began=time.perf_counter() - state["began"])
 
     @property
     def mean_loss(self) -> float:
@@ -69,7 +68,8 @@ class Meters:
             "ema_decay": number(self.ema_decay / n, 3),
         }
         if spread:
-            line |= {"target_var": number(self.target_std / n, 3), "pred_var": number(self.pred_std / n, 3)}
+            known = max(self.spreads, 1)
+            line |= {"target_var": number(self.target_std / known, 3), "pred_var": number(self.pred_std / known, 3)}
         line["wps"] = number(self.sample_size / elapsed, 1)
         if training:
             line["ups"] = number(self.updates / elapsed, 2)

@@ -1,8 +1,6 @@
-"""fp16 loss scaling with fairseq's rules (fairseq/optim/dynamic_loss_scaler.py)."""
+"""fp16 loss scaling with fairseq's rules (fairseq/optim/dynamic_loss_scaler.py), for `common.update.GuardedStep`."""
 
 from __future__ import annotations
-
-import math
 
 
 class LossScaler:
@@ -34,18 +32,20 @@ class LossScaler:
         self._last_rescale = -1
         self._overflows = 0
 
-    def update(self, norm: float) -> bool:
-        """Takes note of a step's gradient norm; returns whether the step may be done.
+    def update(self, finite: bool) -> None:
+        """Takes note of whether a step's gradient was finite.
 
         Raises:
             FloatingPointError: the scale has become too small.
         """
-        if math.isfinite(norm):
+        if not self.enabled:
+            return
+        if finite:
             if (self._steps - self._last_overflow) % self.window == 0:
                 self.scale *= 2
                 self._last_rescale = self._steps
             self._steps += 1
-            return True
+            return
         before = self.scale
         since_rescale = self._steps - self._last_rescale
         self._last_overflow = self._steps
@@ -61,7 +61,6 @@ class LossScaler:
                 "Lower the learning rate, lengthen the warm-up, or use bf16; the last checkpoint is intact"
             )
         self._steps += 1
-        return False
 
     def state_dict(self) -> dict[str, float]:
         names = ("scale", "_steps", "_last_overflow", "_last_rescale", "_overflows")

@@ -1,4 +1,4 @@
-"""fairseq's Adam, its gradient clipping and its cosine schedule."""
+"""fairseq's Adam and its cosine schedule."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class FairseqAdam(torch.optim.AdamW):
     """Adam as fairseq has it: eps is added to sqrt(v) *before* the bias correction.
 
     torch adds it after: step = lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps). With eps / sqrt(1 - b2^t) in
-    eps' place the two are algebraically the same, so torch's fused kernel does the work. Weight decay is decoupled and
-    applies to all parameters, biases and norms included.
+    eps' place the two are algebraically the same, so torch's kernel does the work. Weight decay is decoupled and
+    applies to all parameters, biases and norms included. `fused` asks for the one kernel, where the card has it.
     """
 
     def __init__(
@@ -23,8 +23,9 @@ class FairseqAdam(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        fused: bool = True,
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -37,19 +38,6 @@ class FairseqAdam(torch.optim.AdamW):
         finally:
             for group in self.param_groups:
                 group["eps"] = group.pop("fairseq_eps")
-
-
-def clip_coefficient(norm: torch.Tensor, max_norm: float, fp16: bool = False) -> torch.Tensor:
-    """What gradients are multiplied with, on the device: no wait for the norm's value.
-
-    The plain path divides by norm + 1e-6, the fp16 path by the norm alone, as fairseq's two implementations do.
-    """
-    return (max_norm / (norm if fp16 else norm + 1e-6)).clamp(max=1.0)
-
-
-def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm over all gradients, fp32 scalar on their device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
 
 
 def cosine_lr(

@@ -35,6 +35,7 @@ class Report:
             getattr(self, name).load_state_dict(saved)
         self.tokens = self.sentences = self.updates = 0.0
         self._pending: list[tuple[UpdateResult, float]] = []
+        self._spread = torch.zeros(2)
 
     def update(self, state: TrainState, result: UpdateResult, seconds: float, samples: int) -> None:
         """Takes note of one update, of `samples` over all ranks; a skipped one (fp16 overflow) is told at once."""
@@ -43,6 +44,9 @@ class Report:
             return
         self._pending.append((result, seconds))
         step = state.num_updates
+        spread = torch.stack((result.pred_std, result.target_std))
+        # an update of fewer than two masked tokens has none: the one before stands in, since 0 would read as collapse
+        self._spread = torch.where(spread.isnan(), self._spread.to(spread.device), spread)
         self.log.step(
             step,
             samples=samples,
@@ -50,8 +54,8 @@ class Report:
             lr=result.lr,
             grad_norm=result.grad_norm,
             epoch=self._position(state),
-            pred_std=result.pred_std,
-            target_std=result.target_std,
+            pred_std=self._spread[0],
+            target_std=self._spread[1],
             ema_decay=result.ema_decay,
             masked_tokens=result.sample_size,
         )
@@ -120,20 +124,20 @@ class Report:
         Raises:
             FloatingPointError: inf or nan, or collapse.
         """
-        state.guard.check()
+        state.step.check()
         if not self._pending:
             return
         columns = ("loss_sum", "sample_size", "sentences", "tokens", "grad_norm", "pred_std", "target_std")
         rows = torch.stack([torch.stack([getattr(r, c) for c in columns]) for r, _ in self._pending]).tolist()
         spreads = []
         for (loss, size, sentences, tokens, norm, *spread), (result, seconds) in zip(rows, self._pending, strict=True):
-            if math.isnan(spread[0]):  # a batch of fewer than two masked tokens
-                spread = [0.0, 0.0]
-            else:
+            if not math.isnan(spread[0]):  # else no rank had two masked tokens
                 spreads.append(spread)
             for meters in (self.inner, self.epoch):
-                clip = self.config.optimization.clip_norm
-                meters.add(loss, size, sentences, result.ema_decay, norm, clip, seconds, spread[1], spread[0])
+                meters.add(loss, size, sentences, result.ema_decay)
+                meters.add_step(norm, self.config.optimization.clip_norm, seconds)
+                if not math.isnan(spread[0]):
+                    meters.add_spread(*spread)
             self.tokens += tokens
             self.sentences += sentences
         self._pending = []

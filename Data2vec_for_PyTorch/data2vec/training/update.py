@@ -1,8 +1,9 @@
-"""One update, one validation, and the state that is checkpointed between them."""
+"""One update and one validation, and the state that is checkpointed between them."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +13,15 @@ from omegaconf import DictConfig
 from common import device as devices
 from common import distributed
 from common.distributed import World
+from common.update import GuardedStep
 from data2vec.config import adam_betas
 from data2vec.model.ema import ema_decay_at, ema_step
-from data2vec.training.finite_guard import FiniteGuard
 from data2vec.training.loss_scaler import LossScaler
-from data2vec.training.optimizer import FairseqAdam, clip_coefficient, cosine_lr, gradient_norm
+from data2vec.training.optimizer import FairseqAdam, cosine_lr
 
 # Standard deviation, averaged over features, under which representations count as collapsed.
 COLLAPSED_STD = 1e-4
+REMEDY = "Lower the learning rate, lengthen the warm-up (lr_scheduler.warmup_updates), or use bf16 or fp32"
 
 
 @dataclass
@@ -29,7 +31,7 @@ class TrainState:
     model: torch.nn.Module
     optimizer: FairseqAdam
     scaler: LossScaler
-    guard: FiniteGuard = field(default_factory=FiniteGuard)
+    step: GuardedStep
     num_updates: int = 0
     epoch: int = 1
     iterations: int = 0  # micro-batches of this epoch that are done
@@ -44,6 +46,20 @@ class TrainState:
 
 
 @dataclass
+class Run:
+    """What every step needs: configuration, place among the ranks, forward pass and state.
+
+    `forward` is a function of (model, batch) that returns the model's output dict.
+    """
+
+    config: DictConfig
+    world: World
+    precision: str
+    forward: Callable[[torch.nn.Module, Any], dict[str, Any]]
+    state: TrainState
+
+
+@dataclass
 class UpdateResult:
     """Sums over all ranks and micro-batches, on the device where reading them would wait for it."""
 
@@ -52,32 +68,46 @@ class UpdateResult:
     sentences: torch.Tensor
     tokens: torch.Tensor  # real ones
     grad_norm: torch.Tensor
-    pred_std: torch.Tensor  # of the last micro-batch, mean over features
+    pred_std: torch.Tensor  # of each rank's last micro-batch, mean over features and ranks; nan where no rank has one
     target_std: torch.Tensor
     ema_decay: float
     lr: float
     skipped: bool = False  # fp16 overflow
 
 
-def make_state(model: torch.nn.Module, config: DictConfig, precision: str, world_size: int) -> TrainState:
-    """Optimizer and loss scaler for a model, from the configuration."""
+def make_state(model: torch.nn.Module, config: DictConfig, precision: str, world: World) -> TrainState:
+    """Optimizer, loss scaler and guarded step for a model, from the configuration.
+
+    Raises:
+        UsageError: a precision that the device lacks.
+    """
+    devices.require_precision(world.device, precision)
     optimizer = FairseqAdam(
         model.parameters(),
         lr=0.0,
         betas=adam_betas(config),
         eps=config.optimizer.adam_eps,
         weight_decay=config.optimizer.weight_decay,
+        fused=devices.fused_adamw(world.device),
     )
     common = config.common
     scaler = LossScaler(
         precision == "fp16",
         common.fp16_init_scale,
-        common.fp16_scale_window or int(2**14 / world_size / config.optimization.update_freq[0]),
+        common.fp16_scale_window or int(2**14 / world.size / config.optimization.update_freq[0]),
         common.fp16_scale_tolerance,
         common.threshold_loss_scale,
         common.min_loss_scale,
     )
-    return TrainState(model, optimizer, scaler)
+    step = GuardedStep(
+        optimizer,
+        [p for p in model.parameters() if p.requires_grad],
+        scaler,
+        clip_norm=config.optimization.clip_norm,
+        clip_eps=0.0 if precision == "fp16" else 1e-6,  # as fairseq's two implementations of clipping
+        remedy=REMEDY,
+    )
+    return TrainState(model, optimizer, scaler, step)
 
 
 def learning_rate(config: DictConfig, num_updates: int) -> float:
@@ -101,7 +131,7 @@ def ema_decay(config: DictConfig, num_updates: int) -> float:
     return ema_decay_at(num_updates, model.ema_decay, model.ema_end_decay, model.ema_anneal_end_step)
 
 
-def train_update(state: TrainState, batches: list[Any], config: DictConfig, world: World, precision: str, forward):
+def train_update(run: Run, batches: list[Any]) -> UpdateResult:
     """One optimizer step over this rank's micro-batches.
 
     Teacher first (fairseq steps it when an update begins, once a micro-batch), then forward and backward, then one
@@ -109,61 +139,65 @@ def train_update(state: TrainState, batches: list[Any], config: DictConfig, worl
 
     Args:
         batches: `update_freq` micro-batches; one without rows (of a short shard) only takes part in the sums.
-        forward: function of (model, batch) that returns the model's output dict.
-
-    Returns:
-        UpdateResult.
 
     Raises:
-        FloatingPointError: fp16: the loss scale is exhausted; on a CPU: the gradient norm is not finite. Accelerators
-            do not wait for the norm: they skip the update, and `state.guard.check()` raises. On all ranks alike.
+        FloatingPointError: on all ranks alike. fp16: the loss scale is exhausted. On a CPU: the gradient norm is not
+            finite. Accelerators do not wait for the norm: `state.step.check()` raises at the next log line.
     """
-    model, device = state.model, world.device
-    model.train()
-    devices.seeded(config.common.seed, state.num_updates, world.rank)
-    decay = ema_decay(config, state.num_updates)
+    state, config = run.state, run.config
+    state.model.train()
+    devices.seeded(config.common.seed, state.num_updates, run.world.rank)
+    update = state.num_updates + 1
+    state.step.remember(update, [name for batch in batches for name in batch.names])
+    decay, lr = ema_decay(config, state.num_updates), learning_rate(config, state.num_updates)
+    own = _accumulate(run, batches, decay)  # [7]
+    gradients = _all_gradients(state.step.parameters)
+    loss_sum, sample_size, sentences, tokens, *spread, spreads = _reduce(gradients, own)
+    state.optimizer.param_groups[0]["lr"] = lr
+    done = state.step(update, own[0], divisor=sample_size.clamp(min=1))  # to the gradient of the mean loss
+    state.num_updates += done.applied
+    state.iterations += len(batches)
+    pred_std, target_std = (value / spreads for value in spread)
+    return UpdateResult(
+        loss_sum, sample_size, sentences, tokens, done.norm, pred_std, target_std, decay, lr, skipped=not done.applied
+    )
+
+
+def _accumulate(run: Run, batches: list[Any], decay: float) -> torch.Tensor:
+    """Gradients of this rank's micro-batches, summed.
+
+    Returns:
+        fp32 [7]: loss, masked tokens, sentences, tokens; standard deviation of predictions and of targets in the last
+        micro-batch that has one, and whether there is one, 1 or 0.
+    """
+    model, state, device = run.state.model, run.state, run.world.device
     loss_sum, counts = torch.zeros(1, device=device), [0, 0, 0]
-    spread = torch.zeros(2, device=device)
+    spread = None
     for i, batch in enumerate(batches):
-        if i == 0 or config.model.ema_steps == "per_micro_batch":
+        if i == 0 or run.config.model.ema_steps == "per_micro_batch":
             ema_step(model, decay)
         if len(batch.id) == 0:
             continue
-        with devices.autocast(device, precision):
-            out = forward(model, batch)
-        (out["loss_sum"] * state.scaler.scale).backward()
+        with devices.autocast(device, run.precision):
+            out = run.forward(model, batch)
+        state.step.scaled(out["loss_sum"]).backward()
         loss_sum += out["loss_sum"].detach()
         own = (out["sample_size"], len(batch.id), batch.num_tokens)
         counts = [total + count for total, count in zip(counts, own, strict=True)]
-        spread = representation_std(out["pred"], out["target"])
+        if len(out["pred"]) > 1:
+            spread = representation_std(out["pred"], out["target"])
+    on_host = torch.tensor([*counts, float(spread is not None)], dtype=torch.float32)
+    on_device = devices.to_device(on_host, device)
+    spread = torch.zeros(2, device=device) if spread is None else spread
+    return torch.cat((loss_sum, on_device[:3], spread, on_device[3:]))
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+
+def _all_gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Of each parameter, zeros where a rank had no batch: Adam steps all parameters, and ranks exchange all of them."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in parameters]
-    on_host = torch.tensor(counts, dtype=torch.float32)
-    sums = _reduce(gradients, torch.cat((loss_sum, devices.to_device(on_host, device))))  # [4]
-    factor = 1 / (sums[1].clamp(min=1) * state.scaler.scale)  # to the gradient of the mean loss
-    norm = gradient_norm(gradients) * factor
-    lr = learning_rate(config, state.num_updates)
-    result = UpdateResult(sums[0], sums[1], sums[2], sums[3], norm, *spread, ema_decay=decay, lr=lr)
-    if state.scaler.enabled:  # whether the step counts, and the next scale, depend on the norm: the host has to know it
-        result.skipped = not state.scaler.update(float(norm))
-    if not result.skipped:
-        if config.optimization.clip_norm > 0:
-            factor = factor * clip_coefficient(norm, config.optimization.clip_norm, precision == "fp16")
-        # The fused kernel divides gradients by grad_scale as it reads them: no pass of its own over all gradients.
-        state.optimizer.grad_scale = 1 / factor
-        state.optimizer.found_inf = state.guard.found_inf(state.num_updates + 1, norm)
-        state.optimizer.param_groups[0]["lr"] = lr
-        state.optimizer.step()
-        if device.type == "cpu":  # nothing to wait for
-            state.guard.check()
-        state.num_updates += 1
-    state.optimizer.zero_grad()
-    state.iterations += len(batches)
-    return result
+    return [p.grad for p in parameters]
 
 
 def _reduce(gradients: list[torch.Tensor], sums: torch.Tensor) -> torch.Tensor:
@@ -179,12 +213,10 @@ def _reduce(gradients: list[torch.Tensor], sums: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def representation_std(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """[2]: standard deviation over tokens of predictions and of targets, mean over features.
+    """[2]: standard deviation over tokens (two or more) of predictions and of targets, mean over features.
 
     Both fall to zero when the representation collapses: every token is then described by the same vector.
     """
-    if len(pred) < 2:
-        return torch.full((2,), float("nan"), device=pred.device)
     return torch.stack([x.float().std(dim=0).mean() for x in (pred, target)])
 
 
@@ -209,15 +241,16 @@ def check_collapse(pred_std: float, target_std: float, num_updates: int, warmup_
 
 
 @torch.no_grad()
-def validate(model: torch.nn.Module, loader, world: World, precision: str, forward) -> torch.Tensor:
+def validate(run: Run, loader) -> torch.Tensor:
     """float64 [4] on the CPU: loss sum, masked tokens, sentences, batches, over all ranks."""
+    model, device = run.state.model, run.world.device
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     for batch in loader:
         if len(batch.id) == 0:
             continue
-        batch = batch.to(world.device)
-        with devices.autocast(world.device, precision):
-            out = forward(model, batch)
+        batch = batch.to(device)
+        with devices.autocast(device, run.precision):
+            out = run.forward(model, batch)
         sums += torch.tensor([float(out["loss_sum"]), out["sample_size"], len(batch.id), 1], dtype=torch.float64)
     return distributed.all_reduce_sum(sums)

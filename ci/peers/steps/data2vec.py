@@ -20,7 +20,7 @@ from common.errors import UsageError
 from data2vec import build_model, mask_tokens
 from data2vec.config import load_config
 from data2vec.data.pretraining_data import TextBatch
-from data2vec.training.update import make_state, train_update
+from data2vec.training.update import Run, make_state, train_update
 
 SIZES: dict[str, dict[str, Any]] = {
     "full": {"rows": 32, "tokens": 512, "vocab": 50265, "config": "base", "dropout": 0.1},
@@ -50,7 +50,8 @@ def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Ste
     if device.type == "cpu":
         keep_freed_memory()
     config, model, source, target = build(size, device)
-    state = make_state(model, config, precision, 1)
+    world = World(device=device)
+    state = make_state(model, config, precision, world)
     lengths = torch.full((shape["rows"],), shape["tokens"])
     plan = model.plan(source, target, mask_idx)
     batch = TextBatch(torch.arange(shape["rows"]), source, target, lengths, plan).to(device)
@@ -60,8 +61,10 @@ def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Ste
     def forward(model, batch):
         return model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan)
 
+    run = Run(config, world, precision, forward, state)
+
     def step() -> Tensor:
-        result = train_update(state, [batch], config, World(device=device), precision, forward)
+        result = train_update(run, [batch])
         return result.loss_sum / result.sample_size
 
     return Step(step, source.numel(), "tokens")
