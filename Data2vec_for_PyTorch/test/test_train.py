@@ -317,6 +317,25 @@ def test_two_ranks_equal_update_freq_two_and_either_goes_on_as_the_other(train_m
         assert "its updates were of 2 ranks x update_freq 1, these would be 1 x" in capsys.readouterr().err
 
 
+def test_a_rank_without_a_batch_is_no_collapse(tiny, corpus, tmp_path):
+    """Two batches for three ranks, over three epochs: a rank without one has no spread, which is not a spread of 0."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "train.py"]
+    command += ["--config-dir", str(tiny), "--config-name", "tiny", f"task.data={corpus}", "--device", "cpu"]
+    command += [
+        "dataset.max_tokens=4096",
+        "optimization.max_epoch=3",
+        "--log_every",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if step["kind"] == "train"]
+    assert len(steps) == 3 and all(step["target_std"] > 0.1 and step["pred_std"] > 1e-3 for step in steps)
+
+
 @pytest.mark.parametrize(
     "options", [("--precision", "bf16"), ("--fp16_opt_level", "O2", "--loss_scale", "32", "--use_combine_grad")]
 )
