@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clip_pretraining import export, modeling
+from clip_pretraining.model import export, loading
 from common.errors import UsageError, print_usage_errors
 
 
@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise UsageError(f"--output_dir {options.output_dir} is not empty: choose another")
-    model = modeling.load_model(options.model_name_or_path)
-    settings = modeling.image_settings(options.model_name_or_path, model.config)
+    model = loading.load_model(options.model_name_or_path)
+    settings = loading.image_settings(options.model_name_or_path, model.config)
     write = export.to_transformers if options.format == "transformers" else export.to_open_clip
     print(write(model, settings, options.output_dir))
 

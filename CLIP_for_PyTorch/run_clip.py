@@ -11,17 +11,20 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from clip_pretraining import arguments, legacy_options, npu_patches, pipeline, reports, resume
-from clip_pretraining.trainer import ClipTrainer, RunLogCallback
+from clip_pretraining import cpu_patches, npu_patches, resume
+from clip_pretraining.options import arguments, legacy
+from clip_pretraining.training import pipeline, reports
+from clip_pretraining.training.trainer import ClipTrainer, RunLogCallback
 from common import device, distributed
 from common.errors import print_usage_errors
-from common.run_log import RunLog
 
 
 @print_usage_errors
 def main(argv: list[str] | None = None) -> dict:
     """Runs what the command line asks for; returns what the result file says."""
-    argv, notes = legacy_options.translate(arguments.spelled_out(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    arguments.show_help(argv, __doc__)
+    argv, notes = legacy.translate(arguments.spelled_out(argv))
     with distributed.process_group(arguments.device_of(argv), train_timeout_s=1800) as world:
         model_args, data_args, args = arguments.parse(argv, world)
         if world.is_main:
@@ -29,6 +32,7 @@ def main(argv: list[str] | None = None) -> dict:
         device.seed_everything(args.seed)
 
         setup = pipeline.build(model_args, data_args, args, world)
+        cpu_patches.apply(setup.model, world.device)
         npu_patches.apply(setup.model, world.device)
         evaluator = partial(pipeline.evaluate, setup, args, world)
 
@@ -36,25 +40,14 @@ def main(argv: list[str] | None = None) -> dict:
         total_steps = pipeline.total_steps(setup, args, world) if args.do_train else None
         checkpoint = None
         if args.do_train:
-            checkpoint = resume.choose(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, facts)
-        if checkpoint is None and world.is_main:
-            resume.set_aside(args.output_dir, resume.OF_TRAINING if args.do_train else resume.OF_EVALUATION)
+            checkpoint = resume.agree(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, facts)
+        if world.is_main:
+            resume.prepare_folder(args.output_dir, checkpoint, args.do_train)
         distributed.barrier()
 
-        with RunLog(
-            args.output_dir,
-            world,
-            # an evaluation alone has a result file of its own beside that of the training
-            "CLIP_for_PyTorch" if args.do_train else "CLIP_for_PyTorch_eval",
-            args.micro_batch_size if args.do_train else args.per_device_eval_batch_size,
-            args.case_kind,
-            total_steps=total_steps,
-            log_every=pipeline.steps_between_lines(args, total_steps),
-            resume=checkpoint is not None or not args.do_train,
-            skip_steps=args.skip_steps,
-            profile=args.profile,
-        ) as log:
-            callback = RunLogCallback(args.clamp_logit_scale)
+        with reports.open_log(args, world, total_steps, resumed=checkpoint is not None) as log:
+            log.info(pipeline.start_line(setup, args, world))
+            callback = RunLogCallback()
             trainer = callback.trainer = ClipTrainer(
                 world=world,
                 run_log=log,

@@ -12,7 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from clip_pretraining import construction, pipeline
+from clip_pretraining.model import construction
+from clip_pretraining.training import pipeline
 from common.device import seed_everything
 from common.errors import UsageError, print_usage_errors
 

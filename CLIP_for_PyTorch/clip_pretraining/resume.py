@@ -1,4 +1,8 @@
-"""Which checkpoint to go on from, whether it is whole, whether this run is the same one; the best model so far."""
+"""Which checkpoint to go on from, whether it is whole, whether this run is the same one; the best model so far.
+
+A checkpoint is written into `.saving/`, reaches the disk, is marked and only then gets its name: under that name there
+is never half of one, and an older one goes when the newer one is there.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from common import distributed
 from common.errors import UsageError
 
+STAGING = ".saving"  # in the output folder
 MARK = "complete.json"  # written last into a checkpoint folder
 # what `Trainer` and evaluation write beside the log's files
 OF_EVALUATION = ("eval_results.json", "retrieval.png")
@@ -27,13 +33,24 @@ OF_TRAINING = (
 )
 
 
-def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
-    return Path(output_dir) / f"checkpoint-{step}"
+def publish(output_dir: Path, step: int, facts: dict[str, Any], keep: int | None) -> None:
+    """Gives the checkpoint in the staging folder its name, then removes all but the newest `keep`."""
+    staged = output_dir / STAGING / f"checkpoint-{step}"
+    mark_complete(staged, facts)
+    folder = output_dir / staged.name
+    earlier = output_dir / STAGING / f"earlier-{step}"
+    if folder.exists():  # of this step: damaged, or of a run that was resumed from before it
+        folder.rename(earlier)
+    staged.rename(folder)
+    _sync(output_dir)
+    remove_leftovers(output_dir)
+    for _, old in numbered(output_dir)[:-keep] if keep else ():
+        shutil.rmtree(old)
 
 
-def unmark(folder: Path) -> None:
-    """A folder about to be written again is not whole while that lasts."""
-    (folder / MARK).unlink(missing_ok=True)
+def remove_leftovers(output_dir: str | Path) -> None:
+    """What a run left that was killed while it saved; nothing else has that name."""
+    shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
 
 
 def mark_complete(folder: Path, facts: dict[str, Any]) -> None:
@@ -57,17 +74,18 @@ def _sync(path: Path) -> None:
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The whole checkpoint with the highest step, or None. Damaged ones are passed over with a warning."""
-    numbered = [
-        (int(m.group(1)), p)
-        for p in Path(output_dir).glob("checkpoint-*")
-        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    ]
-    for _, folder in sorted(numbered, reverse=True):
+    for _, folder in reversed(numbered(output_dir)):
         problem = damage(folder)
         if problem is None:
             return folder
         warnings.warn(f"{folder}: {problem}; an older checkpoint is used", stacklevel=2)
     return None
+
+
+def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all checkpoints, the newest last."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in Path(output_dir).glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def damage(folder: Path) -> str | None:
@@ -82,6 +100,31 @@ def damage(folder: Path) -> str | None:
     except (OSError, SafetensorError) as error:
         return f"model.safetensors cannot be read ({error})"
     return None if (folder / "optimizer.pt").is_file() else "optimizer.pt is missing"
+
+
+def agree(output_dir: str | Path, wanted: str | None, overwrite: bool, facts: dict[str, Any]) -> Path | None:
+    """As `choose`, on every rank: the main one looks, and all of them must see what it chose.
+
+    Raises:
+        UsageError: on all ranks; also when a rank does not see the checkpoint, which is on another host's disk then.
+    """
+    answer: tuple[Path | None, str | None] = (None, None)
+    if distributed.rank() == 0:
+        try:
+            answer = choose(output_dir, wanted, overwrite, facts), None
+        except UsageError as error:
+            answer = None, error.message
+    folder, problem = distributed.broadcast_object(answer)
+    if problem:
+        raise UsageError(problem)
+    if folder is not None:
+        blind = [rank for rank, sees in enumerate(distributed.gather_objects((folder / MARK).is_file())) if not sees]
+        if blind:
+            raise UsageError(
+                f"{folder}: rank {', '.join(map(str, blind))} does not see this checkpoint: --output_dir must be on a "
+                "disk that all hosts share"
+            )
+    return folder
 
 
 def choose(output_dir: str | Path, wanted: str | None, overwrite: bool, facts: dict[str, Any]) -> Path | None:
@@ -131,6 +174,14 @@ def keep_best(trainer, eval_loss: float) -> None:
     (staging / record.name).write_text(json.dumps({"eval_loss": eval_loss, "step": trainer.state.global_step}))
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
+
+
+def prepare_folder(output_dir: str | Path, checkpoint: Path | None, trains: bool) -> None:
+    """Before the first file is written: leftovers go, and an earlier run's files aside unless it is continued."""
+    if trains:
+        remove_leftovers(output_dir)
+    if checkpoint is None:
+        set_aside(output_dir, OF_TRAINING if trains else OF_EVALUATION)
 
 
 def set_aside(output_dir: str | Path, names: Sequence[str]) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from clip_sample import draw, write_coco_zips
 
-from clip_pretraining import coco, sources
-from clip_pretraining.crop_cache import CropCache
-from clip_pretraining.images import ImageError
-from clip_pretraining.pairs import DecodedImages, GlobalBatchSampler, ImageRef, Pairs
+from clip_pretraining.data import coco, tables
+from clip_pretraining.data.crop_cache import CropCache
+from clip_pretraining.data.images import ImageError
+from clip_pretraining.data.pairs import DecodedImages, GlobalBatchSampler, ImageRef, Pairs
 from common.errors import UsageError
 
 
@@ -153,26 +153,26 @@ def test_unreadable_pictures_are_skipped_below_one_percent_and_stop_the_run_abov
     cut = tmp_path / "pictures/3.jpg"
     cut.write_bytes(cut.read_bytes()[:-100])  # its header is fine
     (tmp_path / "pictures/8.jpg").unlink()
-    bad = sources.check_images(pairs, 0, tmp_path / "cache")
+    bad = tables.check_images(pairs, 0, tmp_path / "cache")
     assert sorted(bad) == [3, 8] and "8.jpg: No such file" in bad[8]
-    kept = sources.drop_unreadable(pairs, bad)
+    kept = tables.drop_unreadable(pairs, bad)
     assert (len(kept.images), len(kept)) == (198, 396)
     assert kept.captions[6] == draw(4)[1] and kept.images[kept.image_of_caption[6]].path.endswith("/4.jpg")
     assert "2 pictures of 200 cannot be read" in capsys.readouterr().out
 
     (tmp_path / "pictures/9.jpg").unlink()
     with pytest.raises(UsageError, match="above 1%"):
-        sources.drop_unreadable(pairs, sources.check_images(pairs, 0, tmp_path / "cache"))
+        tables.drop_unreadable(pairs, tables.check_images(pairs, 0, tmp_path / "cache"))
 
 
 def test_the_check_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     pairs = many_pictures(tmp_path / "pictures", 4)
-    assert sources.check_images(pairs, 0, tmp_path / "cache") == {}
-    monkeypatch.setattr(sources, "unreadable_images", lambda *a: pytest.fail("decoded again"))
-    assert sources.check_images(pairs, 0, tmp_path / "cache") == {}
+    assert tables.check_images(pairs, 0, tmp_path / "cache") == {}
+    monkeypatch.setattr(tables, "unreadable_images", lambda *a: pytest.fail("decoded again"))
+    assert tables.check_images(pairs, 0, tmp_path / "cache") == {}
     (tmp_path / "pictures/1.jpg").write_bytes(b"")
     monkeypatch.undo()
-    assert list(sources.check_images(pairs, 0, tmp_path / "cache")) == [1]
+    assert list(tables.check_images(pairs, 0, tmp_path / "cache")) == [1]
 
 
 TABLES = {
@@ -188,7 +188,7 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_words_that_look_like_nothing_are_captions(name, tmp_path):
     (tmp_path / name).write_text(TABLES[name])
-    pairs = sources.read_table(tmp_path / name, "image_path", "caption")
+    pairs = tables.read_table(tmp_path / name, "image_path", "caption")
     assert pairs.captions[:2] == ["None", "null"] and pairs.captions[2].startswith("NA, ")
     assert pairs.image_of_caption.tolist() == [0, 0, 1]
     assert pairs.images[1].path == str(tmp_path / "sub/b, c.jpg")
@@ -214,7 +214,7 @@ def test_words_that_look_like_nothing_are_captions(name, tmp_path):
 def test_a_bad_table_is_explained(name, text, reason, tmp_path):
     (tmp_path / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError) as error:
-        sources.read_table(tmp_path / name, "image_path", "caption")
+        tables.read_table(tmp_path / name, "image_path", "caption")
     assert reason in message(error)
 
 

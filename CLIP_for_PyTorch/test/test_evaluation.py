@@ -13,18 +13,20 @@ from transformers import CLIPVisionModelWithProjection
 import export_vision_tower
 import run_clip
 import save_clip_roberta
-from clip_pretraining import evaluation, legacy_options, zeroshot
-from clip_pretraining.images import load_image
-from clip_pretraining.modeling import ImageSettings, encode_images, image_settings, load_model
-from clip_pretraining.pairs import DecodedImages, ImageRef
-from clip_pretraining.tokenization import PackedCaptions, load_tokenizer
+from clip_pretraining.data.images import load_image
+from clip_pretraining.data.pairs import DecodedImages, ImageRef
+from clip_pretraining.data.tokenization import PackedCaptions, load_tokenizer
+from clip_pretraining.evaluation import zeroshot
+from clip_pretraining.evaluation.encoder import Encoder, in_batch_loss, normalise_pixels
+from clip_pretraining.model.loading import ImageSettings, encode_images, image_settings, load_model
+from clip_pretraining.options import legacy
 from common.distributed import World
 from common.errors import UsageError
 
 
-def encoder_of(folder: Path, batch_size: int = 4) -> evaluation.Encoder:
+def encoder_of(folder: Path, batch_size: int = 4) -> Encoder:
     model = load_model(str(folder)).eval()
-    return evaluation.Encoder(model, image_settings(str(folder), model.config), 1, 64, World(), batch_size=batch_size)
+    return Encoder(model, image_settings(str(folder), model.config), 1, 64, World(), batch_size=batch_size)
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_zero_shot_accuracy_by_hand(class_folders, tiny_model):
     for i in range(12):
         pixels = load_image(class_folders / f"class_{i % 3}/{i}.jpg", 32)[None]
         mean, std = (torch.tensor(v) for v in (encoder.settings.mean, encoder.settings.std))
-        feature = encode_images(encoder.model, evaluation.normalise_pixels(pixels, mean, std))[0]
+        feature = encode_images(encoder.model, normalise_pixels(pixels, mean, std))[0]
         hits += int(torch.stack(weights).mv(feature).argmax() == i % 3)
     assert got["zero_shot_top1"] == hits / 12 and got["zero_shot_top5"] == 1.0
     assert (got["zero_shot_images"], got["zero_shot_classes"]) == (12, 3)
@@ -106,14 +108,12 @@ def test_features_do_not_depend_on_the_batch(pairs_table, tiny_model):
 def test_the_in_batch_loss_weighs_batches_by_their_size(tiny_model):
     features = torch.nn.functional.normalize(torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     model = load_model(str(tiny_model))
-    part = [
-        evaluation.in_batch_loss(features[a:b], features[a:b].flip(0), model, 9, False) for a, b in ((0, 4), (4, 8))
-    ]
+    part = [in_batch_loss(features[a:b], features[a:b].flip(0), model, 9, False) for a, b in ((0, 4), (4, 8))]
     text = torch.cat([features[0:4].flip(0), features[4:8].flip(0), features[8:].flip(0)])
-    last = evaluation.in_batch_loss(features[8:], features[8:].flip(0), model, 9, False)
-    whole = evaluation.in_batch_loss(features, text, model, 4, drop_last=False)
+    last = in_batch_loss(features[8:], features[8:].flip(0), model, 9, False)
+    whole = in_batch_loss(features, text, model, 4, drop_last=False)
     assert whole == pytest.approx((4 * part[0] + 4 * part[1] + 2 * last) / 10)
-    dropped = evaluation.in_batch_loss(features, text, model, 4, drop_last=True)
+    dropped = in_batch_loss(features, text, model, 4, drop_last=True)
     assert dropped == pytest.approx((part[0] + part[1]) / 2)
 
 
@@ -214,7 +214,7 @@ def test_two_local_folders_are_joined_with_seeded_projections(tiny_model, tiny_c
         (["--do_train", "--data_dir", ".", "--precision", "fp8"], "fp32, bf16, fp16"),
         (["--do_train", "--data_dir", ".", "--local_rank"], "--local_rank : give the number of a card"),
         (["--do_train", "--data_dir", ".", "--gradient_accumulation_steps", "0"], "must be at least 1"),
-        (["--do_train", "--data_dir", ".", "--num_workers", "-1"], "--dataloader_num_workers must be at least 0"),
+        (["--do_train", "--data_dir", ".", "--num_workers", "-1"], "--dataloader_num_workers -1: must be at least 0"),
         (["--do_train", "--data_dir", ".", "--output_dir", __file__], "a file, not a folder"),
         (["--do_eval", "--data_dir", ".", "--max_eval_samples", "0"], "--max_eval_samples 0: must be at least 1"),
         (["--do_train", "--data_dir", ".", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor: the targets"),
@@ -261,7 +261,7 @@ def test_a_wrong_model_folder_is_explained(tiny_model, pairs_table, tmp_path):
 
 
 def test_old_options_in_todays_words():
-    words, notes = legacy_options.translate(
+    words, notes = legacy.translate(
         "--evaluation_strategy=epoch --no_cuda --warmup_ratio 0.1 --half_precision_backend apex --num_workers 3 "
         "--loss_scale dynamic --optim adamw_torch --save_every 5 --fp16_opt_level O0".split()
     )

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from clip_pretraining import load_image
-from clip_pretraining.evaluation import normalise_pixels
-from clip_pretraining.images import ImageError, resize_and_crop
+from clip_pretraining.data.images import ImageError, resize_and_crop
+from clip_pretraining.evaluation.encoder import normalise_pixels
 
 GOLDEN = Path(__file__).parent / "golden"
 INFO = json.loads((GOLDEN / "preprocess.json").read_text())

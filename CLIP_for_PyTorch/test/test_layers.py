@@ -1,4 +1,7 @@
-"""The layers of clip_pretraining/layers.py compute what those of `transformers` do (goldens: test_models.py)."""
+"""The layers of model/layers.py, and what cpu_patches.py makes of them, compute what those of `transformers` do.
+
+Goldens: test_models.py.
+"""
 
 import copy
 
@@ -8,8 +11,9 @@ import clip_pretraining  # noqa: F401  mends torchvision for transformers
 import pytest
 import torch
 
-from clip_pretraining import construction, layers
-from clip_pretraining.tokenization import pad_captions
+from clip_pretraining import cpu_patches
+from clip_pretraining.data.tokenization import pad_captions
+from clip_pretraining.model import construction, layers
 from common import cpu as cpu_kernels
 
 CPU = torch.device("cpu")
@@ -34,6 +38,12 @@ def tiny(
     return model.train(), {"pixel_values": pixels, **pad_captions(rows, tokenizer.pad_token_id, 64)}
 
 
+def install(model: torch.nn.Module, device: torch.device = CPU) -> torch.nn.Module:
+    """As run_clip.py."""
+    cpu_patches.apply(layers.install(model), device)
+    return model
+
+
 def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Loss and the gradients of all parameters, one after the other [1 + P]."""
     model.zero_grad()
@@ -49,7 +59,7 @@ def test_loss_and_gradients_are_those_of_transformers(family, device, depth, act
     """In float64. What is installed for other devices than the CPU ("meta") is run on the CPU here."""
     theirs, batch = tiny(family, depth=depth, activation=activation)
     theirs, batch["pixel_values"] = theirs.double(), batch["pixel_values"].double()
-    ours = layers.install(copy.deepcopy(theirs), torch.device(device))
+    ours = install(copy.deepcopy(theirs), torch.device(device))
     assert list(ours.state_dict()) == list(theirs.state_dict())
     torch.testing.assert_close(gradients(ours, batch), gradients(theirs, batch), rtol=1e-9, atol=1e-13)
     batch["attention_mask"].fill_(1)  # no padding to leave out
@@ -58,7 +68,7 @@ def test_loss_and_gradients_are_those_of_transformers(family, device, depth, act
 
 def test_checkpointed_layers_have_the_same_gradients():
     model, batch = tiny("dual", dropout=0.1)
-    layers.install(model, CPU)
+    install(model)
     results = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -71,7 +81,7 @@ def test_checkpointed_layers_have_the_same_gradients():
 @pytest.mark.parametrize("place", ["attention.self", "attention.output", "output", "embeddings"])
 def test_every_dropout_of_roberta_is_drawn_in_training_alone(place):
     model, batch = tiny("dual")
-    layers.install(model, CPU)
+    install(model)
     for name, module in model.text_model.named_modules():
         if isinstance(module, torch.nn.Dropout) and name.endswith(f"{place}.dropout"):
             module.p = 0.5
@@ -87,7 +97,7 @@ def test_every_dropout_of_roberta_is_drawn_in_training_alone(place):
 def test_captions_do_not_see_their_neighbours():
     """A caption alone, without any padding, has the features it has in a batch."""
     model, batch = tiny("dual")
-    layers.install(model, CPU)
+    install(model)
     together = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
     for row, length in enumerate(batch["attention_mask"].sum(1)):
         alone = model.get_text_features(batch["input_ids"][row : row + 1, :length]).pooler_output
@@ -97,7 +107,7 @@ def test_captions_do_not_see_their_neighbours():
 def test_bf16_without_bf16_instructions_is_as_near_to_fp32_as_autocast(monkeypatch):
     model, batch = tiny("dual")
     exact = gradients(model, batch)
-    layers.install(model, CPU)
+    install(model)
     distance = {}
     for native in (True, False):
         monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda native=native: native)

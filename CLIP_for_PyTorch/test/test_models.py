@@ -15,11 +15,13 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import AutoConfig, Trainer, get_linear_schedule_with_warmup
 
-from clip_pretraining.layers import install
-from clip_pretraining.loss import contrastive_loss
-from clip_pretraining.modeling import FAMILIES, encode_images, encode_texts
-from clip_pretraining.trainer import ClipTrainer
+from clip_pretraining import cpu_patches
+from clip_pretraining.model.layers import install
+from clip_pretraining.model.loading import FAMILIES, encode_images, encode_texts
+from clip_pretraining.model.loss import contrastive_loss
+from clip_pretraining.training.trainer import ClipTrainer
 from common.distributed import World
+from common.update import GuardedStep, LossScale
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("vtde_a", "clip_a", "clip_b")
@@ -35,7 +37,8 @@ def build(name: str):
     model = FAMILIES[config.model_type]._from_config(config, attn_implementation="sdpa")
     loading = model.load_state_dict(load_file(GOLDEN / f"{name}_weights.safetensors"), strict=False)
     assert not loading.missing_keys and not loading.unexpected_keys
-    return install(model, torch.device("cpu")).eval(), load_file(GOLDEN / f"{name}_io.safetensors")
+    cpu_patches.apply(install(model), torch.device("cpu"))
+    return model.eval(), load_file(GOLDEN / f"{name}_io.safetensors")
 
 
 def loss_of(model, batch, rows=slice(None)) -> torch.Tensor:
@@ -158,6 +161,7 @@ def chunk_trainer(model, micro: int) -> ClipTrainer:
     trainer.state = SimpleNamespace(global_step=5)
     trainer.world = World()
     trainer.model, trainer.accelerator = model, OneProcessAccelerator()
+    trainer.optimizer = SimpleNamespace(guard=GuardedStep(None, model.parameters(), LossScale(False)))
     trainer._mean, trainer._std = torch.zeros(3), torch.full((3,), 1 / 255)
     return trainer
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from clip_pretraining import recall_at_k
-from clip_pretraining.retrieval import ranks
+from clip_pretraining.evaluation.retrieval import ranks
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "recall.json").read_text())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel, HfArgumentParser, VisionTextDualEncoderModel
 
 import run_clip
-from clip_pretraining import arguments, legacy_options
+from clip_pretraining.options import arguments, legacy
 from common.result_file import read as read_result
 
 # the options of test/train_clip_full_1p.sh in the reference, as typed there
@@ -255,7 +255,7 @@ def test_every_option_of_the_readme_is_one_of_a_script():
     project = Path(__file__).parents[1]
     parser = HfArgumentParser((arguments.ModelArguments, arguments.DataArguments, arguments.ClipTrainingArguments))
     known = {word for action in parser._actions for word in action.option_strings}
-    known |= {f"--{name}" for names in (legacy_options.HOUSE, legacy_options._SPECIAL) for name in names}
+    known |= {f"--{name}" for names in (legacy.HOUSE, legacy._SPECIAL) for name in names}
     for script in ("save_clip_roberta.py", "export_vision_tower.py"):
         known |= set(re.findall(r'"(--\w+)"', (project / script).read_text()))
     flags = (project / "test/clip_options.sh").read_text() + (project.parent / "common/launch/launch.sh").read_text()

@@ -13,9 +13,9 @@ import torch
 from clip_sample import draw, write_shard
 
 import run_clip
-from clip_pretraining import remote, shards, sources
-from clip_pretraining.images import ImageError
-from clip_pretraining.pairs import DecodedImages
+from clip_pretraining.data import remote, shards, tables
+from clip_pretraining.data.images import ImageError
+from clip_pretraining.data.pairs import DecodedImages
 from common.errors import UsageError
 
 
@@ -125,7 +125,7 @@ def test_tars_behind_urls_are_what_they_are_on_disk(server, tmp_path):
     far, near = shards.read_shards(pattern, index_dir=tmp_path), shards.read_shards(f"{tmp_path}/far/s-{{0..1}}.tar")
     assert far.captions == near.captions and far.image_keys == near.image_keys
     assert [ref.read() for ref in far.images] == [ref.read() for ref in near.images]
-    assert sources.check_images(far, 1, tmp_path / "cache") == {}
+    assert tables.check_images(far, 1, tmp_path / "cache") == {}
 
     del server.answers[:]
     again = shards.read_shards(pattern, index_dir=tmp_path)  # the contents were kept: no tar is fetched

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import RobertaTokenizer
 
-from clip_pretraining import tokenization
+from clip_pretraining.data import tokenization
 
 GOLDEN = Path(__file__).parent / "golden"
 OPENAI = json.loads((GOLDEN / "clip_bpe.json").read_text())

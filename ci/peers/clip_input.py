@@ -24,9 +24,9 @@ from PIL import Image  # noqa: E402
 from torchvision.transforms import CenterCrop, ConvertImageDtype, InterpolationMode, Normalize, Resize  # noqa: E402
 
 from ci.peers.paired_timing import paired, write_result  # noqa: E402
-from clip_pretraining.crop_cache import CropCache  # noqa: E402
-from clip_pretraining.evaluation import normalise_pixels  # noqa: E402
-from clip_pretraining.pairs import DecodedImages, ImageRef  # noqa: E402
+from clip_pretraining.data.crop_cache import CropCache  # noqa: E402
+from clip_pretraining.data.pairs import DecodedImages, ImageRef  # noqa: E402
+from clip_pretraining.evaluation.encoder import normalise_pixels  # noqa: E402
 
 PICTURES = 16
 MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])

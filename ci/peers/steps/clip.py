@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, RobertaConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from ci.peers.steps.step import Step
-from clip_pretraining import layers, npu_patches
-from clip_pretraining.evaluation import normalise_pixels
-from clip_pretraining.loss import contrastive_loss
-from clip_pretraining.modeling import ImageSettings
-from clip_pretraining.tokenization import pad_captions
+from clip_pretraining import cpu_patches, npu_patches
+from clip_pretraining.data.tokenization import pad_captions
+from clip_pretraining.evaluation.encoder import normalise_pixels
+from clip_pretraining.model import layers
+from clip_pretraining.model.loading import ImageSettings
+from clip_pretraining.model.loss import contrastive_loss
 from common import device as devices
 from common.errors import UsageError
 
@@ -84,10 +85,11 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> 
 
 
 def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Step:
-    """As clip_pretraining/trainer.py: uint8 pixels, captions padded to their bucket, the loss of loss.py."""
+    """As clip_pretraining/training/trainer.py: uint8 pixels, captions padded to their bucket, the loss of loss.py."""
     shape = SIZES[size]
     model = dual_encoder(shape, device)
-    layers.install(model, device)
+    layers.install(model)
+    cpu_patches.apply(model, device)
     npu_patches.apply(model, device)
     optimizer, numbers = adamw(model), itertools.count()
     pixels, captions = pairs(shape, device)

@@ -14,7 +14,7 @@ import clip_pretraining  # noqa: F401 - repairs torchvision
 from beit2 import npu_patches as beit2_patches
 from beit2.blocks import attend
 from clip_pretraining import npu_patches as clip_patches
-from clip_pretraining.trainer import full_attention_mask
+from clip_pretraining.model.layers import full_attention_mask
 from common import npu
 from data2vec import npu_patches as data2vec_patches
 from data2vec.dropout import attention

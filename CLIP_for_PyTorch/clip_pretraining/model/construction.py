@@ -17,9 +17,9 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from clip_pretraining import modeling
-from clip_pretraining.modeling import ImageSettings
-from clip_pretraining.tokenization import load_tokenizer, openai_tokenizer, train_tokenizer
+from clip_pretraining.data.tokenization import load_tokenizer, openai_tokenizer, train_tokenizer
+from clip_pretraining.model import loading
+from clip_pretraining.model.loading import ImageSettings
 from common.errors import UsageError
 
 # width, depth, heads, MLP of both towers; picture, patch; projection; words of a tokenizer trained for it
@@ -39,10 +39,10 @@ def from_pretrained(vision: str, text: str) -> Built:
         tokenizer = load_tokenizer(text)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{vision} and {text} cannot be joined: {modeling.first_line(error)}. Both are hub names (needs network) "
+            f"{vision} and {text} cannot be joined: {loading.first_line(error)}. Both are hub names (needs network) "
             "or folders; without either use --tiny --captions FILE"
         ) from None
-    return model, tokenizer, modeling.image_settings(vision, model.config)
+    return model, tokenizer, loading.image_settings(vision, model.config)
 
 
 def from_scratch(

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clip_pretraining.pairs import DecodedImages
-from clip_pretraining.sources import file_stamp
+from clip_pretraining.data.pairs import DecodedImages
+from clip_pretraining.data.tables import file_stamp
 from common.errors import UsageError
 
 _PIXELS = 2  # of decode_image: another number where it gives other pixels, so that no old crop counts

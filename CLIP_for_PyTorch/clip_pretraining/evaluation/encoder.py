@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
-from clip_pretraining import loss as losses
-from clip_pretraining.modeling import ImageSettings, encode_images, encode_texts
-from clip_pretraining.pairs import ImageSource, Pairs, one_thread
-from clip_pretraining.retrieval import recall_at_k
-from clip_pretraining.tokenization import PackedCaptions, pad_captions
+from clip_pretraining.data.pairs import ImageSource, Pairs, one_thread
+from clip_pretraining.data.tokenization import PackedCaptions, pad_captions
+from clip_pretraining.evaluation.retrieval import recall_at_k
+from clip_pretraining.model import loss as losses
+from clip_pretraining.model.loading import ImageSettings, encode_images, encode_texts
 from common import distributed
 from common.device import autocast
 from common.distributed import World

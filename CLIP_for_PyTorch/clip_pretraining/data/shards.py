@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from clip_pretraining import remote
-from clip_pretraining.pairs import ImageRef, Pairs
-from clip_pretraining.sources import IMAGE_SUFFIXES, drop_empty_captions, keep_json
+from clip_pretraining.data import remote
+from clip_pretraining.data.pairs import ImageRef, Pairs
+from clip_pretraining.data.tables import IMAGE_SUFFIXES, drop_empty_captions, keep_json
 from common import distributed
 from common.errors import UsageError
 

@@ -18,8 +18,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from clip_pretraining.pairs import ImageRef, Pairs
-from clip_pretraining.sources import drop_empty_captions
+from clip_pretraining.data.pairs import ImageRef, Pairs
+from clip_pretraining.data.tables import drop_empty_captions
 from common.errors import UsageError
 
 ANNOTATIONS = "annotations_trainval2017"

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clip_pretraining.pipeline import Setup
-from clip_pretraining.trainer import ClipTrainer
+from clip_pretraining.options.arguments import ClipTrainingArguments
+from clip_pretraining.training.pipeline import Setup
+from clip_pretraining.training.trainer import ClipTrainer
+from common.distributed import World
 from common.run_log import RunLog
+
+
+def open_log(args: ClipTrainingArguments, world: World, total_steps: int | None, resumed: bool) -> RunLog:
+    """The log of a training, or of an evaluation alone, which has a result file of its own beside the training's."""
+    every = args.logging_steps if args.logging_steps >= 1 else args.logging_steps * (total_steps or 1)
+    return RunLog(
+        args.output_dir,
+        world,
+        "CLIP_for_PyTorch" if args.do_train else "CLIP_for_PyTorch_eval",
+        args.micro_batch_size if args.do_train else args.per_device_eval_batch_size,
+        args.case_kind,
+        total_steps=total_steps,
+        log_every=math.ceil(every),  # below 1 it is a share of all steps, as in `transformers`
+        resume=resumed or not args.do_train,
+        skip_steps=args.skip_steps,
+        profile=args.profile,
+    )
 
 
 def train(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> None:

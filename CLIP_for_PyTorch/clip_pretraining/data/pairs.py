@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clip_pretraining import remote
-from clip_pretraining.images import ImageError, decode_image
-from clip_pretraining.tokenization import PackedCaptions, pad_captions
+from clip_pretraining.data import remote
+from clip_pretraining.data.images import ImageError, decode_image
+from clip_pretraining.data.tokenization import PackedCaptions, pad_captions
 from common.device import mix_seed
 
 

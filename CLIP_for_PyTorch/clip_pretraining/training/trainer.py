@@ -6,25 +6,27 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from clip_pretraining import loss as losses
 from clip_pretraining import resume
-from clip_pretraining.evaluation import normalise_pixels
-from clip_pretraining.modeling import ImageSettings
-from clip_pretraining.pairs import EpochLoader, GlobalBatchSampler, one_thread
-from common import distributed
-from common.device import grad_scaler, seeded
+from clip_pretraining.data.pairs import EpochLoader, GlobalBatchSampler, one_thread
+from clip_pretraining.evaluation.encoder import normalise_pixels
+from clip_pretraining.model import loss as losses
+from clip_pretraining.model.layers import full_attention_mask
+from clip_pretraining.model.loading import ImageSettings
+from clip_pretraining.training.guarded_optimizer import GuardedOptimizer, scale_of
+from common import checkpoint_file, distributed
+from common.device import seeded
 from common.distributed import World
 from common.run_log import RunLog
 
-MAX_SKIPPED_STEPS = 50  # fp16 steps without an update in a row: the loss scale will not find its way any more
 MAX_LOGIT_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
-MAX_CONSTANT_LOSS_SCALE = 65536.0  # above it the first fp16 gradient may be infinite for ever
+SCALE_FILE = "scaler.pt"  # Trainer's name for it
 
 
 class ClipTrainer(Trainer):
@@ -53,15 +55,15 @@ class ClipTrainer(Trainer):
         self.run_log = run_log
         self.evaluator = evaluator
         self.run_facts = run_facts
+        self.scale = scale_of(world.device, kwargs["args"].precision, kwargs["args"].loss_scale)
+        self.clamp_logit_scale = kwargs["args"].clamp_logit_scale
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # our log prints
         self._mean = torch.tensor(settings.mean, device=self.args.device)
         self._std = torch.tensor(settings.std, device=self.args.device)
-        self.last_loss = self.last_grad_norm = torch.zeros(())
+        self.last_loss = torch.zeros(())
         self.last_lr = 0.0
         self.last_samples = 0
-        self.skipped_steps = 0
-        self._suspect: torch.Tensor | float = 0.0  # see check_finite
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
@@ -111,7 +113,7 @@ class ClipTrainer(Trainer):
             loss = self._chunked_step(model, inputs, micro)
         else:
             loss = self._objective(*self._features(model, inputs, chunk=0))
-            self.accelerator.backward(loss)
+            self.accelerator.backward(self.optimizer.guard.scaled(loss))
         self.last_loss = loss.detach()
         return self.last_loss
 
@@ -139,7 +141,7 @@ class ClipTrainer(Trainer):
                 surrogate = (image * image_grad[rows]).sum() + (text * text_grad[rows]).sum()
                 if is_last:
                     surrogate = surrogate + sum(p * g for p, g in zip(scalars, scalar_grads, strict=True))
-                self.accelerator.backward(surrogate)
+                self.accelerator.backward(self.optimizer.guard.scaled(surrogate))
         return loss
 
     def _features(
@@ -156,29 +158,39 @@ class ClipTrainer(Trainer):
             return losses.siglip_loss(image, text, scale, self.model.logit_bias, scope)
         return losses.contrastive_loss(image, text, scale, scope)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        """Before the optimizer step: a gradient that is not finite must not reach the weights.
+    def create_optimizer(self, model: nn.Module | None = None) -> GuardedOptimizer:
+        """As `Trainer`; the step is the house's (common/update.py), which also clips."""
+        if not isinstance(self.optimizer, GuardedOptimizer):
+            optimizer = super().create_optimizer(model)
+            self.optimizer = GuardedOptimizer(
+                optimizer,
+                lambda: self.model.parameters(),
+                self.scale,
+                self.args.max_grad_norm,
+                self._step_and_loss,
+                self._after_update,
+            )
+        return self.optimizer
 
-        Fused AdamW skips the update on the device; `check_finite` stops the run at the next log line. Other optimizers
-        cannot skip, so the host looks at once, which waits for the device.
-        """
-        norm = super()._get_grad_norm(model, grad_norm)
-        self.last_grad_norm = norm
+    def _step_and_loss(self) -> tuple[int, torch.Tensor]:
+        return self.state.global_step + 1, self.last_loss
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        if self.clamp_logit_scale:
+            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Left to the optimizer's guarded step."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> None:
+        """Known after the step, see RunLogCallback."""
         self.last_lr = self._get_learning_rate()
-        self._suspect = self._suspect + self.last_loss.float() * 0  # 0, or nan from then on
-        # under fp16 the scaler skips steps with infinite gradients, which is its way of finding the scale
-        if not self.args.fp16:
-            self._suspect = self._suspect + torch.as_tensor(norm).float() * 0
-            optimizer = self.optimizer.optimizer  # inside accelerate's
-            if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-                optimizer.found_inf = (~torch.as_tensor(norm).isfinite()).float()
-            else:
-                self.check_finite(self.state.global_step + 1)
-        return norm
 
-    def check_finite(self, step: int) -> None:
-        """Stops all ranks when a loss or gradient of any was not finite; at log lines and before every save."""
-        distributed.stop_if_nonfinite(self._suspect, "the loss or the gradient norm", step)
+    def check_finite(self) -> None:
+        """Stops all ranks when a step of any was not finite; at log lines, and before every save and evaluation."""
+        if isinstance(self.optimizer, GuardedOptimizer):
+            self.optimizer.guard.check()
 
     # -- device and precision ----------------------------------------------------------------------------------------
 
@@ -189,77 +201,58 @@ class ClipTrainer(Trainer):
         if self.args.fp16:
             # accelerate leaves fp16 out on a CPU without a word and would train in fp32; torch can do it
             self.accelerator.native_amp = True
-            self.accelerator.scaler = gradient_scaler(self.args.device, self.args.loss_scale)
+        self.accelerator.scaler = None  # the scale is the guarded step's
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.scale.enabled and self.args.should_save:
+            torch.save(self.scale.state_dict(), Path(output_dir) / SCALE_FILE)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint and (Path(checkpoint) / SCALE_FILE).is_file():
+            self.scale.load_state_dict(checkpoint_file.load(Path(checkpoint) / SCALE_FILE))
 
     # -- evaluation and checkpoints ----------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """In-batch loss and retrieval of the validation split (evaluation.py), on all ranks."""
+        self.check_finite()
         with self.run_log.pause("evaluate"):
             metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_output_dir(self, trial) -> str:
+        """Where `Trainer` puts a checkpoint: aside, until all of it is there."""
+        return str(Path(self.args.output_dir) / resume.STAGING)
+
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """As `Trainer`, and a mark at the very end: a checkpoint without it was cut short and is never resumed from."""
-        self.check_finite(self.state.global_step)
+        """As `Trainer`, but under its name only when it is whole; and only then an older one goes."""
+        self.check_finite()
         with self.run_log.pause("save"):
-            folder = resume.checkpoint_folder(self.args.output_dir, self.state.global_step)
-            if self.world.is_main:
-                resume.unmark(folder)
             super()._save_checkpoint(model, trial)
             distributed.barrier()
             if self.world.is_main:
-                resume.mark_complete(folder, self.run_facts)
-
-
-def full_attention_mask(mask: torch.Tensor, text_model: nn.Module) -> torch.Tensor:
-    """[B, T] of 0 and 1 -> bool [B, 1, T, T], True where a token sees another.
-
-    transformers asks a [B, T] mask whether it hides anything at all, and the host waits for the answer; a mask of full
-    size it takes as it is. CLIP's own text model is causal.
-    """
-    length = mask.shape[1]
-    seen = mask.bool()[:, None, None, :].expand(-1, 1, length, -1)  # [B, 1, T, T]
-    return seen.tril() if isinstance(text_model, CLIPTextModel) else seen
-
-
-def gradient_scaler(device: torch.device, loss_scale: float | None) -> torch.amp.GradScaler:
-    """fp16's scaler: constant for a number as in apex, dynamic without one, or from one that no constant can be."""
-    if loss_scale is None or loss_scale <= MAX_CONSTANT_LOSS_SCALE:
-        return grad_scaler(device, "fp16", "dynamic" if loss_scale is None else loss_scale)
-    return torch.amp.GradScaler(device.type, init_scale=loss_scale)
+                output_dir = Path(self.args.output_dir)
+                resume.publish(output_dir, self.state.global_step, self.run_facts, self.args.save_total_limit)
+            distributed.barrier()
 
 
 class RunLogCallback(TrainerCallback):
-    """Steps, evaluations and the best model to our log and folder; keeps logit_scale below ln 100."""
+    """Steps, evaluations and the best model to our log and folder."""
 
-    def __init__(self, clamp_logit_scale: bool):
+    def __init__(self):
         self.trainer: ClipTrainer  # set once the trainer exists
-        self.clamp_logit_scale = clamp_logit_scale
-        self.grad_norm: torch.Tensor | float = 0.0
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if self.clamp_logit_scale:
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self.grad_norm: torch.Tensor | float = 0.0  # of the last step that was applied
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         trainer = self.trainer
-        if trainer.accelerator.optimizer_step_was_skipped:
-            trainer.skipped_steps += 1
-        else:
-            trainer.skipped_steps = 0
-            self.grad_norm = trainer.last_grad_norm  # of a skipped step it is inf or nan
-        if trainer.skipped_steps >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(
-                f"{MAX_SKIPPED_STEPS} steps in a row without an update: fp16 gradients overflow at every loss scale; "
-                "use --precision bf16 or fp32"
-            )
+        outcome, scale = trainer.optimizer.outcome, trainer.scale
+        if outcome.applied:
+            self.grad_norm = outcome.norm  # of a skipped step it is inf or nan
         if state.global_step % trainer.run_log.log_every == 0 or state.global_step == state.max_steps:
-            trainer.check_finite(state.global_step)
-        extra = {"loss_scale": trainer.accelerator.scaler.get_scale()} if trainer.accelerator.scaler else {}
+            trainer.check_finite()
+        extra = {"loss_scale": scale.scale, "skipped": float(not outcome.applied)} if scale.enabled else {}
         trainer.run_log.step(
             state.global_step,
             samples=trainer.last_samples,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_pretraining import remote
-from clip_pretraining.pairs import ImageRef, Pairs, relative_to, unreadable_images
+from clip_pretraining.data import remote
+from clip_pretraining.data.pairs import ImageRef, Pairs, relative_to, unreadable_images
 from common import distributed
 from common.errors import UsageError
 

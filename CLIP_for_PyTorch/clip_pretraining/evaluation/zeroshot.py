@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from clip_pretraining.evaluation import Encoder
-from clip_pretraining.pairs import DecodedImages, ImageRef
-from clip_pretraining.sources import IMAGE_SUFFIXES
-from clip_pretraining.tokenization import PackedCaptions, clean_caption
+from clip_pretraining.data.pairs import DecodedImages, ImageRef
+from clip_pretraining.data.tables import IMAGE_SUFFIXES
+from clip_pretraining.data.tokenization import PackedCaptions, clean_caption
+from clip_pretraining.evaluation.encoder import Encoder
 from common.errors import UsageError
 
 IMAGENET_TEMPLATES = Path(__file__).with_name("imagenet_templates.txt")  # the 80 of openai/CLIP

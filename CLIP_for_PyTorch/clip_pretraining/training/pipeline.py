@@ -13,14 +13,17 @@ from transformers import CLIPImageProcessor, CLIPProcessor, PreTrainedModel, Pre
 from transformers import VisionTextDualEncoderProcessor as DualEncoderProcessor
 from transformers.utils import logging as hf_logging
 
-from clip_pretraining import coco, layers, modeling, sources, zeroshot
-from clip_pretraining.arguments import ClipTrainingArguments, DataArguments, ModelArguments
-from clip_pretraining.crop_cache import CropCache
-from clip_pretraining.evaluation import Encoder, evaluate_split
-from clip_pretraining.modeling import ImageSettings
-from clip_pretraining.pairs import Collate, DecodedImages, GlobalBatchSampler, ImageSource, PairDataset, Pairs
-from clip_pretraining.shards import read_shards
-from clip_pretraining.tokenization import PackedCaptions, clean_caption, load_tokenizer
+from clip_pretraining.data import coco, tables
+from clip_pretraining.data.crop_cache import CropCache
+from clip_pretraining.data.pairs import Collate, DecodedImages, GlobalBatchSampler, ImageSource, PairDataset, Pairs
+from clip_pretraining.data.shards import read_shards
+from clip_pretraining.data.tokenization import PackedCaptions, clean_caption, load_tokenizer
+from clip_pretraining.evaluation import zeroshot
+from clip_pretraining.evaluation.encoder import Encoder, evaluate_split
+from clip_pretraining.model import layers, loading
+from clip_pretraining.model.loading import ImageSettings
+from clip_pretraining.options.arguments import ClipTrainingArguments, DataArguments, ModelArguments
+from common import device as devices
 from common import distributed
 from common.distributed import World
 from common.errors import UsageError
@@ -49,13 +52,13 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
     """
     hf_logging.disable_progress_bar()
     hub = model_args.hub()
-    model = modeling.load_model(model_args.model_name_or_path, model_args.config_name, args.loss == "siglip", **hub)
-    layers.install(model, world.device)
-    modeling.freeze(model, model_args.freeze_vision_model, model_args.freeze_text_model)
+    model = loading.load_model(model_args.model_name_or_path, model_args.config_name, args.loss == "siglip", **hub)
+    layers.install(model)
+    loading.freeze(model, model_args.freeze_vision_model, model_args.freeze_text_model)
     source = model_args.model_name_or_path or model_args.config_name
     tokenizer = _tokenizer(model_args.tokenizer_name or source, model, hub)
-    settings = modeling.image_settings(model_args.image_processor_name or source, model.config, **hub)
-    longest = min(data.max_seq_length, modeling.max_caption_tokens(model.config))
+    settings = loading.image_settings(model_args.image_processor_name or source, model.config, **hub)
+    longest = min(data.max_seq_length, loading.max_caption_tokens(model.config))
 
     setup = Setup(
         model, tokenizer, settings, processor_of(model, tokenizer, settings), Collate(tokenizer.pad_token_id, longest)
@@ -75,7 +78,7 @@ def _tokenizer(source: str, model: PreTrainedModel, hub: dict) -> PreTrainedToke
         tokenizer = load_tokenizer(source, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"{source}: no tokenizer that can be read ({modeling.first_line(error)}); give --tokenizer_name"
+            f"{source}: no tokenizer that can be read ({loading.first_line(error)}); give --tokenizer_name"
         ) from None
     words = model.config.text_config.vocab_size
     if len(tokenizer) > words:
@@ -101,7 +104,7 @@ def _pairs(
     long_name = {"train": "train", "val": "validation"}[split]
     table, shards = getattr(data, f"{long_name}_file"), getattr(data, f"{long_name}_shards")
     if table:
-        pairs = sources.read_table(table, data.image_column, data.caption_column, data.data_dir)
+        pairs = tables.read_table(table, data.image_column, data.caption_column, data.data_dir)
         cache = Path(model_args.cache_dir or Path(table).parent / ".clip_cache")
     elif shards:
         pairs = read_shards(shards, index_dir=Path(model_args.cache_dir) if model_args.cache_dir else None)
@@ -115,8 +118,8 @@ def _pairs(
 
 def _readable(pairs: Pairs, cache: Path, data: DataArguments, args: ClipTrainingArguments, world: World) -> Pairs:
     if data.check_images:
-        bad = sources.check_images(pairs, args.dataloader_num_workers, cache) if world.is_main else None
-        pairs = sources.drop_unreadable(pairs, distributed.broadcast_object(bad))
+        bad = tables.check_images(pairs, args.dataloader_num_workers, cache) if world.is_main else None
+        pairs = tables.drop_unreadable(pairs, distributed.broadcast_object(bad))
     return pairs
 
 
@@ -162,11 +165,6 @@ def total_steps(setup: Setup, args: ClipTrainingArguments, world: World) -> int:
     return math.ceil(args.num_train_epochs * _steps_per_epoch(setup, args, world))
 
 
-def steps_between_lines(args: ClipTrainingArguments, total_steps: int | None) -> int:
-    """--logging_steps; below 1 it is a share of all steps, as in `transformers`."""
-    return math.ceil(args.logging_steps if args.logging_steps >= 1 else args.logging_steps * (total_steps or 1))
-
-
 def run_facts(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[str, Any]:
     """What decides which pairs meet in which step; a resumed run must agree. The number of ranks does not matter."""
     return {
@@ -175,7 +173,30 @@ def run_facts(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[s
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "drop_last": args.dataloader_drop_last,
         "loss": args.loss,
+        "frozen": frozen_parts(setup.model),
     }
+
+
+def frozen_parts(model: PreTrainedModel) -> list[str]:
+    """Names of the parts that are not trained: an optimizer's state belongs to those that are."""
+    return [name for name, part in model.named_children() if not any(p.requires_grad for p in part.parameters())]
+
+
+def start_line(setup: Setup, args: ClipTrainingArguments, world: World) -> str:
+    """What is about to run, in one line: model, data, batch, precision, device."""
+    model = setup.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = "" if trained == total else f", {trained / 1e6:.1f} M of them trained"
+    parts = [f"{model.config.model_type}, {total / 1e6:.1f} M parameters{share}"]
+    for name, split in (("train", setup.train), ("validation", setup.validation)):
+        if split is not None:
+            parts.append(f"{name}: {len(split):,} captions of {len(split.images):,} pictures")
+    if args.do_train:
+        chunks = args.per_device_train_batch_size // args.micro_batch_size
+        batch = f"{args.micro_batch_size} x {world.size} ranks x {chunks} chunks"
+        parts.append(f"{args.loss} loss over {args.per_device_train_batch_size * world.size} pairs ({batch})")
+    return "; ".join([*parts, f"{args.precision} on {devices.describe(world.device)}"])
 
 
 def evaluate(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 Same pixels as `CLIPImageProcessor` before normalisation (within one level): EXIF orientation is ignored, transparency
 is laid on white, the shortest edge becomes `size` by antialiased bicubic, the centre is cut out. Normalisation happens
-on the device (`evaluation.normalise_pixels`).
+on the device (`normalise_pixels` of evaluation/encoder.py).
 """
 
 from __future__ import annotations

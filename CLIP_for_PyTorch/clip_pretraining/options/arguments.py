@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from common.device import PRECISIONS
+from clip_pretraining.options import checks
+from clip_pretraining.options.parser import OptionParser
+from common.device import PRECISIONS, fused_adamw
 from common.distributed import World
 from common.errors import UsageError
 
@@ -119,9 +120,10 @@ class ClipTrainingArguments(TrainingArguments):
         self.precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
         if self.max_steps == 0:
             self.max_steps = -1
+        checks.check_ranges(self)  # before `Trainer`'s own, which do not name the option
         super().__post_init__()
         self._n_gpu = min(1, self._n_gpu)  # several cards are several processes, never DataParallel
-        # The chunks of a large batch share one loss, so the Trainer must see one batch (trainer.py, _chunked_step).
+        # The chunks of a large batch share one loss, so the Trainer must see one batch (training/trainer.py).
         self.micro_batch_size = self.per_device_train_batch_size
         self.per_device_train_batch_size *= self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1
@@ -163,62 +165,24 @@ def parse(argv: Sequence[str], world: World) -> tuple[ModelArguments, DataArgume
     Raises:
         UsageError: unknown option, wrong value, or options that do not go together.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, ClipTrainingArguments), allow_abbrev=False)
-    try:
-        groups = parser.parse_args_into_dataclasses([*argv, "--use_cpu", str(world.device.type == "cpu")])
-    except ValueError as error:
-        raise UsageError(f"options: {error}") from None
-    _check(*groups)
-    return groups
+    model, data, training = parser().parse([*argv, "--use_cpu", str(world.device.type == "cpu")])
+    checks.check(model, data, training)
+    if training.optim == "adamw_torch_fused" and not fused_adamw(world.device):
+        training.optim = "adamw_torch"  # the same update; this card lacks the operator
+    return model, data, training
 
 
-def _check(model: ModelArguments, data: DataArguments, training: ClipTrainingArguments) -> None:
-    if not (training.do_train or training.do_eval):
-        raise UsageError("nothing to do: give --do_train, --do_eval or both")
-    if training.do_predict:
-        raise UsageError(
-            "--do_predict does not exist here (nor does it work in the reference): --do_eval reports retrieval"
-        )
-    if data.dataset_name and data.dataset_name.rsplit("/", 1)[-1] != "coco_dataset_script":
-        raise UsageError(
-            f"--dataset_name {data.dataset_name}: only ydshieh/coco_dataset_script is known by name; other pairs come "
-            "as --train_file (.csv, .tsv, .jsonl) or --train_shards (tars)"
-        )
-    if data.dataset_config_name not in (None, "2017"):
-        raise UsageError(f"--dataset_config_name {data.dataset_config_name}: only 2017 is known")
-    for split, needed in (("train", training.do_train), ("validation", training.do_eval)):
-        file, shards = getattr(data, f"{split}_file"), getattr(data, f"{split}_shards")
-        if file and shards:
-            raise UsageError(f"--{split}_file and --{split}_shards: give one of them")
-        if needed and not (file or shards or data.data_dir):
-            raise UsageError(f"no {split} pairs: give --data_dir (COCO), --{split}_file or --{split}_shards")
-    for path in (data.train_file, data.validation_file, training.class_names, training.templates):
-        if path and not os.path.isfile(path):
-            raise UsageError(f"{path}: no such file")
-    if training.zero_shot_dir and not os.path.isdir(training.zero_shot_dir):
-        raise UsageError(f"--zero_shot_dir {training.zero_shot_dir}: no such folder")
-    if training.zero_shot_dir and not training.do_eval:
-        raise UsageError("--zero_shot_dir is for evaluation: add --do_eval")
-    if (training.class_names or training.templates) and not training.zero_shot_dir:
-        raise UsageError("--class_names and --templates describe the pictures of --zero_shot_dir: give that too")
-    if training.label_smoothing_factor:
-        raise UsageError(
-            "--label_smoothing_factor: the targets are which caption belongs to which picture; leave it out"
-        )
-    if training.auto_find_batch_size:
-        raise UsageError(
-            "--auto_find_batch_size: another batch has other negatives; lower --per_device_train_batch_size and raise "
-            "--gradient_accumulation_steps, which keeps the large batch's loss"
-        )
-    if model.model_name_or_path and Path(model.model_name_or_path).is_file():
-        raise UsageError(f"--model_name_or_path {model.model_name_or_path}: give the folder, not a file in it")
-    if min(training.micro_batch_size, training.per_device_train_batch_size, training.per_device_eval_batch_size) < 1:
-        raise UsageError("batch sizes and --gradient_accumulation_steps must be at least 1")
-    if training.dataloader_num_workers < 0 or training.num_train_epochs <= 0:
-        raise UsageError("--dataloader_num_workers must be at least 0, and --num_train_epochs above it")
-    if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
-        raise UsageError(f"--output_dir {training.output_dir}: a file, not a folder")
-    for name, least in (("max_train_samples", 1), ("max_eval_samples", 1), ("max_seq_length", 3)):
-        value = getattr(data, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} {value}: must be at least {least}")
+def parser() -> OptionParser:
+    """Of run_clip.py's options."""
+    return OptionParser((ModelArguments, DataArguments, ClipTrainingArguments), allow_abbrev=False)
+
+
+def show_help(argv: Sequence[str], description: str) -> None:
+    """Prints what --help or --help_all asks for and ends the program; returns without either."""
+    if "--help_all" in argv:
+        parser().print_help()
+    elif "--help" in argv or "-h" in argv:
+        print(parser().format_short_help(description))
+    else:
+        return
+    raise SystemExit(0)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
-from clip_pretraining.modeling import ImageSettings
+from clip_pretraining.model.loading import ImageSettings
 from common.errors import UsageError
 
 _OPEN_CLIP_BLOCK = {
