@@ -1,0 +1,1 @@
+"""Features of a split, retrieval, zero-shot classification."""

@@ -1,0 +1,1 @@
+"""The command line: today's options, old ones, what is refused."""

@@ -1,0 +1,1 @@
+"""The Trainer, its step and its reports; from options to batches."""
