@@ -15,11 +15,15 @@ help: ## list the targets
 
 install: $(STAMP) ## create .venv with the pinned dependencies
 
-# torch first and by exact version: left to itself pip takes a newer build with gigabytes of CUDA libraries.
+# torch first and by exact version: left to itself pip takes a newer build with gigabytes of CUDA libraries. Without an
+# NVIDIA driver the small build is taken (0.2 instead of 2.8 GB to download), where its index answers; TORCH_INDEX= with
+# nothing behind it, or another index, overrules that.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || $(PYTHON) -c 'import urllib.request as u; url = "https://download.pytorch.org/whl/cpu"; u.urlopen(url + "/torch/", timeout=5); print(url)' 2>/dev/null)
 $(STAMP): constraints.txt requirements-dev.txt $(wildcard *_for_PyTorch/requirements.txt)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 10) <= v <= (3, 12), f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ..."'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch torchvision
+	@$(VENV)/bin/python -c 'import torch; print("torch", torch.__version__, "for CUDA " + torch.version.cuda if torch.version.cuda else "without CUDA")'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt $(foreach f,$(wildcard *_for_PyTorch/requirements.txt),-r $(f))
 	@touch $(STAMP)
 

@@ -7,7 +7,7 @@ FROM ${CANN_IMAGE}
 RUN apt-get update && apt-get install -y --no-install-recommends bash git make g++ procps openssh-client && rm -rf /var/lib/apt/lists/*
 WORKDIR /workspace
 COPY . .
-ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_NO_CACHE_DIR=1
+ENV PIP_NO_CACHE_DIR=1
 RUN make install PYTHON=python3 && .venv/bin/pip install torch_npu==2.13.0
 ENV PATH=/workspace/.venv/bin:$PATH
 CMD ["make", "doctor", "DEVICE=npu"]
