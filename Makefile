@@ -8,7 +8,7 @@ PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor npu-contract npu-stub demo test counters counters-accept perf perf-run peers outcomes lint format sample_data clean
+.PHONY: help install doctor first-run npu-contract npu-stub demo test counters counters-accept perf perf-run peers outcomes lint format sample_data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ sample_data: $(STAMP) ## build the small real data sets in .sample_data/
 
 doctor: ## say what is wrong with this host's driver, CANN, torch and cards; DEVICE=npu|cuda|cpu
 	@$(PYTHON) -m common.doctor $(if $(DEVICE),--device $(DEVICE))
+
+first-run: $(STAMP) ## twenty steps of every project on a card, beside a CPU's, in one report; DEVICE=npu|cuda|cpu
+	python -m ci.first_run $(if $(DEVICE),--device $(DEVICE))
 
 npu-contract: $(STAMP) ## fetch the torch_npu wheels (170 MB, deleted again) and check what our code calls of them
 	python -m ci.npu.contract.update

@@ -1,0 +1,1 @@
+"""A first day on a card in one command: `make first-run DEVICE=npu`."""
