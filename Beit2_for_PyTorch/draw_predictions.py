@@ -13,8 +13,8 @@ import torch
 from beit2 import pretraining_options as setup
 from beit2.image_data import Normalizer, collate
 from beit2.prediction_figure import draw, prediction_rows
-from beit2.training_files import load_model
-from beit2.weight_files import read_checkpoint
+from beit2.training.checkpoints import load_model
+from beit2.weights.files import read_checkpoint
 from common import device as devices
 from common.errors import print_usage_errors
 

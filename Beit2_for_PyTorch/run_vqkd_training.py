@@ -1,30 +1,34 @@
 """VQ-KD training: learn the visual tokens from a frozen teacher's patch features.
 
 python run_vqkd_training.py --data_path DIR/train --eval_data_path DIR/val --teacher_weight FILE [--model NAME ...]
+python run_vqkd_training.py --eval --resume checkpoint.pth --eval_data_path DIR/val
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from beit2 import npu_patches, parameter_groups
-from beit2.image_data import Normalizer, check_images, find_images, run_batches, steps_per_epoch
-from beit2.labelled_data import CentreCrop, CropAndFlip, LabelledImages
-from beit2.optimizers import create_optimizer, lr_range, set_step
-from beit2.options import due, pick_precision, schedule
-from beit2.parallel import data_parallel
-from beit2.pretraining_step import TrainState, Watch, gradients_stay_local, update
-from beit2.tokenizer import VQKD
-from beit2.tokenizer_options import build_tokenizer, read_options
-from beit2.training_files import append_epoch_log, find_checkpoint, load_training_state, open_log, save_whole
+from beit2 import device_patches, parameter_groups
+from beit2 import tokenizer_options as setup
+from beit2.data.batches import run_batches, steps_per_epoch
+from beit2.data.labelled import LabelledImages
+from beit2.data.normalizer import Normalizer
+from beit2.model.tokenizer import VQKD
+from beit2.options import pick_precision, schedule
+from beit2.training.checkpoints import append_epoch_log, load_model, open_log
+from beit2.training.parallel import Replica
+from beit2.training.run import Run, new_run, training_steps
+from beit2.training.state import Scalars
 from common import device as devices
 from common import distributed
-from common.apex_options import gradient_scaler
 from common.distributed import World, process_group
-from common.errors import UsageError, print_usage_errors
+from common.errors import print_usage_errors
 from common.run_log import RunLog
 
 HALF = (0.5, 0.5, 0.5)
@@ -32,129 +36,91 @@ HALF = (0.5, 0.5, 0.5)
 
 @print_usage_errors
 def main(argv: list[str] | None = None) -> dict:
-    options = read_options(argv)
+    options = setup.read_options(argv)
     with process_group(options.device) as world:
-        return train(options, world)
-
-
-def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, LabelledImages | None]:
-    """Training pictures and those of the evaluation, None without one; their class numbers mean nothing.
-
-    Raises:
-        UsageError: a folder that is missing or an unreadable picture.
-    """
-    paths = find_images(options.data_path)
-    check_images(paths)
-    crop = CropAndFlip(options.input_size, options.min_crop_scale, options.train_interpolation, options.color_jitter)
-    training = LabelledImages(paths, [0] * len(paths), crop, options.seed)
-    only_evaluates = options.eval or options.calculate_codebook_usage
-    if not only_evaluates and (options.disable_eval or not options.eval_data_path):
-        return training, None
-    if options.eval_data_path:
-        paths = find_images(options.eval_data_path, "--eval_data_path")
-        check_images(paths)
-    return training, LabelledImages(
-        paths, [0] * len(paths), CentreCrop(options.input_size, None, options.train_interpolation)
-    )
+        only_evaluates = options.eval or options.calculate_codebook_usage
+        return evaluate_alone(options, world) if only_evaluates else train(options, world)
 
 
 def train(options: argparse.Namespace, world: World) -> dict:
     precision = pick_precision(options, world.device)
     devices.seed_everything(options.seed)
-    dataset, test = build_datasets(options)
-    tokenizer = build_tokenizer(options).to(world.device)
-    npu_patches.apply(tokenizer, tokenizer, world.device)
+    dataset, test = setup.build_training_set(options), setup.build_test_set(options)
+    teacher = setup.find_teacher(options)
+    tokenizer = setup.build_tokenizer(options, teacher).to(world.device)
+    device_patches.apply(tokenizer, None, world.device)
 
     steps = steps_per_epoch(len(dataset), options.batch_size, world.size, options.update_freq)
-    samples = options.batch_size * options.update_freq * world.size
-    options.lr *= samples / 128  # linear scaling, as in the reference
-    rates = schedule(options, steps)
-    wrapped = data_parallel(tokenizer, world)
-    groups = parameter_groups(tokenizer, options.weight_decay)
-    optimizer = create_optimizer(options.opt, groups, options.lr, options.opt_eps, options.opt_betas, options.momentum)
-    scaler = gradient_scaler(options.amp_backend, tokenizer, optimizer, world.device, precision, options.loss_scale)
+    options.lr *= options.batch_size * options.update_freq * world.size / 128  # linear scaling, as in the reference
+    replica, groups = Replica(tokenizer, world), parameter_groups(tokenizer, options.weight_decay)
+    run = new_run(options, world, precision, replica, groups, steps, schedule(options, steps))
+    normalizer = Normalizer(HALF, HALF, world.device)
+    loss_of = functools.partial(distillation_loss, replica.wrapped, normalizer, precision)
+    if run.state.step % steps == 0:
+        tokenizer.quantize.reset_usage()
 
-    path = find_checkpoint(options.resume, options.auto_resume, options.output_dir)
-    progress = {"step": options.start_epoch * steps}
-    if path is not None:
-        progress |= load_training_state(path, tokenizer, optimizer, scaler, steps)
-    state = TrainState(**progress)
-    last = min(options.epochs * steps, options.max_steps or options.epochs * steps)
-    if options.eval or options.calculate_codebook_usage:
-        if path is None:
-            raise UsageError("--eval and --calculate_codebook_usage need --resume FILE")
-        last = state.step
-
-    with open_log(options, world, last, path is not None) as log:
-        batches = run_batches(dataset, options, world, steps, state.step, last)
-        watch, results, normalizer = Watch(), {}, Normalizer(HALF, HALF, world.device)
-        for step in range(state.step, last):
-            with log.data_wait():
-                micro_batches = [next(batches)[0] for _ in range(options.update_freq)]
-            if step % steps == 0:
+    with run.open_log() as log:
+        batches, results = run_batches(dataset, options, world, steps, run.state.step, run.last), {}
+        for done in training_steps(run, log, batches, loss_of):
+            if done.epoch_ends:
+                results = end_epoch(run, log, tokenizer, test)
+            if done.saves:
+                run.save(log, done, teacher=teacher.config)
+            if done.epoch_ends:
                 tokenizer.quantize.reset_usage()
-            set_step(optimizer, rates[step], None)
-            devices.seeded(options.seed, step, world.rank)
-            scalars = tokenizer_step(
-                wrapped, normalizer, optimizer, scaler, precision, options.clip_grad, micro_batches
-            )
-            watch.add(scalars, skips_allowed=scaler.is_enabled())
-            lr, min_lr = lr_range(optimizer)
-            state.add(scalars | {"lr": lr, "min_lr": min_lr, "weight_decay": options.weight_decay})
-
-            epoch_ends = state.step % steps == 0
-            saves = epoch_ends or state.step == last or due(state.step, options.save_every)
-            if saves or due(state.step, options.log_every):
-                watch.check(state.step)
-            log.step(state.step, samples, lr=lr, epoch=state.step / steps, **scalars)
-            if epoch_ends:
-                results = end_epoch(options, log, tokenizer, test, state, world, steps)
-            if saves and options.case_kind == "acc":
-                with log.pause("save"):
-                    numbered = epoch_ends and due(state.step // steps, options.save_ckpt_freq)
-                    save_whole(world, options, tokenizer, optimizer, scaler, state.plain(), steps, numbered)
         if not results and test is not None:
             results = evaluate(options, tokenizer, test, world)
-            log.record(state.step, "eval", **results)
-        # the mean cosine similarity of reconstruction and teacher, in percent
-        similarity = 100 * (1 - results["rec_loss"]) if "rec_loss" in results else None
-        return log.finish(accuracy=None if similarity is None else round(similarity, 3), **results)
+            log.record(run.state.step, "eval", **results)
+        return finish(log, results)
 
 
-def tokenizer_step(
-    model, normalizer: Normalizer, optimizer, scaler, precision, clip_grad, batches: list[torch.Tensor]
-) -> dict:
-    """One update over the micro-batches, uint8 [B, H, W, 3] each. Returns the logged scalars, on the device."""
-    model.train()
-    means: dict = {}
-    optimizer.zero_grad(set_to_none=True)
-    for number, pictures in enumerate(batches, 1):
-        with gradients_stay_local(model, number < len(batches)):
-            with devices.autocast(normalizer.device, precision):
-                loss, logs = model(normalizer.unit(pictures), unit_range=True)
-            scaler.scale(loss / len(batches)).backward()
-        for name, value in logs.items():
-            means[name] = means.get(name, 0.0) + value / len(batches)
-    means["loss"] = means.pop("total_loss")
-    return means | {"grad_norm": update(model, optimizer, scaler, clip_grad)}
+def finish(log: RunLog, results: dict[str, float], loss: float | None = None) -> dict:
+    """The result file; its accuracy is the mean cosine similarity of reconstruction and teacher, in percent."""
+    similarity = 100 * (1 - results["rec_loss"]) if "rec_loss" in results else None
+    return log.finish(None if similarity is None else round(similarity, 3), loss, **results)
 
 
-def end_epoch(options, log: RunLog, tokenizer: VQKD, test, state: TrainState, world: World, steps: int) -> dict:
+def distillation_loss(
+    model: nn.Module, normalizer: Normalizer, precision: str, batch: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Scalars]:
+    """The loss of a micro-batch, uint8 [B, H, W, 3] (and class numbers that mean nothing), and what is logged."""
+    with devices.autocast(normalizer.device, precision):
+        loss, scalars = model(normalizer.unit(batch[0]), unit_range=True)
+    scalars["loss"] = scalars.pop("total_loss")
+    return loss, scalars
+
+
+def end_epoch(run: Run, log: RunLog, tokenizer: VQKD, test: LabelledImages | None) -> dict:
     """Counts the unused codes, evaluates, writes the epoch's line of log.txt. Returns the evaluation's results."""
-    means = state.means() | {"Unused_code": tokenizer.quantize.unused_codes()}
-    state.begin_epoch()
+    means = run.state.means() | {"Unused_code": tokenizer.quantize.unused_codes()}
+    run.state.begin_epoch()
     with log.pause("evaluate"):
-        results = evaluate(options, tokenizer, test, world)
+        results = evaluate(run.options, tokenizer, test, run.world)
     line = {f"train_{name}": value for name, value in means.items()}
     line |= {f"test_{name}": value for name, value in results.items()}
     line["train_total_loss"] = line["train_loss"]  # the reference logs the sum under both names
     if results:
         line["test_loss"] = line["test_total_loss"]
-    log.record(state.step, "eval", **results, train_unused_codes=means["Unused_code"])
-    if world.is_main:
-        parameters = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
-        append_epoch_log(options.output_dir, line | {"epoch": state.step // steps - 1, "n_parameters": parameters})
+    log.record(run.state.step, "eval", **results, train_unused_codes=means["Unused_code"])
+    if run.world.is_main:
+        line |= {"epoch": run.epoch, "n_parameters": run.replica.parameter_count}
+        append_epoch_log(run.options.output_dir, line)
     return results
+
+
+def evaluate_alone(options: argparse.Namespace, world: World) -> dict:
+    """`--eval`, `--calculate_codebook_usage`: a checkpoint on the evaluation's pictures alone."""
+    path, checkpoint = setup.checkpoint_to_evaluate(options)
+    test = setup.build_test_set(options)
+    tokenizer = setup.build_tokenizer(options, setup.find_teacher(options, checkpoint, path))
+    load_model(tokenizer, checkpoint.get("model", checkpoint), path)
+    tokenizer = tokenizer.to(world.device)
+    device_patches.apply(tokenizer, None, world.device)
+    in_its_folder = path.resolve().parent == Path(options.output_dir).resolve()  # which then stays that run's
+    with open_log(options, world, 0, in_its_folder) as log:
+        results = evaluate(options, tokenizer, test, world)
+        log.record(0, "eval", **results)
+        return finish(log, results, results["total_loss"])
 
 
 @torch.no_grad()

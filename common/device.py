@@ -104,6 +104,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=_AUTOCAST_DTYPE[precision])
 
 
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Around what stays in the precision of its tensors, whatever the run's."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def require_precision(device: torch.device, precision: str) -> None:
     """Refuses a precision that the device cannot train in.
 

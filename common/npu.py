@@ -5,7 +5,6 @@ On a machine without torch_npu nothing here is called. What only one project nee
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UsageError
+from common import patches as device_patches
 
 
 def is_npu(device: torch.device) -> bool:
@@ -49,15 +48,8 @@ def take_overflow(device: torch.device) -> bool:
 
 
 def chosen(patches: Mapping[str, Callable]) -> dict[str, Callable]:
-    """The patches that NPU_PATCHES_OFF=NAME,NAME does not name: the switch to find out whether one is to blame.
-
-    Raises:
-        UsageError: a name that is none of the project's patches.
-    """
-    off = {name for name in os.environ.get("NPU_PATCHES_OFF", "").split(",") if name}
-    if unknown := sorted(off - set(patches)):
-        raise UsageError(f"NPU_PATCHES_OFF={','.join(unknown)}: this project's patches are {', '.join(patches)}")
-    return {name: patch for name, patch in patches.items() if name not in off}
+    """The patches that NPU_PATCHES_OFF=NAME,NAME does not name."""
+    return device_patches.chosen(patches, "NPU_PATCHES_OFF")
 
 
 def set_up() -> None:

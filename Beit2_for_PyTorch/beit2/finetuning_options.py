@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 
-from beit2.convert import convert_pretrained
-from beit2.labelled_data import CentreCrop, CropAndFlip, LabelledImages, TimmTransform, find_classes
-from beit2.model_names import FINETUNING_MODELS, create_model
-from beit2.optimizers import layer_decay, parameter_groups
+from beit2.data.labelled import CentreCrop, CropAndFlip, LabelledImages, TimmTransform, find_classes
+from beit2.model.convert import convert_pretrained
+from beit2.model.names import FINETUNING_MODELS, create_model
+from beit2.model.vision_transformer import VisionTransformer
 from beit2.options import (
-    add_amp_backend,
     add_dead_options,
     add_optimizer_options,
     add_run_options,
     add_schedule_options,
+    adopt,
+    mean_and_std,
     parse,
 )
-from beit2.pretraining_options import mean_and_std
-from beit2.vision_transformer import VisionTransformer
-from beit2.weight_files import local_file, read_state_dict
+from beit2.training.optimizers import layer_decay, parameter_groups
+from beit2.weights.files import local_file, read_checkpoint, read_state_dict
 from common.errors import UsageError
 
 
@@ -56,7 +56,6 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dist_eval", action="store_true", default=True, help=argparse.SUPPRESS)
     parser.add_argument("--disable_eval_during_finetuning", action="store_true")
     add_run_options(parser)
-    add_amp_backend(parser)
     add_dead_options(parser, "enable_deepspeed", "resplit", "load-tar")
     return parse(parser, argv)
 
@@ -120,10 +119,85 @@ def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, Labelle
     if options.nb_classes and options.nb_classes != len(names):
         raise UsageError(f"--nb_classes {options.nb_classes}: {folder} has {len(names)} class folders")
     training = LabelledImages(paths, labels, _training_transform(options), options.seed)
-    if not eval_folder:
-        return training, None, names
-    paths, labels, _ = find_classes(eval_folder, names)
-    return training, LabelledImages(paths, labels, CentreCrop(options.input_size, options.crop_pct)), names
+    return training, _test_set(options, eval_folder, names) if eval_folder else None, names
+
+
+def _test_set(options: argparse.Namespace, folder: str | Path, names: list[str] | None) -> LabelledImages:
+    paths, labels, _ = find_classes(folder, names)
+    return LabelledImages(paths, labels, CentreCrop(options.input_size, options.crop_pct))
+
+
+def build_test_set(
+    options: argparse.Namespace, names: list[str] | None, classes: int
+) -> tuple[LabelledImages, list[str]]:
+    """The test set of an evaluation alone, and the class names.
+
+    Args:
+        names: those the checkpoint knows; None: of the training set where there is one, else of the test set itself.
+        classes: how many the checkpoint's classifier has.
+
+    Raises:
+        UsageError: missing folders, or other classes than the checkpoint's.
+    """
+    folder, training = options.eval_data_path, options.data_path
+    if options.data_set == "IMNET" and training:
+        folder, training = folder or Path(training, "val"), Path(training, "train")
+    if not folder:
+        raise UsageError("--eval needs --eval_data_path DIR, the test set's class folders")
+    if names is None:
+        names = find_classes(training if training and Path(training).is_dir() else folder)[2]
+    if len(names) != classes:
+        raise UsageError(
+            f"--eval_data_path {folder}: {len(names)} class folders, the checkpoint has {classes} classes; "
+            "where the test set lacks some, give the training set's folder as --data_path"
+        )
+    return _test_set(options, folder, names), names
+
+
+# what shapes the model and its pictures: an evaluation takes it from the checkpoint
+_OF_THE_CHECKPOINT = (
+    "model",
+    "input_size",
+    "crop_pct",
+    "imagenet_default_mean_and_std",
+    "qkv_bias",
+    "rel_pos_bias",
+    "abs_pos_emb",
+    "layer_scale_init_value",
+    "use_mean_pooling",
+)
+
+
+def checkpoint_to_evaluate(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """--resume's (or --finetune's) file and content; options the command line leaves open become the checkpoint's.
+
+    Raises:
+        UsageError: none given, or not readable.
+    """
+    location = options.resume or options.finetune
+    if not location or location == "auto":
+        raise UsageError("--eval needs --resume CHECKPOINT, and --eval_data_path DIR")
+    path = local_file(location)
+    checkpoint = read_checkpoint(path)
+    adopt(options, checkpoint.get("args"), _OF_THE_CHECKPOINT)
+    options.finetune = ""
+    return path, checkpoint
+
+
+def weights_to_evaluate(options: argparse.Namespace, checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights, or with --model_ema their average.
+
+    Raises:
+        UsageError: there is no average, or no classifier.
+    """
+    state = checkpoint.get("model", checkpoint)
+    if options.model_ema and not checkpoint.get("averaged"):  # checkpoint-best.pth has the average alone
+        if "model_ema" not in checkpoint:
+            raise UsageError(f"{path}: has no weight average; leave out --model_ema to evaluate its weights")
+        state = checkpoint["model_ema"]
+    if "head.weight" not in state:
+        raise UsageError(f"{path}: has no classifier (head.weight); --eval takes a fine-tuned checkpoint")
+    return state
 
 
 def _training_transform(options: argparse.Namespace):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from beit2.blocks import Attention, attend
+from beit2.model.blocks import Attention, attend_plainly
 from common import npu
 
 
@@ -24,15 +24,15 @@ def use_fused_attention(model: nn.Module) -> None:
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
-    """`attend` by the fused kernel, in half precision and for a bias without gradient; else `attend` itself."""
+    """`attend` by the fused kernel, in half precision and for a bias without gradient; else `attend_plainly`."""
     trainable = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if trainable or q.dtype not in (torch.float16, torch.bfloat16):
-        return attend(q, k, v, bias, scale, dropout)
+        return attend_plainly(q, k, v, bias, scale, dropout)
     return npu.fused_attention(q, k, v, scale, bias=bias, p=dropout)
 
 
 class _RecomputedAttention(torch.autograd.Function):
-    """The fused kernel forward; backward through `attend`, computed anew, which has the bias's gradient."""
+    """The fused kernel forward; backward through `attend_plainly`, computed anew, which has the bias's gradient."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -45,7 +45,7 @@ class _RecomputedAttention(torch.autograd.Function):
         q = ctx.saved_tensors[0]
         with torch.enable_grad(), torch.autocast(q.device.type, dtype=q.dtype):
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-            out = attend(*inputs, ctx.scale)
+            out = attend_plainly(*inputs, ctx.scale)
         return (*torch.autograd.grad(out, inputs, grad.to(out.dtype)), None)
 
 

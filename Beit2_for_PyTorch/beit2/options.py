@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 
-from beit2.schedule import cosine_schedule
+from beit2.training.schedule import cosine_schedule
 from common import device as devices
 from common.apex_options import BACKENDS, LEVELS, translate
 from common.errors import UsageError
@@ -62,6 +70,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=devices.PRECISIONS, help="default: bf16 on npu and cuda, fp32 on a CPU")
     group.add_argument("--loss_scale", default="dynamic", help="fp16: dynamic, or a number for a constant one")
     group.add_argument("--fp16_opt_level", choices=LEVELS, help="of apex: O0 is fp32, O1 and O2 are fp16")
+    group.add_argument("--amp_backend", choices=BACKENDS, default="native", help="apex: what native does, with a note")
     group.add_argument("--use_combine_grad", action="store_true", help="of apex: accepted, without effect")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--max_steps", type=int, default=0, help="stop after that many steps in all; 0 = no limit")
@@ -77,12 +86,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pin_mem", action="store_true", default=True)
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
     add_dead_options(parser, "dist_on_itp", "dist_url", "world_size", "local_rank", "local-rank", "log_dir")
-
-
-def add_amp_backend(parser: argparse.ArgumentParser) -> None:
-    """For scripts whose model may train under apex itself."""
-    text = "apex: apex.amp where it is installed, with --fp16_opt_level O1"
-    parser.add_argument("--amp_backend", choices=BACKENDS, default="native", help=text)
 
 
 def add_optimizer_options(parser: argparse.ArgumentParser, *, lr: float, weight_decay: float) -> None:
@@ -137,12 +140,39 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     options = parser.parse_args(argv)
     check_common(options)
-    backend = getattr(options, "amp_backend", None)
-    mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad, backend)
+    mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
     options.precision = mixed.precision
+    if options.amp_backend == "apex":
+        warnings.warn("--amp_backend apex: there is no apex for this torch; torch's own mixed precision", stacklevel=2)
     for note in mixed.notes:
         warnings.warn(note, stacklevel=2)
+    options.given = _given(parser, argv)
     return options
+
+
+def _given(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
+    """The names of the options that the command line has, in spite of their defaults."""
+    bare = copy.deepcopy(parser)
+    bare._defaults = {}
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were heard already
+        return sorted(vars(bare.parse_args(argv)))
+
+
+def adopt(options: argparse.Namespace, trained: argparse.Namespace | None, names: Sequence[str]) -> None:
+    """Sets those of `names` that the command line does not give to what a checkpoint was trained with."""
+    for name in names:
+        if name not in options.given and hasattr(trained, name):
+            setattr(options, name, getattr(trained, name))
+
+
+def mean_and_std(options: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of the model's pictures."""
+    if options.imagenet_default_mean_and_std:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
 
 def schedule(options: argparse.Namespace, steps: int) -> np.ndarray:
@@ -158,6 +188,11 @@ def schedule(options: argparse.Namespace, steps: int) -> np.ndarray:
         raise UsageError(str(error)) from error
 
 
-def due(count: int, every: int) -> bool:
-    """Whether something that happens every so often happens now; never with `every` 0."""
-    return every > 0 and count % every == 0
+def schedules(options: argparse.Namespace, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Learning rate and weight decay of every step.
+
+    Raises:
+        UsageError: a warm-up longer than the training.
+    """
+    end = options.weight_decay if options.weight_decay_end is None else options.weight_decay_end
+    return schedule(options, steps), cosine_schedule(options.weight_decay, end, options.epochs, steps)

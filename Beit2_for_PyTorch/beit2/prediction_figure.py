@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit2.pretraining_model import MaskedImageModel
-from beit2.tokenizer import VQKD
+from beit2.model.masked_image_model import MaskedImageModel
+from beit2.model.tokenizer import VQKD
 
 
 def code_colours(codes: Tensor) -> Tensor:

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import argparse
 
-import numpy as np
 import torch
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 
-from beit2.image_data import PretrainingImages, check_images, find_images
-from beit2.masking import MaskingGenerator
-from beit2.model_names import FINETUNING_MODELS, TOKENIZER_URL, create_model, create_tokenizer
+from beit2.data.images import PretrainingImages, check_images, find_images
+from beit2.data.masking import MaskingGenerator
+from beit2.data.transforms import INTERPOLATIONS, TwoViewTransform
+from beit2.model.masked_image_model import MaskedImageModel
+from beit2.model.names import FINETUNING_MODELS, TOKENIZER_URL, create_model, create_tokenizer
+from beit2.model.tokenizer import VQKD, load_tokenizer_weights
 from beit2.options import (
-    add_amp_backend,
     add_dead_options,
     add_optimizer_options,
     add_run_options,
     add_schedule_options,
     parse,
-    schedule,
     truth,
 )
-from beit2.pretraining_model import MaskedImageModel
-from beit2.schedule import cosine_schedule
-from beit2.tokenizer import VQKD, load_tokenizer_weights
-from beit2.transforms import INTERPOLATIONS, TwoViewTransform
-from beit2.weight_files import local_file, saved_options
+from beit2.weights.files import local_file, saved_options
 from common.errors import UsageError
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +42,6 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_schedule_options(parser, min_lr=1e-5)
     parser.add_argument("--weight_decay_end", type=float, default=None, help="default: --weight_decay")
     add_run_options(parser)
-    add_amp_backend(parser)
     add_dead_options(parser, "decoupling_aug", "eval_data_path")
     parser.add_argument(
         "--parallel", choices=("ddp", "fsdp"), default="ddp",
@@ -203,19 +192,3 @@ def build_dataset(options: argparse.Namespace, window: tuple[int, int]) -> Pretr
     paths = find_images(options.data_path)
     check_images(paths)
     return PretrainingImages(paths, transform, masking, options.seed)
-
-
-def mean_and_std(options: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if options.imagenet_default_mean_and_std:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-
-
-def schedules(options: argparse.Namespace, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Learning rate and weight decay of every step.
-
-    Raises:
-        UsageError: a warm-up longer than the training.
-    """
-    end = options.weight_decay if options.weight_decay_end is None else options.weight_decay_end
-    return schedule(options, steps), cosine_schedule(options.weight_decay, end, options.epochs, steps)

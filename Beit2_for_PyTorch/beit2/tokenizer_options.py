@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from beit2 import options
-from beit2.model_names import TOKENIZERS, create_tokenizer
-from beit2.teachers import load_teacher
-from beit2.tokenizer import PROCESS_TYPES, VQKD
-from beit2.transforms import INTERPOLATIONS
-from beit2.weight_files import local_file
+from beit2.data.images import check_images, find_images
+from beit2.data.labelled import CentreCrop, CropAndFlip, LabelledImages
+from beit2.data.transforms import INTERPOLATIONS
+from beit2.model.names import TOKENIZERS, create_tokenizer
+from beit2.model.teachers import build_teacher, load_teacher
+from beit2.model.tokenizer import PROCESS_TYPES, VQKD
+from beit2.weights.files import local_file, read_checkpoint
 from common.errors import UsageError
 
 
@@ -42,23 +48,81 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options.add_optimizer_options(parser, lr=5e-5, weight_decay=1e-4)
     options.add_schedule_options(parser, min_lr=1e-5)
     options.add_run_options(parser)
-    options.add_amp_backend(parser)
     options.add_dead_options(parser, "teacher_input_size", "weight_decay_end", "imagenet_default_mean_and_std")
     return options.parse(parser, argv)
 
 
-def build_tokenizer(opts: argparse.Namespace) -> VQKD:
-    """The tokenizer with its teacher; the decoder ends in as many values as the teacher's features have."""
-    if opts.model not in TOKENIZERS:
-        raise UsageError(f"--model {opts.model}: unknown. Known: {', '.join(TOKENIZERS)}")
+def build_training_set(opts: argparse.Namespace) -> LabelledImages:
+    """The training pictures; their class numbers mean nothing.
+
+    Raises:
+        UsageError: no folder, no picture in it, or an unreadable one.
+    """
+    paths = find_images(opts.data_path)
+    check_images(paths)
+    crop = CropAndFlip(opts.input_size, opts.min_crop_scale, opts.train_interpolation, opts.color_jitter)
+    return LabelledImages(paths, [0] * len(paths), crop, opts.seed)
+
+
+def build_test_set(opts: argparse.Namespace) -> LabelledImages | None:
+    """The pictures of the evaluation: of --eval_data_path, or for an evaluation alone else of --data_path.
+
+    Raises:
+        UsageError: no folder, no picture in it, or an unreadable one.
+    """
+    only_evaluates = opts.eval or opts.calculate_codebook_usage
+    if not only_evaluates and (opts.disable_eval or not opts.eval_data_path):
+        return None
+    option = "--data_path" if opts.data_path and not opts.eval_data_path else "--eval_data_path"
+    paths = find_images(opts.eval_data_path or opts.data_path, option)
+    check_images(paths)
+    return LabelledImages(paths, [0] * len(paths), CentreCrop(opts.input_size, None, opts.train_interpolation))
+
+
+# what shapes the tokenizer and its pictures: an evaluation takes it from the checkpoint
+_OF_THE_CHECKPOINT = ("model", "input_size", "codebook_n_emd", "codebook_emd_dim", "process_type", "teacher_model_type")
+
+
+def checkpoint_to_evaluate(opts: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """--resume's file and content; options that the command line leaves open become the checkpoint's.
+
+    Raises:
+        UsageError: none given, or not readable.
+    """
+    if not opts.resume or opts.resume == "auto":
+        raise UsageError("--eval and --calculate_codebook_usage need --resume FILE")
+    path = local_file(opts.resume)
+    checkpoint = read_checkpoint(path)
+    options.adopt(opts, checkpoint.get("args"), _OF_THE_CHECKPOINT)
+    return path, checkpoint
+
+
+def find_teacher(opts: argparse.Namespace, checkpoint: dict[str, Any] | None = None, path: Path | None = None):
+    """The frozen teacher of --teacher_weight; for an evaluation alone the one in the checkpoint.
+
+    Raises:
+        UsageError: no teacher, or unusable weights.
+    """
+    if opts.teacher_weight is None and checkpoint is not None and "teacher" in checkpoint:
+        return build_teacher(checkpoint["teacher"])  # its weights are among the checkpoint's
     if opts.teacher_weight is None:
+        where = "" if path is None else f" and {path} does not say what its teacher was"
         raise UsageError(
-            "--teacher_weight is missing: a folder of transformers' CLIP, e.g. what `hf download "
+            f"--teacher_weight is missing{where}: a folder of transformers' CLIP, e.g. what `hf download "
             "openai/clip-vit-base-patch16 --local-dir clip` writes, or a DINO ViT file"
         )
+    _check_name(opts)
     kind = opts.teacher_model_type or ("dino" if opts.model.endswith("dino") else "clip")
     try:
-        teacher = load_teacher(local_file(opts.teacher_weight), kind)
+        return load_teacher(local_file(opts.teacher_weight), kind)
+    except ValueError as error:
+        raise UsageError(f"--model {opts.model}, --teacher_weight {opts.teacher_weight}: {error}") from error
+
+
+def build_tokenizer(opts: argparse.Namespace, teacher: nn.Module) -> VQKD:
+    """The tokenizer with its teacher; the decoder ends in as many values as the teacher's features have."""
+    _check_name(opts)
+    try:
         return create_tokenizer(
             opts.model,
             teacher=teacher,
@@ -72,3 +136,8 @@ def build_tokenizer(opts: argparse.Namespace) -> VQKD:
         )
     except ValueError as error:
         raise UsageError(f"--model {opts.model}, --teacher_weight {opts.teacher_weight}: {error}") from error
+
+
+def _check_name(opts: argparse.Namespace) -> None:
+    if opts.model not in TOKENIZERS:
+        raise UsageError(f"--model {opts.model}: unknown. Known: {', '.join(TOKENIZERS)}")

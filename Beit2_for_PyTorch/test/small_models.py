@@ -11,7 +11,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT.parent), str(PROJECT)]
 
-from beit2 import model_names  # noqa: E402
+from beit2.model import names as model_names  # noqa: E402
 from common import distributed  # noqa: E402
 
 SHAPE = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8}

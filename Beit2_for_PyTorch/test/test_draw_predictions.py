@@ -8,7 +8,7 @@ from small_models import OPTIONS
 import draw_predictions
 import run_beitv2_pretraining
 from beit2.prediction_figure import code_colours
-from beit2.weight_files import read_checkpoint
+from beit2.weights.files import read_checkpoint
 from common.errors import UsageError
 
 

@@ -7,8 +7,8 @@ import torch
 
 import beit2
 from beit2 import npu_patches
-from beit2.blocks import Attention, attend
-from beit2.pretraining_model import masked_rows
+from beit2.model.blocks import Attention, attend_plainly
+from beit2.model.masked_image_model import masked_rows
 from common import npu
 
 NPU = types.SimpleNamespace(type="npu")  # torch knows the name only where torch_npu is
@@ -47,7 +47,7 @@ def test_fused_attention_equals_plain(npu_kernel, with_bias, rows):
     q, k, v = (torch.randn(2, 3, n, 16).bfloat16() for n in (rows, 9, 9))
     bias = torch.randn(1, 3, rows, 9) if with_bias else None
     fused = npu_patches.fused_attend(q, k, v, bias, 0.25)
-    plain = attend(q.float(), k.float(), v.float(), bias, 0.25)
+    plain = attend_plainly(q.float(), k.float(), v.float(), bias, 0.25)
     torch.testing.assert_close(fused.float(), plain, rtol=2e-2, atol=2e-2)
 
 
@@ -66,7 +66,7 @@ def test_recomputed_attention_has_the_gradients_of_the_plain_one(npu_kernel):
     q, k, v = (torch.randn(2, 3, n, 16).bfloat16().requires_grad_() for n in (5, 9, 9))
     bias = torch.randn(1, 3, 5, 9, requires_grad=True)
     outputs, gradients = [], []
-    for function in (npu_patches.fused_attend_recomputed, attend):
+    for function in (npu_patches.fused_attend_recomputed, attend_plainly):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = function(q, k, v, bias, 0.25)
         outputs.append(out.float())

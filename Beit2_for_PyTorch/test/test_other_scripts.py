@@ -10,8 +10,8 @@ import beit2
 import run_class_finetuning
 import run_linear_eval
 import run_vqkd_training
-from beit2.labelled_data import find_classes
-from beit2.weight_files import read_checkpoint
+from beit2.data.labelled import find_classes
+from beit2.weights.files import read_checkpoint
 from common.errors import UsageError
 
 TOKENIZER = (
@@ -35,7 +35,7 @@ def data_of(pictures):
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
-    from beit2.teachers import build_teacher
+    from beit2.model.teachers import build_teacher
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("teacher") / "clip.pt"

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
 import beit2
-from beit2.convert import spline_matrix
-from beit2.labelled_data import CentreCrop, CropAndFlip
-from beit2.optimizers import create_optimizer, layer_decay
-from beit2.transforms import INTERPOLATIONS, Draw, TwoViewTransform, draw_jitter, jitter_crop, random_crop
+from beit2.data.labelled import CentreCrop, CropAndFlip
+from beit2.data.transforms import INTERPOLATIONS, Draw, TwoViewTransform, draw_jitter, jitter_crop, random_crop
+from beit2.model.convert import spline_matrix
+from beit2.training.optimizers import create_optimizer, layer_decay
 from common.errors import UsageError
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import beit2
-from beit2.pretraining_model import masked_rows
+from beit2.model.masked_image_model import masked_rows
 from ci.peers import beit2_plain
 from common import device as devices
 

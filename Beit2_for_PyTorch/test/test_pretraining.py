@@ -1,6 +1,7 @@
 """run_beitv2_pretraining.py: the reference's trajectory, exact resume, ranks, files, and errors before training."""
 
 import argparse
+import functools
 import json
 import re
 from pathlib import Path
@@ -12,11 +13,14 @@ from small_models import OPTIONS
 import beit2
 import run_beitv2_pretraining
 from beit2.image_data import Batch, EpochBatches
-from beit2.optimizers import create_optimizer, set_step
-from beit2.pretraining_step import TrainState, Watch, gradient_step
-from beit2.weight_files import read_checkpoint
+from beit2.training.optimizers import create_optimizer, set_step
+from beit2.training.pretraining_loss import token_loss
+from beit2.training.run import gradient_step
+from beit2.training.state import TrainState
+from beit2.weights.files import read_checkpoint
 from common import device as devices
 from common.distributed import World
+from common.update import GuardedStep, LossScale, NonFiniteStep
 
 HERE = Path(__file__).resolve().parent
 
@@ -53,16 +57,15 @@ def test_eight_steps_of_the_reference(golden):
     tokenizer.for_encoding()
     groups = beit2.parameter_groups(model, 0.05)
     optimizer = create_optimizer("adamw", groups, lr=1.5e-3, eps=1e-8, betas=g.json["betas"])
-    scaler = devices.grad_scaler(torch.device("cpu"), "fp32")
+    guarded = GuardedStep(optimizer, model.parameters(), LossScale(False), clip_norm=g.json["clip_grad"])
+    loss_of = functools.partial(token_loss, model, tokenizer, GoldenBatches(g), "fp32")
     state = TrainState()
     for step in range(8):
         if step == 4:
             state.begin_epoch()
         set_step(optimizer, g.json["lr"][step], g.json["wd"][step])
         batch = Batch(torch.tensor(step), None, g["masks"][step].bool())
-        scalars = gradient_step(
-            model, tokenizer, GoldenBatches(g), optimizer, scaler, "fp32", g.json["clip_grad"], [batch]
-        )
+        scalars = gradient_step(model, guarded, loss_of, [batch], step + 1)
         scalars |= {"lr": g.json["lr"][step]}
         state.add(scalars)
         for name, values in g.json["records"].items():
@@ -120,10 +123,10 @@ def test_reference_checkpoint_resumes_here():
     )
     path = HERE / "golden/run_example_checkpoint.pth"
     optimizer = create_optimizer("adamw", beit2.parameter_groups(model, 0.05), lr=1e-3)
-    scaler = devices.grad_scaler(torch.device("cpu"), "fp32")
-    from beit2.training_files import load_training_state, training_state
+    scale = LossScale(False)
+    from beit2.training.checkpoints import load_training_state, training_state
 
-    progress = load_training_state(path, model, optimizer, scaler, steps_per_epoch=4)
+    progress, _ = load_training_state(path, model, optimizer, scale, steps_per_epoch=4)
     theirs = read_checkpoint(path)
     assert progress["step"] == 12  # three epochs of four steps
     state = optimizer.state_dict()
@@ -132,7 +135,7 @@ def test_reference_checkpoint_resumes_here():
         for name, value in moments.items():
             assert torch.equal(state["state"][number][name], value)
     assert all(group["fused"] for group in optimizer.param_groups)
-    ours = training_state(model, optimizer, scaler, argparse.Namespace(path=path), {"step": 12}, 4)
+    ours = training_state(model, optimizer, scale, argparse.Namespace(path=path), {"step": 12}, epoch=2)
     assert set(theirs) <= set(ours) and ours["epoch"] == 2 and set(ours["scaler"]) == set(theirs["scaler"])
     assert {k: (v.shape, v.dtype) for k, v in ours["model"].items()} == {
         k: (v.shape, v.dtype) for k, v in theirs["model"].items()
@@ -183,22 +186,34 @@ def test_half_precision_and_no_cls_head(pictures, tokenizer_file, tmp_path, opti
     assert "train_mlm_acc" not in read_checkpoint(tmp_path / "checkpoint.pth")
 
 
-def test_a_broken_gradient_changes_no_weight_and_stops():
-    model = beit2.build_pretraining_model(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, vocab_size=8)
-    from beit2.pretraining_step import update
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(
+    pictures, tokenizer_file, tmp_path, monkeypatch
+):
+    """And the weights that were saved before stay what they were."""
+    import beit2.training.pretraining_loss as losses
 
-    optimizer = create_optimizer("adamw", beit2.parameter_groups(model, 0.05), lr=0.1)
-    scaler = devices.grad_scaler(torch.device("cpu"), "fp32")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    (model(torch.randn(1, 3, 16, 16), return_all_tokens=True).sum() * float("nan")).backward()
-    norm = update(model, optimizer, scaler, clip_grad=1.0)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    watch = Watch()
-    watch.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}, skips_allowed=False)
-    watch.check(1)
-    watch.add({"loss": torch.tensor(1.0), "grad_norm": norm}, skips_allowed=False)
-    with pytest.raises(FloatingPointError, match="step 2 on rank 0"):
-        watch.check(2)
+    run(pictures, tokenizer_file, tmp_path, "--max_steps", "1")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    real = losses.F.cross_entropy
+    calls = []
+
+    def broken(logits, labels):
+        calls.append(1)
+        return real(logits, labels) * (float("nan") if len(calls) > 2 else 1.0)  # two heads a step
+
+    monkeypatch.setattr(losses.F, "cross_entropy", broken)
+    with pytest.raises(
+        NonFiniteStep, match=r"loss became inf or nan at step 3 on rank 0 \(samples .*\.(jpg|png)"
+    ) as caught:
+        run(pictures, tokenizer_file, tmp_path)
+    assert len(caught.value.replay["ranks"]["0"]) == 4
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "lookahead_radam"])
+def test_other_optimizers_go_through_the_same_step(pictures, tokenizer_file, tmp_path, name):
+    run(pictures, tokenizer_file, tmp_path, "--opt", name, "--max_steps", "2")
+    assert list(metrics(tmp_path)) == [1, 2]
 
 
 def test_epochs_never_overrun_and_ranks_share_them():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from small_models import OPTIONS
 
-from beit2.quantizer import NormEMAQuantizer
-from beit2.training_files import fit_progress
-from beit2.weight_files import read_checkpoint
+from beit2.model.quantizer import NormEMAQuantizer
+from beit2.training.checkpoints import fit_progress
+from beit2.weights.files import read_checkpoint
 from common import checkpoint_file
 from common.errors import UsageError
 
@@ -54,7 +54,7 @@ CODEBOOK = """
 import sys
 import torch
 from torch.nn.functional import normalize
-from beit2.quantizer import NormEMAQuantizer
+from beit2.model.quantizer import NormEMAQuantizer
 from common import distributed
 
 torch.manual_seed(distributed.rank())

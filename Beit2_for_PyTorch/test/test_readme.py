@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_linear_eval
-from beit2 import finetuning_options, pretraining_options, tokenizer_options
+from beit2 import finetuning_options, pretraining_options, probe_options, tokenizer_options
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 READERS = {
     "run_beitv2_pretraining.py": pretraining_options.read_options,
     "run_vqkd_training.py": tokenizer_options.read_options,
     "run_class_finetuning.py": finetuning_options.read_options,
-    "run_linear_eval.py": run_linear_eval.read_options,
+    "run_linear_eval.py": probe_options.read_options,
 }
 # the options of the reference's recipes: PRETRAINING.md (large), VQ-KD and fine-tuning
 RECIPES = {

@@ -7,9 +7,9 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import beit2
-from beit2.quantizer import NormEMAQuantizer, kmeans
-from beit2.teachers import ScalingLayer, load_teacher
-from beit2.tokenizer import load_tokenizer_weights
+from beit2.model.quantizer import NormEMAQuantizer, kmeans
+from beit2.model.teachers import ScalingLayer, load_teacher
+from beit2.model.tokenizer import load_tokenizer_weights
 from common.errors import UsageError
 
 

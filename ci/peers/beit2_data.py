@@ -26,8 +26,8 @@ from PIL import Image  # noqa: E402
 from torchvision import transforms  # noqa: E402
 from torchvision.transforms import functional as tf  # noqa: E402
 
+from beit2.data.transforms import TwoViewTransform, random_crop  # noqa: E402
 from beit2.image_data import PretrainingImages  # noqa: E402
-from beit2.transforms import TwoViewTransform, random_crop  # noqa: E402
 from ci.peers.paired_timing import paired, write_result  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

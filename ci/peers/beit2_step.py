@@ -21,12 +21,15 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import beit2  # noqa: E402
+from beit2 import device_patches  # noqa: E402
 from beit2.image_data import Batch, Normalizer  # noqa: E402
-from beit2.optimizers import create_optimizer  # noqa: E402
-from beit2.pretraining_step import gradient_step  # noqa: E402
+from beit2.training.optimizers import create_optimizer  # noqa: E402
+from beit2.training.pretraining_loss import token_loss  # noqa: E402
+from beit2.training.run import gradient_step  # noqa: E402
 from ci.peers import beit2_plain  # noqa: E402
 from ci.peers.paired_timing import gemm_peak, paired, write_result  # noqa: E402
 from common import device as devices  # noqa: E402
+from common.update import GuardedStep, loss_scale  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,13 +51,14 @@ def ours(precision: str, count: int):
     tokenizer.for_encoding(None if precision == "fp32" else DTYPES[precision])
     device = torch.device("cpu")
     optimizer = create_optimizer("adamw", beit2.parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.999))
-    scaler = devices.grad_scaler(device, precision)
+    device_patches.apply(model, tokenizer, device)
+    guarded = GuardedStep(optimizer, model.parameters(), loss_scale(device, precision), clip_norm=3.0)
     normalizer = Normalizer((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), device)
-    run = functools.partial(gradient_step, model.train(), tokenizer, normalizer, optimizer, scaler, precision, 3.0)
+    loss_of = functools.partial(token_loss, model, tokenizer, normalizer, precision)
 
     def step(number: int) -> tuple[float, float]:
         devices.seeded(0, number)
-        scalars = run([batch])
+        scalars = gradient_step(model, guarded, loss_of, [batch], number + 1)
         return float(scalars["loss"]), float(scalars["grad_norm"])
 
     return step

@@ -29,7 +29,7 @@ import beit2
 import run_class_finetuning
 import run_linear_eval
 import run_vqkd_training
-from beit2.teachers import build_teacher
+from beit2.model.teachers import build_teacher
 
 
 def write_weights(folder):

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 import beit2
-from beit2 import npu_patches
+from beit2 import device_patches
 from beit2.image_data import Batch, Normalizer
-from beit2.optimizers import create_optimizer
-from beit2.pretraining_step import gradient_step
+from beit2.training.optimizers import create_optimizer
+from beit2.training.pretraining_loss import token_loss
+from beit2.training.run import gradient_step
 from ci.peers import beit2_plain
 from ci.peers.steps.step import Step
 from common import device as devices
 from common.errors import UsageError
+from common.update import GuardedStep, loss_scale
 
 MODEL, TOKENIZER = "beit_base_patch16_224_8k_vocab_cls_pt", "vqkd_encoder_base_decoder_1x768x12_clip"
 _TINY = {"img_size": 32, "patch_size": 8}
@@ -57,18 +59,21 @@ def build(size: str, device: torch.device):
 def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Step:
     model, tokenizer, batch = build(size, device)
     tokenizer.for_encoding(DTYPES[precision])
-    npu_patches.apply(model, tokenizer, device)
-    optimizer = create_optimizer("adamw", beit2.parameter_groups(model, 0.05), lr=1e-5, betas=(0.9, 0.999))
-    scaler, normalizer = devices.grad_scaler(device, precision), Normalizer(MEAN, STD, device)
+    device_patches.apply(model, tokenizer, device)
+    optimizer = create_optimizer(
+        "adamw", beit2.parameter_groups(model, 0.05), lr=1e-5, betas=(0.9, 0.999), device=device
+    )
+    guarded = GuardedStep(optimizer, model.parameters(), loss_scale(device, precision), clip_norm=CLIP_GRAD)
+    loss_of = functools.partial(token_loss, model, tokenizer, Normalizer(MEAN, STD, device), precision)
     if compiled:
         model.compile()
         tokenizer.encoder.compile()
     numbers = itertools.count()
 
     def step() -> Tensor:
-        devices.seeded(0, next(numbers))
-        scalars = gradient_step(model, tokenizer, normalizer, optimizer, scaler, precision, CLIP_GRAD, [batch])
-        return scalars["loss"]
+        number = next(numbers)
+        devices.seeded(0, number)
+        return gradient_step(model, guarded, loss_of, [batch], number + 1)["loss"]
 
     return Step(step, len(batch.mask), "images")
 

@@ -12,7 +12,7 @@ from torch import nn
 import beit2
 import clip_pretraining  # noqa: F401 - repairs torchvision
 from beit2 import npu_patches as beit2_patches
-from beit2.blocks import attend
+from beit2.model.blocks import attend
 from clip_pretraining import npu_patches as clip_patches
 from clip_pretraining.model.layers import full_attention_mask
 from common import npu

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from beit2.encoder import Encoder
+from beit2.model.encoder import Encoder
 from common.device import mix_seed
 
 

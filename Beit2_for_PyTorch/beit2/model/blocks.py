@@ -13,8 +13,6 @@ from timm.layers import Mlp, drop_path, trunc_normal_
 from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
-from common.cpu import cpu_kernels
-
 NORM_EPS = 1e-6
 
 
@@ -28,52 +26,32 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (rows + offsets).flatten()).unflatten(0, rows.shape)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T * scale + bias) v for q [B, H, K, d], k and v [B, H, N, d], bias broadcastable to [B, H, K, N]."""
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
+    """`attend`; under a bias that is trained written out, for devices whose fused kernel has no gradient for one."""
+    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        return attend(q, k, v, bias, scale, dropout)
+    weights = (q * scale) @ k.transpose(-2, -1) + bias  # [B, H, K, N]
+    return F.dropout(weights.softmax(dim=-1), dropout) @ v
+
+
 def add_branch(
     residual: Tensor, branch: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], drop_prob: float, training: bool
 ) -> Tensor:
     """residual + drop_path(branch(*inputs)): stochastic depth per sample (Huang et al. 2016).
 
-    On a CPU a dropped sample's branch is not computed at all, which is the same sum from less work. Elsewhere shapes
-    stay fixed and the branch is masked. The draws are those of timm's `drop_path`, so both give the same result.
-
     Args:
         residual: [B, K, C].
         branch: maps inputs of S samples to [S, K, C].
-        inputs: tensors with samples on dim 0 (None passes through).
+        inputs: tensors with samples on dim 0, or None; apart from `branch`, so that it can be called on some samples.
     """
-    if not training or drop_prob == 0.0:
-        return residual + branch(*inputs)
-    if residual.device.type != "cpu":
-        return residual + drop_path(branch(*inputs), drop_prob, training)
-    keep_prob = 1 - drop_prob
-    kept = torch.empty(residual.shape[0]).bernoulli_(keep_prob)  # [B] of 0 and 1
-    samples = kept.nonzero().flatten()
-    if len(samples) == len(kept):
-        return residual + branch(*inputs) / keep_prob
-    if len(samples) == 0:
-        samples = torch.zeros(1, dtype=torch.int64)  # weight 0: the parameters still get a (zero) gradient
-    out = branch(*(x if x is None else x.index_select(0, samples) for x in inputs))
-    weight = kept[samples].view(-1, 1, 1) / keep_prob
-    return residual.index_add(0, samples, (out * weight).to(residual.dtype))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T * scale + bias) v for q [B, H, K, d], k and v [B, H, N, d], bias broadcastable to [B, H, K, N].
-
-    A trainable bias has no fused kernel on a CPU (measured slower) or an NPU (a float mask falls back to plain math),
-    so it takes the plain path there.
-    """
-    trainable = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    if trainable and q.device.type != "cuda":
-        weights = (q * scale) @ k.transpose(-2, -1) + bias  # [B, H, K, N]
-        return F.dropout(weights.softmax(dim=-1), dropout) @ v
-    if bias is not None:
-        bias = bias.to(q.dtype)
-        if q.device.type == "cuda":  # the memory-efficient kernel wants rows aligned to 8 elements
-            length = bias.shape[-1]
-            bias = F.pad(bias, (0, -length % 8))[..., :length]
-        bias = bias.expand(q.shape[0], -1, -1, -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    return residual + drop_path(branch(*inputs), drop_prob, training)
 
 
 class RelativePositionBias(nn.Module):
@@ -106,8 +84,7 @@ def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with a bias on q and v but not on k, and an optional table of its own."""
 
-    # Replaced by npu_patches where a fused kernel is exact.
-    attend = staticmethod(attend)
+    attend = staticmethod(attend)  # of this module, so that a device's patches can put theirs in its place
 
     def __init__(
         self,
@@ -179,6 +156,8 @@ class Block(nn.Module):
     x += drop_path(gamma_1 * attn(norm1(x))); x += drop_path(gamma_2 * mlp(norm2(x))). No gammas when init_values is 0.
     """
 
+    add_branch = staticmethod(add_branch)  # likewise
+
     def __init__(
         self,
         dim: int,
@@ -213,11 +192,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shared_bias: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """x [B, N, C], shared_bias [1, H, N, N] -> [B, N, C]; with rows int64 [B, K] only those: [B, K, C]."""
         out = x if rows is None else take_rows(x, rows)
-        with cpu_kernels():
-            out = add_branch(
-                out, lambda y, y_rows: self._attention(y, y_rows, shared_bias), (x, rows), self.drop_prob, self.training
-            )
-            return add_branch(out, self._mlp, (out,), self.drop_prob, self.training)
+        out = self.add_branch(
+            out, lambda y, y_rows: self._attention(y, y_rows, shared_bias), (x, rows), self.drop_prob, self.training
+        )
+        return self.add_branch(out, self._mlp, (out,), self.drop_prob, self.training)
 
     def _attention(self, x: Tensor, rows: Tensor | None, shared_bias: Tensor | None) -> Tensor:
         y = self.attn(self.norm1(x), rows, shared_bias)

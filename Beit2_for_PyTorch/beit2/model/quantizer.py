@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
+from common.device import no_autocast
 
 
 class Codebook(nn.Module):
@@ -47,7 +48,7 @@ class NormEMAQuantizer(nn.Module):
         argmin |z - w|^2 = argmax z w - |w|^2 / 2, in fp32: codes of a full codebook lie too close for half precision.
         """
         codes = self.embedding.weight.float()  # [n, C]
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z.device):
             z = F.normalize(z.float(), dim=-1)
             half_norms = codes.square().sum(dim=1) * -0.5  # [n]
             return torch.addmm(half_norms, z.flatten(0, -2), codes.T).argmax(dim=1).view(z.shape[:-1])

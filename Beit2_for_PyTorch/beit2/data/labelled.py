@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from beit2.image_data import EXTENSIONS, read_image
-from beit2.transforms import INTERPOLATIONS, draw_jitter, jitter_crop, random_crop, to_uint8
+from beit2.data.images import EXTENSIONS, read_image
+from beit2.data.transforms import INTERPOLATIONS, draw_jitter, jitter_crop, random_crop, to_uint8
 from common.device import mix_seed
 from common.errors import UsageError
 

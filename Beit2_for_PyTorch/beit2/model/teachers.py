@@ -10,7 +10,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPE
 from timm.layers import QuickGELU
 from torch import Tensor, nn
 
-from beit2.weight_files import read_state_dict
+from beit2.weights.files import read_state_dict
 
 
 class ScalingLayer(nn.Module):
@@ -130,11 +130,13 @@ def build_teacher(config: dict) -> nn.Module:
     Raises:
         ValueError: unknown type.
     """
-    config = dict(config)
-    kind = config.pop("type", "clip")
+    sizes = dict(config)
+    kind = sizes.pop("type", "clip")
     if kind not in TEACHERS:
         raise ValueError(f"teacher type {kind!r}: choose one of {', '.join(TEACHERS)}")
-    return TEACHERS[kind](**config).requires_grad_(False).eval()
+    teacher = TEACHERS[kind](**sizes).requires_grad_(False).eval()
+    teacher.config = dict(config)  # which a tokenizer's checkpoint keeps
+    return teacher
 
 
 def load_teacher(path: str | Path, kind: str, heads: int | None = None) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit2.vision_transformer import VisionTransformer
+from beit2.model.vision_transformer import VisionTransformer
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from beit2.blocks import init_linear_and_norm
-from beit2.quantizer import NormEMAQuantizer
-from beit2.teachers import ScalingLayer, build_teacher
-from beit2.vision_transformer import VisionTransformer
-from beit2.weight_files import read_state_dict
-from common.cpu import cpu_kernels
+from beit2.model.blocks import init_linear_and_norm
+from beit2.model.quantizer import NormEMAQuantizer
+from beit2.model.teachers import ScalingLayer, build_teacher
+from beit2.model.vision_transformer import VisionTransformer
+from beit2.weights.files import read_state_dict
+from common.device import no_autocast
 from common.errors import UsageError
 
 PROCESS_TYPES = ("default", "dall-e", "imagenet_norm")
@@ -132,7 +132,7 @@ class VQKD(nn.Module):
         patches int64 [B, K]: only those, [B, K, code_dim].
         """
         features = self.encoder.forward_features(x, return_patch_tokens=True, patches=patches)  # [B, N or K, dim]
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             return self.encode_task_layer(features.type_as(self.encode_task_layer[-1].weight))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,8 +144,7 @@ class VQKD(nn.Module):
         """codes [B, N, code_dim] -> reconstructed features [B, N, decoder_out_dim]."""
         code_map = codes.transpose(1, 2).unflatten(2, self.window_size)  # [B, code_dim, h, w]
         features = self.decoder.forward_features(code_map, return_patch_tokens=True)
-        with cpu_kernels():
-            return self.decode_task_layer(features)
+        return self.decode_task_layer(features)
 
     @torch.no_grad()
     def get_codebook_indices(self, images: Tensor, patches: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.device import fused_adamw
 from common.errors import UsageError
 
 _NAMES_IN_TIMM = {"nesterov": "sgd", "nvnovograd": "novograd"}
@@ -75,11 +76,12 @@ def create_optimizer(
     eps: float | None = None,
     betas: Sequence[float] | None = None,
     momentum: float = 0.9,
+    device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer of the reference's names, `[lookahead_]name`.
 
-    adamw, adam, nadam, radam and sgd are torch's; the rest are timm's of the same name. AdamW uses torch's fused
-    kernel where it has one: the same update in one pass over memory. eps and betas go to those that have them.
+    adamw, adam, nadam, radam and sgd are torch's; the rest are timm's of the same name. AdamW is torch's fused kernel
+    where the device has one: the same update in one pass over memory. eps and betas go to those that have them.
 
     Raises:
         UsageError: unknown name, numbers it refuses, or an optimizer that needs second derivatives.
@@ -89,7 +91,7 @@ def create_optimizer(
     *lookahead, own_name = name.lower().split("_")
     try:
         if name.lower() == "adamw":
-            return torch.optim.AdamW(groups, lr=lr, fused=True, **options)
+            return torch.optim.AdamW(groups, lr=lr, fused=fused_adamw(device or torch.device("cpu")), **options)
         from timm.optim import create_optimizer_v2
 
         timm_name = "_".join((*lookahead, _NAMES_IN_TIMM.get(own_name, own_name)))

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit2.blocks import init_linear_and_norm
-from beit2.encoder import Encoder
-from common.cpu import cpu_kernels
+from beit2.model.blocks import init_linear_and_norm
+from beit2.model.encoder import Encoder
 
 
 class VisionTransformer(Encoder):
@@ -82,9 +81,7 @@ class VisionTransformer(Encoder):
 
     def forward(self, images: Tensor, return_patch_tokens: bool = False, return_all_tokens: bool = False) -> Tensor:
         """images [B, in_chans, H, W] -> logits [B, num_classes] (or of every token)."""
-        features = self.forward_features(images, return_patch_tokens, return_all_tokens)
-        with cpu_kernels():
-            return self.head(features)
+        return self.head(self.forward_features(images, return_patch_tokens, return_all_tokens))
 
     def get_intermediate_layers(self, images: Tensor) -> list[Tensor]:
         """The output of every block, [B, 1 + N, C] each, for the linear probe."""

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit2.blocks import Attention, Block, RelativePositionBias, drop_path_rates, init_linear_and_norm, take_rows
-from beit2.encoder import Encoder
-from common.cpu import cpu_kernels
+from beit2.model.blocks import Attention, Block, RelativePositionBias, drop_path_rates, init_linear_and_norm, take_rows
+from beit2.model.encoder import Encoder
 
 
 class MaskedImageModel(Encoder):
@@ -168,8 +167,7 @@ class MaskedImageModel(Encoder):
         heads = [self.lm_head]
         if self.cls_pt:
             heads.append(self.lm_head if self.shared_lm_head else self.cls_pt_lm_head)
-        with cpu_kernels():
-            return [head(x) for head, x in zip(heads, states, strict=True)]
+        return [head(x) for head, x in zip(heads, states, strict=True)]
 
     def _unlist(self, outputs: list[Tensor]) -> Tensor | list[Tensor]:
         return outputs if self.cls_pt else outputs[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from beit2.pretraining_model import MaskedImageModel
+from beit2.model.masked_image_model import MaskedImageModel
 from beit2.pretraining_options import build_model
 from common.errors import UsageError
 

@@ -12,20 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from beit2.weight_files import local_file, read_checkpoint
-from common import checkpoint_file, distributed
-from common.apex_options import restore_scale
+from beit2.weights.files import local_file, read_checkpoint
+from common import distributed
 from common.distributed import World
 from common.errors import UsageError
 from common.run_log import RunLog
 from common.shards import saved_at
+from common.update import LossScale
 
 NETWORK = "Beit2_for_PyTorch"
 LATEST = "checkpoint.pth"
 SHARDED = "checkpoint-sharded"  # a folder, of FSDP2 runs
-# What the reference's GradScaler starts from. Its resume needs an entry even where nothing was scaled.
-_NO_SCALING = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
-_NO_SCALING["_growth_tracker"] = 0
+# A GradScaler's whole state, at its start. The reference's resume needs one even where nothing was scaled.
+_GRAD_SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+_GRAD_SCALER["_growth_tracker"] = 0
+# of a checkpoint in the reference's format; all else in it is "kept" by its reader
+_FORMAT = {"model", "optimizer", "epoch", "args", "scaler", "progress"}
 
 
 def plain_options(options: argparse.Namespace) -> argparse.Namespace:
@@ -37,10 +39,10 @@ def plain_options(options: argparse.Namespace) -> argparse.Namespace:
 def training_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    scale: LossScale,
     options: argparse.Namespace,
     progress: dict[str, Any],
-    steps_per_epoch: int,
+    epoch: int,
     **extra: Any,
 ) -> dict[str, Any]:
     """A checkpoint's content: the reference's keys (model, optimizer, epoch, args, scaler) and our `progress`.
@@ -50,10 +52,10 @@ def training_state(
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "epoch": progress["step"] // steps_per_epoch - 1,
+        "epoch": epoch,
         "args": plain_options(options),
-        "scaler": scaler.state_dict() or dict(_NO_SCALING),
-        "progress": progress | run_shape(steps_per_epoch),
+        "scaler": _GRAD_SCALER | scale.state_dict(),
+        "progress": progress,
         **extra,
     }
 
@@ -87,10 +89,10 @@ def load_training_state(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    scale: LossScale,
     steps_per_epoch: int,
-) -> dict[str, Any]:
-    """Restores a checkpoint of ours or of the reference and returns its progress ({"step": ...}).
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restores a checkpoint of ours or of the reference; returns its progress ({"step": ...}) and what it has besides.
 
     Where the optimizer or the epoch is missing only the weights are loaded, as in the reference; it has no progress.
 
@@ -100,12 +102,12 @@ def load_training_state(
     checkpoint = read_checkpoint(path)
     load_model(model, checkpoint.get("model", checkpoint), path)
     if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-        return {}
+        return {}, {}
     load_optimizer(optimizer, checkpoint["optimizer"], path)
-    if checkpoint.get("scaler") and scaler.is_enabled():
-        restore_scale(scaler, checkpoint["scaler"])
+    scale.load_state_dict(checkpoint.get("scaler") or {})
     progress = checkpoint.get("progress") or {"step": (checkpoint["epoch"] + 1) * steps_per_epoch}
-    return fit_progress(progress, steps_per_epoch, path)
+    kept = {name: value for name, value in checkpoint.items() if name not in _FORMAT}
+    return fit_progress(progress, steps_per_epoch, path), kept
 
 
 def run_shape(steps_per_epoch: int) -> dict[str, int]:
@@ -175,28 +177,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         optimizer.load_state_dict({**state, "param_groups": groups})
     except ValueError as error:
         raise UsageError(f"{path}: its optimizer state does not fit this model: {error}") from error
-
-
-def save_whole(
-    world: World,
-    options: argparse.Namespace,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: dict[str, Any],
-    steps_per_epoch: int,
-    numbered: bool,
-    **extra: Any,
-) -> None:
-    """Writes checkpoint.pth, and with `numbered` checkpoint-<epoch>.pth, each whole or not at all. Every rank calls it
-    and none goes on before the files are there."""
-    if world.is_main:
-        state = training_state(model, optimizer, scaler, options, progress, steps_per_epoch, **extra)
-        folder = Path(options.output_dir)
-        checkpoint_file.save(state, folder / LATEST)
-        if numbered:
-            checkpoint_file.save(state, folder / f"checkpoint-{state['epoch']}.pth")
-    distributed.barrier()
 
 
 def open_log(options: argparse.Namespace, world: World, last: int, continued: bool) -> RunLog:

@@ -9,8 +9,7 @@ import torch
 from timm.layers import PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
-from beit2.blocks import NORM_EPS, Block, RelativePositionBias, drop_path_rates
-from common.cpu import cpu_kernels
+from beit2.model.blocks import NORM_EPS, Block, RelativePositionBias, drop_path_rates
 
 _WRITES_TO_RESIDUAL = re.compile(r"(blocks|cls_pt_layers)\.(\d+)\.(attn\.proj|mlp\.fc2)")
 
@@ -111,8 +110,7 @@ class Encoder(nn.Module):
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images [B, in_chans, H, W] -> [B, 1 + N, C], CLS first; mask bool [B, N]: True = the mask token instead."""
-        with cpu_kernels():
-            x = self.patch_embed(images)  # [B, N, C]
+        x = self.patch_embed(images)  # [B, N, C]
         if mask is not None:
             weight = mask.flatten(1).unsqueeze(-1).type_as(self.mask_token)  # [B, N, 1]
             x = x * (1 - weight) + self.mask_token * weight

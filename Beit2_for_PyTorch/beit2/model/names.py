@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from beit2.pretraining_model import MaskedImageModel
-from beit2.tokenizer import VQKD, build_tokenizer, load_tokenizer_weights
-from beit2.vision_transformer import VisionTransformer
+from beit2.model.masked_image_model import MaskedImageModel
+from beit2.model.tokenizer import VQKD, build_tokenizer, load_tokenizer_weights
+from beit2.model.vision_transformer import VisionTransformer
 from common.errors import UsageError
 
 # width, depth, heads

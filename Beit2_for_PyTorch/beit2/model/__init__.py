@@ -1,0 +1,1 @@
+"""The networks: masked image model, classifier, tokenizer and its teachers, as in the paper."""

@@ -1,0 +1,1 @@
+"""What trains: steps, schedules, optimizers, ranks and checkpoints."""

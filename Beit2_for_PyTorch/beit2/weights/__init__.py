@@ -1,0 +1,1 @@
+"""Weight files: read, fetched, written in other formats."""
