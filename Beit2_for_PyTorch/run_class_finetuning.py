@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -95,7 +95,7 @@ def pictures_on_device(pictures: Tensor, normalizer: Normalizer) -> Tensor:
 def classification_loss(
     model: nn.Module,
     criterion: nn.Module,
-    mixup: Mixup | None,
+    mixup: Callable | None,
     normalizer: Normalizer,
     precision: str,
     batch: tuple[Tensor, Tensor],
