@@ -31,7 +31,9 @@ from common.errors import print_usage_errors
 def main(argv: list[str] | None = None) -> dict | None:
     options = setup.read_options(argv)
     if options.plan_memory is not None:
-        print(plan_memory(options, options.plan_memory))
+        with torch.device("meta"):
+            model = setup.build_model(options)
+        print(plan_memory(model, options, options.plan_memory))
         return None
     with process_group(options.device) as world:
         return train(options, world)

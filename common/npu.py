@@ -5,6 +5,7 @@ On a machine without torch_npu nothing here is called. What only one project nee
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-import torch
-
 from beit2.model.masked_image_model import MaskedImageModel
-from beit2.pretraining_options import build_model
 from common.errors import UsageError
 
 GIB = 1 << 30
@@ -60,16 +57,14 @@ def plan(model: MaskedImageModel, ranks: int, batch_size: int, masked: int, reco
     )
 
 
-def plan_memory(options: argparse.Namespace, ranks: int) -> str:
-    """The table of `--plan_memory`, for the options' model and batch, with and without recomputed blocks.
+def plan_memory(model: MaskedImageModel, options: argparse.Namespace, ranks: int) -> str:
+    """The table of `--plan_memory`, for a model and the options' batch, with and without recomputed blocks.
 
     Raises:
         UsageError: no rank.
     """
     if ranks < 1:
         raise UsageError(f"--plan_memory {ranks}: must be at least 1 rank")
-    with torch.device("meta"):
-        model = build_model(options)
     parameters = sum(p.numel() for p in model.parameters())
     width = 4 if options.precision == "fp32" else 2
     lines = [
