@@ -54,6 +54,7 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "model.head_layers": POSITIVE,
     "model.average_top_k_layers": POSITIVE,
     "model.loss_beta": COUNT,
+    "model.init_std": (1e-6, None),
     "model.ema_decay": SHARE,
     "model.ema_end_decay": SHARE,
     "model.max_positions": (2, None),

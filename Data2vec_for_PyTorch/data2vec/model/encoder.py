@@ -162,12 +162,12 @@ class SentenceEncoder(nn.Module):
         return self.layers[-1](x, key_mask, rows)[0]
 
 
-def init_bert_weights(module: nn.Module) -> None:
-    """N(0, 0.02) for linear and embedding weights, 0 for biases and the pad row (fairseq init_bert_params)."""
+def init_bert_weights(module: nn.Module, std: float = 0.02) -> None:
+    """N(0, std) for linear and embedding weights, 0 for biases and the pad row (fairseq init_bert_params: 0.02)."""
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         with torch.no_grad():
             module.weight[module.padding_idx].zero_()

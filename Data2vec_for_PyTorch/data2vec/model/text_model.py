@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ SHARED_WITH_STUDENT = ("embed_tokens.", "embed_positions.", "layernorm_embedding
 
 @dataclass(frozen=True)
 class Data2VecConfig:
-    """The model's options, named as in fairseq's Data2VecTextConfig."""
+    """The model's options, named as in fairseq's Data2VecTextConfig; the last two are ours."""
 
     head_layers: int = 1
     loss_beta: float = 0.0
@@ -33,6 +34,7 @@ class Data2VecConfig:
     ema_anneal_end_step: int = 300000
     ema_transformer_layers_only: bool = True
     teacher_input: str = "masked_only"
+    init_std: float = 0.02
 
 
 @dataclass
@@ -131,7 +133,7 @@ class Data2VecText(nn.Module):
         self.config = config
         self.targets = targets
         self.encoder = TextEncoder(encoder, config.head_layers)
-        self.apply(init_bert_weights)
+        self.apply(partial(init_bert_weights, std=config.init_std))
 
     @property
     def teacher_holder(self) -> WithTeacher:

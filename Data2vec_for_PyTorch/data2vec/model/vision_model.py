@@ -21,12 +21,10 @@ from data2vec.dropout import attention
 from data2vec.model.targets import TargetConfig, average_targets, regression_loss
 from data2vec.model.teacher import WithTeacher
 
-INIT_STD = 0.02
-
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The model's options, named as in fairseq's Data2VecVisionConfig; the last two are ours."""
+    """The model's options, named as in fairseq's Data2VecVisionConfig; the last three are ours."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -45,6 +43,7 @@ class VisionConfig:
     ema_transformer_only: bool = True
     norm_eps: float = 1e-5
     use_final_proj: bool = True
+    init_std: float = 0.02
 
     @property
     def window(self) -> tuple[int, int]:
@@ -166,7 +165,8 @@ class Data2VecVision(WithTeacher):
     @torch.no_grad()
     def _initialise(self) -> None:
         """As BEiT and the paper's code: truncated normal everywhere, residual outputs shrunk with depth."""
-        init = partial(trunc_normal_, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+        std = self.config.init_std
+        init = partial(trunc_normal_, std=std, a=-std, b=std)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 init(module.weight)
