@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from common import device as devices
@@ -14,6 +15,7 @@ from data2vec.data.epochs import BrokenSample, EpochBatches
 from data2vec.data.image_data import MaskedImages, Normalize, read_picture, to_uint8
 
 BATCH = 128
+SIDE = 12  # pixels of the raw-pixel yardstick
 
 
 @torch.no_grad()
@@ -43,6 +45,13 @@ def collect_pictures(
             hidden = model.encode(normalize(images))[:, 1:]  # [B, P, C]
         features.append(hidden.float().mean(dim=1).cpu())
     return torch.cat(features), torch.tensor([classes.index(name) for name in names])
+
+
+def collect_pixels(folder: Path, config: DictConfig) -> torch.Tensor:
+    """fp32 [N, 3 * SIDE * SIDE] in 0..1: the same pictures, shrunk by averaging; no features."""
+    files = MaskedImages(folder, config).files
+    small = (read_picture(file).resize((SIDE, SIDE), Image.Resampling.BOX) for file in files)
+    return torch.stack([to_uint8(picture).flatten() for picture in small]).float().div(255)
 
 
 @torch.no_grad()

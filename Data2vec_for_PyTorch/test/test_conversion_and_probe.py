@@ -83,17 +83,38 @@ def test_conversion_refusals(folder, golden, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_linear_probe_and_retrieval_measure_what_they_say():
-    from probe import linear_probe, retrieval
+def test_probes_and_retrieval_measure_what_they_say():
+    from data2vec.classifiers import linear_probe, logistic_probe, nearest_neighbour, retrieval
 
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(5, (600,), generator=generator) + 10
     x = torch.nn.functional.one_hot(y - 10, 5).float() @ torch.randn(5, 16, generator=generator)
     noise = torch.randn(600, 16, generator=generator)
-    good, commonest = linear_probe(x[:400], y[:400], x[400:], y[400:])
-    bad, _ = linear_probe(noise[:400], y[:400], noise[400:], y[400:])
-    assert good > 99 and bad < 40 and 10 < commonest < 35
+    for probe in (linear_probe, logistic_probe, lambda *split: (nearest_neighbour(*split), 20)):
+        good, commonest = probe(x[:400], y[:400], x[400:], y[400:])
+        bad, _ = probe(noise[:400], y[:400], noise[400:], y[400:])
+        assert good > 99 and bad < 40 and 10 < commonest < 35
     assert retrieval(noise, noise + 0.1) == 100 and retrieval(noise, noise.flip(0)) < 2
+
+
+def test_count_table_knows_the_neighbours_and_nothing_more():
+    import numpy as np
+
+    from data2vec.count_table import CountTable
+
+    corpus = np.array([10, 1, 20] * 4 + [11, 2, 20] * 4 + [10, 3, 21] * 2 + [11, 3, 21])  # left, token, right
+    table = CountTable(corpus, np.array([1, 2, 3]))
+    assert [table.guess(10, 20), table.guess(11, 20), table.guess(10, 21)] == [0, 1, 2]
+    assert table.guess(10, None) == 0 and table.guess(None, 21) == 2 and table.guess(None, None) == 0
+    assert table.guess(11, 21) == 2  # seen once only: from both neighbours apart
+
+
+def test_neighbours_that_are_hidden_or_special_are_not_visible():
+    from data2vec.text_probe import NOT_VISIBLE, _neighbours
+
+    source = torch.tensor([[0, 7, 99, 8, 9]])  # <s>, ids, one masked
+    assert _neighbours(source, -1, 99, 4).tolist() == [NOT_VISIBLE, NOT_VISIBLE, 7, NOT_VISIBLE, 8]
+    assert _neighbours(source, 1, 99, 4).tolist() == [7, NOT_VISIBLE, 8, 9, NOT_VISIBLE]
 
 
 def test_probe_runs_on_a_checkpoint(golden, capsys):
@@ -105,3 +126,5 @@ def test_probe_runs_on_a_checkpoint(golden, capsys):
     assert set(results) == {"untrained", "checkpoint"}
     assert "cloze retrieval" in capsys.readouterr().out
     assert 0 <= results["checkpoint"]["linear probe"] <= 100
+    assert results["checkpoint"]["count table"] == results["untrained"]["count table"] > 0
+    assert results["checkpoint"]["teacher's probe"] != results["untrained"]["teacher's probe"]

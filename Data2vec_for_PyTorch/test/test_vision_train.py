@@ -112,6 +112,8 @@ def test_validation_and_probe_of_the_checkpoint(pictures, tmp_path, whole, capsy
     assert results["checkpoint"]["largest class"] == pytest.approx(100 / 3)
     assert results["checkpoint"]["chance"] == pytest.approx(100 / (9 * 9), rel=0.2)  # 9 pictures, 9 patches at most
     assert 0 <= results["checkpoint"]["cloze retrieval"] <= 100
+    assert results["checkpoint"]["nearest, pixels"] == results["untrained"]["nearest, pixels"]
+    assert 0 <= results["checkpoint"]["nearest neighbour"] <= 100
     assert "on held-out images" in capsys.readouterr().out
 
 

@@ -1,0 +1,78 @@
+"""What the text probes look at: states, predictions and targets at masked tokens; and counting, on the same tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from common import device as devices
+from data2vec.count_table import CountTable
+from data2vec.data.dictionary import MASK
+from data2vec.data.epochs import EpochBatches
+from data2vec.data.pretraining_data import PretrainingData
+from data2vec.model.encoder import Rows, SentenceEncoder
+
+TOP_LAYERS = 3  # whose states stand side by side
+NOT_VISIBLE = -1
+
+
+@torch.no_grad()
+def collect(
+    model: torch.nn.Module, batches: EpochBatches, limit: int, data: PretrainingData, device, precision: str
+) -> dict[str, torch.Tensor]:
+    """Of the first `limit` masked tokens, special ones (<s>, </s>) left out.
+
+    Returns:
+        student, teacher: fp32 [N, TOP_LAYERS * C], their states; the teacher is given the masked text, too.
+        pred, target: fp32 [N, C].
+        token, left, right: int64 [N], the original id and the neighbours' in the batch, NOT_VISIBLE where hidden.
+    """
+    rows: dict[str, list[torch.Tensor]] = {}
+    count, mask_idx = 0, data.vocab.index(MASK)
+    for batch in batches.loader(num_workers=0):
+        batch = batch.to(device)
+        with devices.autocast(device, precision):
+            out = model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan)
+            found = {"pred": out["pred"], "target": out["target"]}
+            for name, encoder in (("student", model.encoder.student), ("teacher", model.encoder.teacher)):
+                found[name] = top_states(encoder, batch.src_tokens, batch.plan.has_padding, batch.plan.rows)
+        tokens = batch.target_tokens.flatten()[batch.plan.rows.flat]
+        left, right = (_neighbours(batch.src_tokens, side, mask_idx, data.vocab.nspecial) for side in (-1, 1))
+        found |= {"token": tokens, "left": left[batch.plan.rows.flat], "right": right[batch.plan.rows.flat]}
+        kept = tokens >= data.vocab.nspecial
+        for name, value in found.items():
+            value = value[kept].cpu()
+            rows.setdefault(name, []).append(value.float() if value.is_floating_point() else value)
+        count += int(kept.sum())
+        if count >= limit:
+            break
+    return {name: torch.cat(values)[:limit] for name, values in rows.items()}
+
+
+def top_states(encoder: SentenceEncoder, tokens: torch.Tensor, has_padding: bool, rows: Rows) -> torch.Tensor:
+    """The last TOP_LAYERS layers' states of `rows`, side by side: [N, layers * C]."""
+    x, key_mask = encoder.embed(tokens, has_padding)
+    states = []
+    for layer in encoder.layers:
+        x, _ = layer(x, key_mask)  # [B, T, C]
+        states.append(x.flatten(0, 1).index_select(0, rows.flat))
+    return torch.cat(states[-TOP_LAYERS:], dim=1)
+
+
+def _neighbours(source: torch.Tensor, side: int, mask_idx: int, specials: int) -> torch.Tensor:
+    """int64 [B * T]: the visible id on that side (-1 or 1) of every position, NOT_VISIBLE at edges and masks."""
+    beside = source.roll(-side, dims=1)  # [B, T]
+    beside[:, -1 if side == 1 else 0] = NOT_VISIBLE
+    return beside.masked_fill((beside == mask_idx) | (beside < specials), NOT_VISIBLE).flatten()
+
+
+def counting_accuracy(corpus: np.ndarray, common: torch.Tensor, asked: dict[str, torch.Tensor]) -> float:
+    """Percent of the asked tokens among `common` that a table of both visible neighbours' counts gets right."""
+    table = CountTable(corpus, common.numpy())
+    place = {int(token): i for i, token in enumerate(common)}
+    right = total = 0
+    for token, before, after in zip(*(asked[name].tolist() for name in ("token", "left", "right")), strict=True):
+        if token in place:
+            neighbours = (None if n == NOT_VISIBLE else n for n in (before, after))
+            right, total = right + (table.guess(*neighbours) == place[token]), total + 1
+    return 100 * right / max(1, total)
