@@ -10,16 +10,14 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
-from data2vec import Data2VecText, build_model
+from data2vec import Data2VecText
 from data2vec.model.encoder import SentenceEncoder
-from data2vec.model.vision_model import Data2VecVision, build_vision_model
-from data2vec.training.checkpoint import load_weights
+from data2vec.model.vision_model import Data2VecVision
 from data2vec.weights.huggingface import export_huggingface, load_huggingface
+from data2vec.weights.pretrained import load_pretrained
 from data2vec.weights.vision_weights import export_huggingface_vision, load_huggingface_vision
 
 
@@ -35,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
             if options.destination.exists():
                 raise UsageError(f"{options.destination} exists and is not overwritten")
             checkpoint_file.save(load_folder(options.source), options.destination)
-        elif isinstance(model := load_model(options.source), Data2VecVision):
+        elif isinstance(model := load_pretrained(options.source), Data2VecVision):
             export_huggingface_vision(vision_encoder(model, options.teacher, options.source), options.destination)
         else:
             export_huggingface(text_encoder(model, options.teacher, options.source), options.destination)
@@ -49,25 +47,6 @@ def load_folder(folder: Path) -> dict:
     config = folder / "config.json"
     vision = config.is_file() and json.loads(config.read_text()).get("model_type") == "data2vec-vision"
     return (load_huggingface_vision if vision else load_huggingface)(folder)
-
-
-def load_model(path: Path) -> torch.nn.Module:
-    """The model of a pretraining checkpoint, fairseq's or ours."""
-    checkpoint = checkpoint_file.load(path)
-    try:
-        config, weights = checkpoint["cfg"]["model"], checkpoint["model"]
-        name = config["_name"]
-    except (KeyError, TypeError):
-        raise UsageError(f"{path}: no pretraining checkpoint (it has no 'model' and 'cfg.model._name')") from None
-    words = weights.get("encoder.sentence_encoder.embed_tokens.weight")
-    if name == "data2vec_vision":
-        model = build_vision_model(config)
-    elif name == "data2vec_text" and words is not None:
-        model = build_model(config, len(words))
-    else:
-        raise UsageError(f"{path}: holds a model of {name}, not of data2vec_text or data2vec_vision")
-    load_weights(model, checkpoint, path)
-    return model
 
 
 def text_encoder(model: Data2VecText, teacher: bool, path: Path) -> SentenceEncoder:

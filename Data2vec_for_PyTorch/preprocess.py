@@ -90,7 +90,7 @@ def make_dictionary(options: argparse.Namespace, log) -> Dictionary:
         return Dictionary.load(options.srcdict)
     counts: Counter[str] = Counter()
     for name, path in split_files(options).items():
-        if name == "train":
+        if name.startswith("train"):  # train1, ... too
             for part in progress(map_chunks(count_words, path, options.workers), path, "counting"):
                 counts.update(part)
     dictionary = Dictionary.from_counts(counts, options.thresholdsrc, options.nwordssrc, options.padding_factor)

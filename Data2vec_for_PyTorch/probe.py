@@ -24,15 +24,14 @@ import torch
 
 from common import device as devices
 from common import distributed
-from common.checkpoint_file import CheckpointError, load
+from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
 from data2vec.classifiers import commonest, linear_probe, logistic_probe, nearest_neighbour, retrieval
-from data2vec.command_line import choose_precision, parse
-from data2vec.data.indexed_dataset import IndexedDataset
+from data2vec.command_line import choose_precision, parse_evaluation
 from data2vec.data.pretraining_data import PretrainingData
 from data2vec.modality import build, forward_of, is_vision, open_data
 from data2vec.text_probe import collect, counting_accuracy
-from data2vec.training.checkpoint import load_weights
+from data2vec.weights.pretrained import load_weights
 
 TRAIN_TOKENS, VALID_TOKENS, RETRIEVAL_TOKENS = 60_000, 15_000, 1000
 CLASSES = 100
@@ -40,10 +39,8 @@ CLASSES = 100
 
 @print_usage_errors
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    options, config, _ = parse(argv, __doc__.splitlines()[0])
-    path = config.common_eval.path
-    if not path:
-        raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
+    options, config, notes, checkpoint = parse_evaluation(argv, __doc__.splitlines()[0])
+    print("\n".join(notes))
     with distributed.process_group(options.device) as world:
         precision, _ = choose_precision(options, config, world.device)
         data = open_data(config)
@@ -53,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             model = build(config, data)
             if name == "checkpoint":
                 try:
-                    load_weights(model, load(path), path)
+                    load_weights(model, checkpoint, config.common_eval.path)
                 except CheckpointError as error:
                     raise UsageError(str(error)) from None
             probe = probe_images if is_vision(config) else probe_text
@@ -95,7 +92,7 @@ def probe_text(model, data: PretrainingData, config, device: torch.device, preci
     valid = collect(model, data.valid_batches(config.dataset.valid_subset), VALID_TOKENS, data, device, precision)
     accuracy, guessing = logistic_probe(train["student"], train["token"], valid["student"], valid["token"], CLASSES)
     teacher, _ = logistic_probe(train["teacher"], train["token"], valid["teacher"], valid["token"], CLASSES)
-    corpus = IndexedDataset(data.folder / config.dataset.train_subset)
+    corpus = data.split(config.dataset.train_subset, training=True)[0].corpus
     text = corpus.token_range(0, int(corpus.sizes.sum()))
     pred, target = valid["pred"][:RETRIEVAL_TOKENS], valid["target"][:RETRIEVAL_TOKENS]
     return {

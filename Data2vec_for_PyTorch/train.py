@@ -28,10 +28,11 @@ from data2vec import npu_patches
 from data2vec.command_line import choose_precision, parse, start_ranks
 from data2vec.data.epochs import SplitBatches
 from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
-from data2vec.training.checkpoint import load_training_state, load_weights, save_checkpoints
+from data2vec.training.checkpoint import load_training_state, save_checkpoints
 from data2vec.training.report import Report
 from data2vec.training.update import Run, TrainState, make_state, train_update, validate
 from data2vec.weights.huggingface import load_huggingface
+from data2vec.weights.pretrained import load_weights
 from data2vec.weights.vision_weights import load_huggingface_vision
 
 
@@ -81,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             for text in [*notes, resumed]:
                 if text:
                     log.info(text)
-            updates_per_epoch = -(-data.batches_per_epoch() // config.optimization.update_freq[0])
-            report = Report(log, config, updates_per_epoch, state)
+            report = Report(log, config, state)
             for text in data.notes:
                 log.info(text)
             forward = forward_of(config, data, world.device)
@@ -107,22 +107,24 @@ def checkpoint_to_resume(config: DictConfig, save_dir: Path) -> Path | None:
 
 
 def resume(state: TrainState, config: DictConfig, path: Path | None, data: SplitBatches) -> str | None:
-    """Loads the checkpoint to go on from, if there is one; returns what happened, in words, for a continued run."""
+    """Loads the checkpoint to go on from, if there is one; returns what happened, in words."""
     try:
         if path:
             change = load_training_state(state, path, config)
-            if state.iterations >= data.batches_per_epoch():
+            batches = data.batches_per_epoch(state.epoch)
+            if state.iterations >= batches:
                 raise CheckpointError(
-                    f"{path}: it was saved after {state.iterations} batches of an epoch, which has "
-                    f"{data.batches_per_epoch()} here: is it another corpus, or another dataset.max_tokens? Go on with "
-                    "the same, or begin the epochs anew with checkpoint.reset_dataloader=true"
+                    f"{path}: it was saved after {state.iterations} batches of an epoch, which has {batches} here: is "
+                    "it another corpus, or another dataset.max_tokens? Go on with the same, or begin the epochs anew "
+                    "with checkpoint.reset_dataloader=true"
                 )
             return f"resumed {path}: epoch {state.epoch}, update {state.num_updates}{change}"
         if config.checkpoint.finetune_from_model:
             weights = Path(config.checkpoint.finetune_from_model)
             load_folder = load_huggingface_vision if is_vision(config) else load_huggingface
             saved = load_folder(weights) if weights.is_dir() else load(weights)
-            load_weights(state.model, saved, weights)
+            words = load_weights(state.model, saved, weights)
+            return f"weights of {weights}{words and ': '}{words}"
     except CheckpointError as error:
         raise UsageError(str(error)) from None
     return None
@@ -134,6 +136,7 @@ def train(run: Pretraining) -> None:
     stop = state.num_updates >= run.limit
     while not stop:
         epoch = state.epoch
+        run.report.updates_per_epoch = -(-run.data.batches_per_epoch(epoch) // options.update_freq[0])
         epoch_batches = run.data.train_batches(epoch, state.iterations)
         loader, rows = epoch_batches.loader(run.config.dataset.num_workers), iter(epoch_batches.rows)
         while not stop:
@@ -145,7 +148,7 @@ def train(run: Pretraining) -> None:
             result = train_update(run, batches)
             run.report.update(state, result, time.perf_counter() - began, sum(islice(rows, len(batches))))
             stop = should_stop(run)
-            ended = state.iterations >= run.data.batches_per_epoch()
+            ended = state.iterations >= run.data.batches_per_epoch(epoch)
             if ended:
                 state.epoch, state.iterations = epoch + 1, 0
                 stop = stop or 0 < options.max_epoch < state.epoch

@@ -9,23 +9,20 @@ from __future__ import annotations
 import time
 
 from common import distributed
-from common.checkpoint_file import CheckpointError, load
+from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
 from common.run_log import RunLog
 from data2vec import npu_patches
-from data2vec.command_line import choose_precision, parse, start_ranks
+from data2vec.command_line import choose_precision, parse_evaluation, start_ranks
 from data2vec.modality import build, forward_of, open_data
-from data2vec.training.checkpoint import load_weights
 from data2vec.training.report import Report
 from data2vec.training.update import Run, make_state, validate
+from data2vec.weights.pretrained import load_weights
 
 
 @print_usage_errors
 def main(argv: list[str] | None = None) -> None:
-    options, config, _ = parse(argv, __doc__.splitlines()[0])
-    path = config.common_eval.path
-    if not path:
-        raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
+    options, config, notes, checkpoint = parse_evaluation(argv, __doc__.splitlines()[0])
     config.distributed_training.distributed_world_size = 1  # torchrun may say more
     start_ranks(config, options.device)
     with distributed.process_group(options.device) as world:
@@ -36,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         npu_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
         try:
-            checkpoint = load(path)
-            load_weights(model, checkpoint, path)
+            load_weights(model, checkpoint, config.common_eval.path)
         except CheckpointError as error:
             raise UsageError(str(error)) from None
         state.num_updates = int((checkpoint.get("optimizer_history") or [{}])[-1].get("num_updates", 0))
@@ -49,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
             options.output_dir, world, "Data2vec_for_PyTorch_eval", size, options.case_kind, resume=True,
             profile=options.profile,
         ) as log:  # fmt: skip
-            report = Report(log, config, updates_per_epoch=1)
+            for text in notes:
+                log.info(text)
+            report = Report(log, config)
             run = Run(config, world, precision, forward_of(config, data, world.device), state)
             for name in names:
                 began = time.perf_counter()

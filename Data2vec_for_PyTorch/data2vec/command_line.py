@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from common import device as devices
 from common.apex_options import BACKENDS, LEVELS, translate
+from common.checkpoint_file import CheckpointError, load
 from common.errors import UsageError
-from data2vec.config import load_config
+from data2vec.config import checkpoint_path, load_config
 
 TEXT_CONFIGS = "configs/text/pretraining"
 # the house's flags that are keys by another name
@@ -26,9 +28,39 @@ FLAGS = {
 
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, DictConfig, list[str]]:
     """(options, configuration, notes about keys without effect). Errors are UsageError."""
+    options = _options(argv, description)
+    config, notes = load_config(options.config_dir, options.config_name, options.overrides)
+    return options, config, [*notes, *_apply(options, config)]
+
+
+def parse_evaluation(
+    argv: list[str] | None, description: str
+) -> tuple[argparse.Namespace, DictConfig, list[str], dict[str, Any]]:
+    """(options, configuration, notes, checkpoint) for a program that looks at the checkpoint common_eval.path.
+
+    Task and model are the checkpoint's own, as in fairseq; overrides come on top. Errors are UsageError.
+    """
+    options = _options(argv, description)
+    path = checkpoint_path(options.config_dir, options.config_name, options.overrides)
+    if not path:
+        raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
+    try:
+        checkpoint = load(path)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+    stored = checkpoint.get("cfg") if isinstance(checkpoint, dict) else None
+    stored = stored if isinstance(stored, dict) else None
+    config, notes = load_config(options.config_dir, options.config_name, options.overrides, stored)
+    if stored is None:
+        notes.append(f"{path} has no configuration of its own: {options.config_name}'s is used")
+    return options, config, [*notes, *_apply(options, config)], checkpoint
+
+
+def _options(argv: list[str] | None, description: str) -> argparse.Namespace:
+    """The command line; the house's flags become overrides."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config-dir", default=TEXT_CONFIGS, help="folder of YAML files")
-    parser.add_argument("--config-name", required=True, help="name of a YAML file in it, e.g. base")
+    parser.add_argument("--config-dir", "-cd", default=TEXT_CONFIGS, help="folder of YAML files")
+    parser.add_argument("--config-name", "-cn", required=True, help="name of a YAML file in it, e.g. base")
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="accepted: fairseq-hydra-train's commands have it"
     )
@@ -52,20 +84,21 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     if options.amp_backend == "apex":
         raise UsageError("--amp_backend apex: the loss is scaled by fairseq's rules, which apex has not; leave it out")
     flags = [f"{key}={getattr(options, flag)}" for flag, key in FLAGS.items() if getattr(options, flag) is not None]
-    config, notes = load_config(options.config_dir, options.config_name, [*options.overrides, *flags])
-    _apply(options, config)
-    mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
-    options.precision = mixed.precision
-    return options, config, [*notes, *mixed.notes]
+    options.overrides += flags
+    return options
 
 
-def _apply(options: argparse.Namespace, config: DictConfig) -> None:
+def _apply(options: argparse.Namespace, config: DictConfig) -> list[str]:
+    """Brings flags into the configuration; returns notes."""
     if options.resume not in (None, "auto"):
         config.checkpoint.restore_file = options.resume
     if config.common.cpu:
         options.device = "cpu"
     if options.loss_scale not in (None, "dynamic"):
         _set_constant_scale(options.loss_scale, config)
+    mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)
+    options.precision = mixed.precision
+    return mixed.notes
 
 
 def _set_constant_scale(text: str, config: DictConfig) -> None:

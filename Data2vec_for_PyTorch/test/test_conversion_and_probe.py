@@ -28,7 +28,7 @@ def test_huggingface_computes_the_same(golden, folder):
 
     theirs = Data2VecTextModel.from_pretrained(folder, add_pooling_layer=False).eval()
     path = golden / "checkpoint_tiny.pt"
-    ours = convert_checkpoint.text_encoder(convert_checkpoint.load_model(path), True, path).eval()
+    ours = convert_checkpoint.text_encoder(convert_checkpoint.load_pretrained(path), True, path).eval()
     tokens = torch.tensor([[0, 5, 9, 44, 30, 2], [0, 7, 8, 2, 1, 1]])
     with torch.no_grad():
         expected = theirs(tokens, attention_mask=tokens.ne(1)).last_hidden_state
@@ -51,8 +51,8 @@ def test_folder_to_checkpoint(folder, golden, tmp_path):
 
 def test_training_starts_from_a_folder(folder, golden, model_info):
     from data2vec import build_model
-    from data2vec.training.checkpoint import load_weights
     from data2vec.weights.huggingface import load_huggingface
+    from data2vec.weights.pretrained import load_weights
 
     model = build_model(model_info["base"]["cfg_model"], 169)
     head = model.encoder.regression_head[0].weight.clone()

@@ -34,6 +34,24 @@ def test_values_take_their_keys_type():
     assert config.lr_scheduler.warmup_init_lr == 1e-7
 
 
+@pytest.mark.parametrize("text", ["/data/a #b", "2024_01", "0x1F", "a: b", "1e3", "[x]", "/data/a=b"])
+def test_overrides_keep_a_text_as_the_user_wrote_it(text):
+    from data2vec.config import load_config
+
+    for spelled in (text, f'"{text}"', f"'{text}'"):
+        config, _ = load_config(PROJECT / "test", "tiny", [f"task.data={spelled}"])
+        assert config.task.data == text
+    config, _ = load_config(PROJECT / "test", "tiny", ["task.data=x", "checkpoint.restore_file=null"])
+    assert config.checkpoint.restore_file is None
+
+
+def test_configurations_are_found_from_any_folder(tmp_path, monkeypatch):
+    from data2vec.config import load_config
+
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/text/pretraining", "base", ["task.data=x"])[0].task.tokens_per_sample == 512
+
+
 def test_max_positions_leaves_longer_samples_out(corpus):
     from data2vec.config import load_config
     from data2vec.data.pretraining_data import PretrainingData
@@ -42,7 +60,12 @@ def test_max_positions_leaves_longer_samples_out(corpus):
     data = PretrainingData(config)
     samples, batches = data.split("train", training=True)
     assert samples.sizes.max() > 40 and max(samples.sizes[batch].max() for batch in batches) <= 40
-    assert "longer than 40 tokens" in data.notes[0]
+    dropped = samples.sizes > 40
+    share = 100 * samples.sizes[dropped].sum() / samples.sizes.sum()
+    assert (
+        f"{dropped.sum()} of {len(dropped)} samples are longer than 40 tokens and are left out, with" in data.notes[0]
+    )
+    assert f"with {share:.1f} % of the tokens" in data.notes[0] and share > 100 * dropped.mean()
 
 
 def test_configuration_of_a_fairseq_checkpoint_is_understood(golden):

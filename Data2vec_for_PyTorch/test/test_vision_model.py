@@ -13,7 +13,7 @@ import yaml
 from data2vec import ema_step
 from data2vec.data.block_masking import block_mask
 from data2vec.model.vision_model import build_vision_model
-from data2vec.training.checkpoint import load_weights
+from data2vec.weights.pretrained import load_weights
 from data2vec.weights.vision_weights import export_huggingface_vision, load_huggingface_vision
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -1,5 +1,5 @@
 """Configurations in fairseq's form."""
 
-from data2vec.config.loading import adam_betas, check_config, load_config
+from data2vec.config.loading import adam_betas, check_config, checkpoint_path, load_config
 
-__all__ = ["adam_betas", "check_config", "load_config"]
+__all__ = ["adam_betas", "check_config", "checkpoint_path", "load_config"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,152 +13,165 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UsageError
-from data2vec.config.config_values import checked_value
+from data2vec.config.keys import Fixed, Ignored, Key, Option, options_of
 
-DEFAULTS = Path(__file__).with_name("fairseq_defaults.yaml")
-VISION_DEFAULTS = Path(__file__).with_name("vision_defaults.yaml")
-
-# Accepted with any value, without effect here. They concern machinery that does not exist in this project, or a result
-# that does not depend on them; a note says so once.
-WITHOUT_EFFECT = {
-    "common.user_dir": "the model is part of this project",
-    "common.tensorboard_logdir": "TensorBoard files go to --output_dir/tensorboard",
-    "common.no_progress_bar": "the progress bar shows on a terminal only",
-    "common.log_file": "the launcher writes train_<device>.log",
-    "common.empty_cache_freq": "memory is not emptied between steps",
-    "common.all_gather_list_size": "there is no such buffer here",
-    "common.suppress_crashes": "a crash is reported as one",
-    "distributed_training.ddp_backend": "gradients are reduced in one flat buffer, as legacy_ddp does",
-    "distributed_training.distributed_backend": "the backend follows from the device",
-    "distributed_training.distributed_port": "torchrun chooses it",
-    "distributed_training.distributed_no_spawn": "torchrun starts the processes",
-    "distributed_training.device_id": "the device follows from the local rank",
-    "distributed_training.nprocs_per_node": "torchrun --nproc_per_node says it",
-    "distributed_training.find_unused_parameters": "gradients are reduced in one flat buffer",
-    "distributed_training.bucket_cap_mb": "gradients are reduced in one flat buffer",
-    "distributed_training.broadcast_buffers": "there are no buffers to broadcast",
-    "checkpoint.reset_lr_scheduler": "the schedule follows from the number of updates",
-    "dataset.data_buffer_size": "each loader worker keeps two batches ready",
-    "dataset.ignore_unused_valid_subsets": "only dataset.valid_subset is read",
-    "dataset.fixed_validation_seed": "validation draws nothing",
-    "dataset.dataset_impl": "the index file says what it is",
-    "task.include_index": "the sample's index always travels with it",
-    "task.seed": "common.seed is used",
-    "model.load_checkpoint_heads": "the head is loaded when the checkpoint has one",
-    "criterion.log_keys": "what is logged is fixed",
-    "criterion.can_sum": "losses are summed",
-}
-# Accepted only with this value, fairseq's default: any other would change what is computed.
-ONLY_DEFAULT: dict[str, Any] = {
-    "common.amp": False,
-    "common.tpu": False,
-    "common.memory_efficient_fp16": False,
-    "common.memory_efficient_bf16": False,
-    "common.model_parallel_size": 1,
-    "common.quantization_config_path": None,
-    "checkpoint.best_checkpoint_metric": "loss",
-    "checkpoint.maximize_best_checkpoint_metric": False,
-    "checkpoint.keep_last_epochs": -1,
-    "checkpoint.keep_best_checkpoints": -1,
-    "checkpoint.keep_interval_updates_pattern": -1,
-    "checkpoint.no_last_checkpoints": False,
-    "checkpoint.no_save_optimizer_state": False,
-    "checkpoint.optimizer_overrides": "{}",
-    "checkpoint.patience": -1,
-    "checkpoint.reset_meters": False,
-    "dataset.curriculum": 0,
-    "dataset.num_shards": 1,
-    "dataset.shard_id": 0,
-    "dataset.grouped_shuffling": False,
-    "dataset.update_epoch_batch_itr": False,
-    "dataset.update_ordered_indices_seed": False,
-    "dataset.combine_valid_subsets": None,
-    "optimization.sentence_avg": False,
-    "optimization.stop_min_lr": -1.0,
-    "optimization.use_bmuf": False,
-    "optimization.skip_remainder_batch": False,
-    "optimizer.use_old_adam": False,
-    "optimizer.fp16_adam_stats": False,
-    "task.mask_whole_words": False,
-    "task.shorten_method": "none",
-    "task.shorten_data_split_list": "",
-    "task.skip_masking": False,
-    "task.d2v2_multi": False,
-    "criterion.loss_weights": {},
-    "model.transformer.adaptive_input": False,
-    "model.transformer.checkpoint_activations": False,
-    "model.transformer.no_token_positional_embeddings": False,
-    "model.transformer.encoder.layers_to_keep": None,
-    "model.transformer.encoder.embed_path": None,
-    "model.transformer.encoder.xformers_att_config": None,
-}
-NAMES = {
-    "task._name": ("masked_lm", "image_pretraining"),
-    "model._name": ("data2vec_text", "data2vec_vision"),
-    "criterion._name": ("model",),
-    "optimizer._name": ("adam",),
-    "lr_scheduler._name": ("cosine",),
-}
+PROJECT = Path(__file__).resolve().parents[2]
+# what decides a checkpoint's loss, besides task and model, which are taken whole
+_EVALUATION_KEYS = ("common.seed", "dataset.max_tokens", "dataset.batch_size", "dataset.required_batch_size_multiple")
+_EVALUATION_KEYS += ("dataset.required_seq_len_multiple", "dataset.max_tokens_valid", "dataset.batch_size_valid")
+# null in a file, a number in the checkpoint: what another key says
+_DERIVED = ("model.max_positions", "model.ema_anneal_end_step", "dataset.max_tokens_valid", "dataset.batch_size_valid")
 
 
-def load_config(config_dir: str | Path, config_name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
-    """Defaults, then the YAML file, then `a.b=c` overrides (Hydra's `+a.b=c` too).
+def load_config(
+    config_dir: str | Path, config_name: str, overrides: list[str], stored: Mapping[str, Any] | None = None
+) -> tuple[DictConfig, list[str]]:
+    """Defaults, then the YAML file, then a checkpoint's own configuration, then `a.b=c` overrides.
+
+    Args:
+        overrides: as in Hydra, `+a.b=c` too. A text (a folder, a name) is taken as it is written.
+        stored: the checkpoint's, to evaluate it: its task (all but the data's folder) and model replace the file's, its
+            seed and batches, too.
 
     Returns:
-        The configuration, and notes on given keys that have no effect.
+        The configuration, and notes on given keys that have no effect, and on what the checkpoint changed.
 
     Raises:
         UsageError: no such file, or no YAML; a key unknown to fairseq (the nearest is named), with a value of another
             type or out of its range, or set to what is not supported.
     """
-    path = Path(config_dir) / f"{config_name.removesuffix('.yaml')}.yaml"
+    given, path = read_yaml(config_dir, config_name)
+    source, notes = str(path), []
+    try:
+        if stored:
+            given, notes = _with_checkpoint(given, stored, path.name)
+            source = f"the checkpoint's configuration, {path.name} and overrides"
+        for override in overrides:
+            given = _overridden(given, override)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UsageError(f"{source}: {_one_line(error)}") from None
+    config, more = check_config(given, source)
+    return config, [*more, *notes]
+
+
+def read_yaml(config_dir: str | Path, config_name: str) -> tuple[DictConfig, Path]:
+    """The file as it is, and its path; a folder that is not where the user stands is looked for in this project."""
+    folder = Path(config_dir)
+    if not folder.is_dir() and (PROJECT / folder).is_dir():
+        folder = PROJECT / folder
+    path = folder / f"{config_name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in Path(config_dir).glob("*.yaml"))) or "none"
-        raise UsageError(f"--config-name {config_name}: {path} does not exist (configurations there: {known})")
-    given = OmegaConf.create()
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
+        hint = f"configurations there: {known}"
+        if "examples/data2vec/config" in str(config_dir):
+            here = str(config_dir).partition("examples/data2vec/config")[2].strip("/")
+            hint = (
+                f"that is a path in fairseq's repository; here it is --config-dir configs/{here or 'text/pretraining'}"
+            )
+        raise UsageError(f"--config-name {config_name}: {path} does not exist ({hint})")
     try:
         given = OmegaConf.load(path)
-        if not isinstance(given, DictConfig):
-            raise UsageError(f"{path}: it should hold groups of keys, such as 'task:' with 'data:' below it")
-        for override in overrides:
-            key, equals, _ = override.lstrip("+").partition("=")
-            if not equals or not key:
-                raise UsageError(f"{override!r}: overrides are written group.key=value")
-            given = OmegaConf.merge(given, OmegaConf.from_dotlist([override.lstrip("+")]))
-    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {_one_line(error)}") from None
-    return check_config(given, str(path))
+    if not isinstance(given, DictConfig):
+        raise UsageError(f"{path}: it should hold groups of keys, such as 'task:' with 'data:' below it")
+    return given, path
+
+
+def checkpoint_path(config_dir: str | Path, config_name: str, overrides: list[str]) -> str | None:
+    """`common_eval.path` of the file, or of the last override that sets it."""
+    given, _ = read_yaml(config_dir, config_name)
+    for override in overrides:
+        if override.lstrip("+").startswith("common_eval.path="):
+            given = _overridden(given, override)
+    return OmegaConf.select(given, "common_eval.path")
+
+
+def _overridden(given: DictConfig, override: str) -> DictConfig:
+    key, equals, text = override.lstrip("+").partition("=")
+    if key.startswith(("hydra.", "hydra/")):
+        raise UsageError(
+            f"{override!r}: Hydra is not used. The run's folder is --output_dir DIR (for hydra.run.dir), and processes "
+            "are started by distributed_training.distributed_world_size=N or torchrun"
+        )
+    if key.startswith("~"):
+        raise UsageError(f"{override!r}: keys are not removed here; leave it out of the YAML file, or give its default")
+    if not equals or not key:
+        raise UsageError(f"{override!r}: overrides are written group.key=value")
+    option = options_of(OmegaConf.select(given, "task._name")).get(key)
+    if not isinstance(option, Key) or option.type is not str:
+        return OmegaConf.merge(given, OmegaConf.from_dotlist([f"{key}={text}"]))
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]  # quoted for Hydra within the shell's quotes
+    nothing = text == "null" and (option.null or option.default is None)
+    given = OmegaConf.merge(given)  # a copy
+    OmegaConf.update(given, key, None if nothing else text)
+    return given
+
+
+def _with_checkpoint(given: DictConfig, stored: Mapping[str, Any], name: str) -> tuple[DictConfig, list[str]]:
+    """The file's configuration with the checkpoint's task, model, seed and batches; a note on what differs."""
+    options = options_of((stored.get("task") or {}).get("_name"))
+    before = dict(_leaves(given))
+    merged = OmegaConf.to_container(given)
+    for group in ("task", "model"):
+        if stored.get(group):
+            merged[group] = {"data": before["task.data"]} if group == "task" and "task.data" in before else {}
+    merged = OmegaConf.create(merged)
+    differing = []
+    for key, value in _leaves(OmegaConf.create(_plain(stored))):
+        option = options.get(key)
+        taken = key.startswith(("task.", "model.")) and key != "task.data" or key in _EVALUATION_KEYS
+        if not taken or option is None or isinstance(option, Ignored) or isinstance(option, Fixed) and value is None:
+            continue
+        OmegaConf.update(merged, key, value)
+        default = option.default if isinstance(option, Key) else option.value
+        if before.get(key, default) != value and (key not in _DERIVED or before.get(key) is not None):
+            differing.append(f"{key}={value} ({before.get(key, default)})")
+    if not differing:
+        return merged, []
+    return merged, [f"the checkpoint's own configuration counts; it differs from {name} in {', '.join(differing)}"]
+
+
+def _plain(value: Any) -> Any:
+    """Only plain values: fairseq's checkpoints hold a few others in keys that do not matter here."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]:
     """Fills in defaults and refuses what would be ignored. `source` names the file in messages."""
-    defaults = _defaults(given)
-    acted_on = dict(_leaves(defaults))  # with their defaults
+    options = options_of(OmegaConf.select(given, "task._name"))
+    config = OmegaConf.create()
+    for key, option in options.items():
+        if isinstance(option, Key):
+            OmegaConf.update(config, key, option.default)
     notes = []
-    accepted = OmegaConf.create()
     for key, value in _leaves(given):
-        if value in (None, {}) and key in defaults:
+        option, name = options.get(key), _name(key)
+        if value in (None, {}) and any(other.startswith(f"{key}.") for other in options):
             continue  # a group whose keys are all commented out
-        if _name(key) in NAMES and value not in NAMES[_name(key)]:
+        if name in options and value not in options[name].choices:
             raise UsageError(
-                f"{source}: {key}={value}: this program trains {'/'.join(NAMES[_name(key)])} "
+                f"{source}: {key}={value}: this program trains {'/'.join(options[name].choices)} "
                 "(is it the configuration of another task?)"
             )
-        if key in acted_on:
-            OmegaConf.update(accepted, key, value)
-        elif key in WITHOUT_EFFECT:
-            notes.append(f"{key} has no effect here: {WITHOUT_EFFECT[key]}")
-        elif key in ONLY_DEFAULT:
-            if value != ONLY_DEFAULT[key]:
-                raise UsageError(f"{source}: {key}={value} is not supported, only {ONLY_DEFAULT[key]!r}")
-        else:
-            raise UsageError(f"{source}: unknown key {key}{_nearest(key, defaults)}")
-    config = OmegaConf.merge(defaults, accepted)
+        if isinstance(option, Key):
+            OmegaConf.update(config, key, value)
+        elif isinstance(option, Ignored):
+            notes.append(f"{key} has no effect here: {option.reason}")
+        elif isinstance(option, Fixed) and value != option.value:
+            raise UsageError(f"{source}: {key}={value} is not supported, only {option.value!r}")
+        elif option is None and name not in options:
+            raise UsageError(f"{source}: unknown key {key}{_nearest(key, options)}")
     try:
         OmegaConf.resolve(config)  # ${task.tokens_per_sample}
     except OmegaConfBaseException as error:
         raise UsageError(f"{source}: {_one_line(error)}") from None
-    _check_values(config, acted_on, source)
+    _check_values(config, options, source)
     return config, notes
 
 
@@ -166,43 +179,38 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _defaults(given: DictConfig) -> DictConfig:
-    """fairseq's defaults for the task; one that is neither text nor images is refused later, by name."""
-    defaults = OmegaConf.load(DEFAULTS)
-    if OmegaConf.select(given, "task._name") == "image_pretraining":
-        vision = OmegaConf.load(VISION_DEFAULTS)
-        defaults.task, defaults.model = vision.task, vision.model
-    return defaults
-
-
 def _name(key: str) -> str:
     return key if key.endswith("._name") else f"{key}._name"
 
 
-def _leaves(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    leaves = []
-    for key, value in OmegaConf.to_container(config).items():
+def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
+    """(name with its group, value), interpolations as they are written."""
+    yield from _leaves_of(OmegaConf.to_container(config), "")
+
+
+def _leaves_of(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and value and name not in ONLY_DEFAULT:
-            leaves += _leaves(OmegaConf.create(value), f"{name}.")
+        if isinstance(value, dict) and value and name != "criterion.loss_weights":
+            yield from _leaves_of(value, f"{name}.")
         else:
-            leaves.append((name, value))
-    return leaves
+            yield name, value
 
 
-def _nearest(key: str, defaults: DictConfig) -> str:
-    known = [name for name, _ in _leaves(defaults)] + [*WITHOUT_EFFECT, *ONLY_DEFAULT]
-    same_ending = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    nearest = same_ending or difflib.get_close_matches(key, known, 1, 0.5)
+def _nearest(key: str, options: Mapping[str, Option]) -> str:
+    same_ending = [name for name in options if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = same_ending or difflib.get_close_matches(key, options, 1, 0.5)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def _check_values(config: DictConfig, defaults: dict[str, Any], source: str) -> None:
+def _check_values(config: DictConfig, options: Mapping[str, Option], source: str) -> None:
     def refuse(text: str) -> None:
         raise UsageError(f"{source}: {text}")
 
-    for key, value in _leaves(config):
-        OmegaConf.update(config, key, checked_value(key, value, defaults[key], refuse))
+    for key, value in list(_leaves(config)):
+        option = options.get(key)
+        if isinstance(option, Key):
+            OmegaConf.update(config, key, option.checked(key, value, refuse))
     vision = config.task._name == "image_pretraining"
     if vision != (config.model._name == "data2vec_vision"):
         refuse(
@@ -218,8 +226,6 @@ def _check_values(config: DictConfig, defaults: dict[str, Any], source: str) -> 
     for key in ("update_freq", "lr"):
         if len(config.optimization[key]) != 1:
             refuse(f"optimization.{key}={list(config.optimization[key])}: one value, not one for each epoch")
-    if config.model.ema_steps not in ("per_micro_batch", "per_update"):
-        refuse(f"model.ema_steps={config.model.ema_steps}: choose per_micro_batch or per_update")
     if config.model.ema_anneal_end_step is None:
         config.model.ema_anneal_end_step = config.optimization.max_update
     (_check_vision if vision else _check_text)(config, refuse)
@@ -229,6 +235,12 @@ def _check_values(config: DictConfig, defaults: dict[str, Any], source: str) -> 
 def _check_text(config: DictConfig, refuse: Callable[[str], None]) -> None:
     if not config.task.include_target_tokens:
         refuse("task.include_target_tokens must be true: data2vec needs the masked tokens for its teacher")
+    masks = config.task.leave_unmasked_prob + config.task.random_token_prob < 1
+    if not config.task.mask_prob or not masks:
+        refuse(
+            f"task.mask_prob={config.task.mask_prob}, leave_unmasked_prob={config.task.leave_unmasked_prob}, "
+            f"random_token_prob={config.task.random_token_prob}: nothing would become <mask> and be predicted"
+        )
     if config.dataset.max_tokens is None and config.dataset.batch_size is None:
         refuse("set dataset.max_tokens or dataset.batch_size")
     longest, positions = config.model.max_positions, config.model.transformer.max_source_positions
@@ -253,6 +265,8 @@ def _check_vision(config: DictConfig, refuse: Callable[[str], None]) -> None:
         )
     if config.model.in_channels != 3:
         refuse(f"model.in_channels={config.model.in_channels}: pictures are read as RGB, 3")
+    if config.model.patch_size > config.model.image_size:
+        refuse(f"model.patch_size={config.model.patch_size} is above model.image_size={config.model.image_size}")
     patches = (config.model.image_size // config.model.patch_size) ** 2
     if not 0 < config.model.num_mask_patches < patches:
         refuse(

@@ -52,38 +52,46 @@ class EpochBatches(torch.utils.data.Dataset):
 
 
 class SplitBatches:
-    """Splits and their batch plans; a subclass says what a split holds (`open_split`)."""
+    """Splits and their batch plans; a subclass says what a split holds (`open_split`).
 
-    def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1):
+    Attributes:
+        places: folders of training data, of which each epoch takes the next.
+        notes: what the log should say about the data.
+    """
+
+    def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1, places: int = 1):
         self.config = config
         self.rank, self.world_size = rank, world_size
+        self.places = places
         self.notes: list[str] = []
-        self._splits: dict[str, tuple[Samples, list[np.ndarray]]] = {}
+        self._splits: dict[tuple[str, int], tuple[Samples, list[np.ndarray]]] = {}
 
-    def open_split(self, name: str, training: bool) -> tuple[Samples, list[np.ndarray]]:
+    def open_split(self, name: str, training: bool, place: int) -> tuple[Samples, list[np.ndarray]]:
         """The split's samples and its batches, before shuffling and sharding. UsageError when there are none."""
         raise NotImplementedError
 
-    def split(self, name: str, training: bool) -> tuple[Samples, list[np.ndarray]]:
-        """`open_split`, once."""
-        if name not in self._splits:
-            self._splits[name] = self.open_split(name, training)
-        return self._splits[name]
+    def split(self, name: str, training: bool, epoch: int = 1) -> tuple[Samples, list[np.ndarray]]:
+        """`open_split`, once for each place."""
+        place = (epoch - 1) % self.places if training else 0
+        if (name, place) not in self._splits:
+            self._splits[name, place] = self.open_split(name, training, place)
+        return self._splits[name, place]
 
     def open_splits(self) -> None:
         """Opens what training will need, so that a missing or damaged split stops the run before it begins."""
-        self.split(self.config.dataset.train_subset, training=True)
+        for place in range(self.places):
+            self.split(self.config.dataset.train_subset, training=True, epoch=place + 1)
         if not self.config.dataset.disable_validation:
             for name in self.config.dataset.valid_subset.split(","):
                 self.split(name, training=False)
 
     def train_batches(self, epoch: int, start: int = 0) -> EpochBatches:
         """This rank's training batches of an epoch, from position `start` on."""
-        data, batches = self.split(self.config.dataset.train_subset, training=True)
+        data, batches = self.split(self.config.dataset.train_subset, training=True, epoch=epoch)
         return self._own(data, batches, epoch, self.config.common.seed, start=start)
 
-    def batches_per_epoch(self) -> int:
-        _, batches = self.split(self.config.dataset.train_subset, training=True)
+    def batches_per_epoch(self, epoch: int) -> int:
+        _, batches = self.split(self.config.dataset.train_subset, training=True, epoch=epoch)
         return -(-len(batches) // self.world_size)
 
     def valid_batches(self, name: str) -> EpochBatches:

@@ -25,6 +25,7 @@ from data2vec.data.epochs import BrokenSample, SplitBatches
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 JITTER = 0.4
+PROBED_PICTURES = 64  # whose masks are looked at before training
 
 
 @dataclass
@@ -114,7 +115,7 @@ class ImagePretrainingData(SplitBatches):
         if not self.folder.is_dir():
             raise UsageError(f"task.data={config.task.data}: no such folder (one with pictures, or train/ with them)")
 
-    def open_split(self, name: str, training: bool) -> tuple[MaskedImages, list[np.ndarray]]:
+    def open_split(self, name: str, training: bool, place: int) -> tuple[MaskedImages, list[np.ndarray]]:
         folder = self.folder / name
         if not folder.is_dir():
             if not training:
@@ -124,6 +125,11 @@ class ImagePretrainingData(SplitBatches):
                 )
             folder = self.folder
         data = MaskedImages(folder, self.config)
+        if not any(data.mask(index, epoch=1).any() for index in range(min(len(data), PROBED_PICTURES))):
+            raise UsageError(
+                f"{folder}: no patch is hidden in its first {min(len(data), PROBED_PICTURES)} pictures: choose other "
+                "model.num_mask_patches, min_mask_patches_per_block and max_mask_patches_per_block"
+            )
         dataset = self.config.dataset
         rows = dataset.batch_size if training else dataset.batch_size_valid or dataset.batch_size
         order = np.random.RandomState(self.config.common.seed).permutation(len(data))

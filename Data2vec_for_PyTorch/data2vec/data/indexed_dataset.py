@@ -7,7 +7,7 @@ X.idx, little endian: magic `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 N
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,40 @@ class IndexedDataset(torch.utils.data.Dataset):
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["path"])
+
+
+class JoinedCorpus:
+    """Several corpora as one row of sentences, such as train, train1, ... of one split.
+
+    Raises:
+        FileNotFoundError, ValueError: as `IndexedDataset`.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.parts = [IndexedDataset(path) for path in paths]
+        self.path = self.parts[0].path
+        self.sizes = np.concatenate([part.sizes for part in self.parts])
+        tokens = [int(part.sizes.sum(dtype=np.int64)) for part in self.parts]
+        self._starts = np.concatenate([[0], np.cumsum(tokens)])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def token_range(self, start: int, stop: int) -> np.ndarray:
+        """int64 tokens [start, stop) of all corpora seen as one row."""
+        pieces = [np.zeros(0, np.int64)]
+        for part, begin, end in zip(self.parts, self._starts[:-1], self._starts[1:], strict=True):
+            if start < end and stop > begin:
+                pieces.append(part.token_range(max(start, begin) - begin, min(stop, end) - begin))
+        return np.concatenate(pieces)
+
+
+def parts_of(prefix: Path) -> list[Path]:
+    """train, train1, train2, ... as far as they are there: what fairseq reads as one split."""
+    parts = [prefix]
+    while files_of(following := prefix.with_name(f"{prefix.name}{len(parts)}"))[1].is_file():
+        parts.append(following)
+    return parts
 
 
 def _read_index(path: Path) -> tuple[type, np.ndarray, np.ndarray]:

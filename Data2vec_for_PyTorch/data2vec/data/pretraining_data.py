@@ -15,7 +15,7 @@ from common.errors import UsageError
 from data2vec.data.batching import batch_by_size, filter_by_size, ordered_indices
 from data2vec.data.dictionary import MASK, Dictionary
 from data2vec.data.epochs import BrokenSample, SplitBatches
-from data2vec.data.indexed_dataset import IndexedDataset
+from data2vec.data.indexed_dataset import JoinedCorpus, parts_of
 from data2vec.data.masking import mask_tokens
 from data2vec.data.token_blocks import TokenBlockDataset
 from data2vec.model.text_model import BatchPlan, plan_batch, target_config
@@ -66,8 +66,8 @@ class TextBatch:
 class MaskedBlocks:
     """A split's samples: token blocks with <s> in front, masked by (seed, epoch, index)."""
 
-    def __init__(self, path: Path, config: DictConfig, options: MaskOptions):
-        self.corpus = IndexedDataset(path)
+    def __init__(self, paths: list[Path], config: DictConfig, options: MaskOptions):
+        self.corpus, path = JoinedCorpus(paths), paths[0]
         if len(self.corpus) == 0 or self.corpus.sizes.max() == 0:
             raise ValueError(f"{path}: the corpus is empty")
         task = config.task
@@ -88,20 +88,33 @@ class MaskedBlocks:
         Raises:
             BrokenSample: an id that the vocabulary does not have, or that is <mask>'s.
         """
-        tokens = self.blocks.tokens(index)
-        limit = self.options.vocab.index(MASK)
-        if len(tokens) and (tokens.max() >= limit or tokens.min() < 0):
-            worst = int(tokens.max() if tokens.max() >= limit else tokens.min())
+        tokens, vocab = self.blocks.tokens(index), self.options.vocab
+        bad = tokens[(tokens < 0) | (tokens >= len(vocab)) | (tokens == vocab.index(MASK))]
+        if len(bad):
             raise BrokenSample(
-                f"{self.corpus.path}: holds token id {worst}, but dict.txt has ids 0 to {limit - 1}: "
-                "the corpus was binarized with another vocabulary"
+                f"{self.corpus.path}: holds token id {bad[0]}, but dict.txt has ids 0 to {len(vocab) - 1}, of which "
+                f"{vocab.index(MASK)} is {MASK}: the corpus was binarized with another vocabulary"
             )
         return np.concatenate([[self.options.vocab.bos_index], tokens])
 
-    def check_ids(self) -> None:
-        """Looks at samples spread over the corpus, so that a wrong vocabulary is found before training."""
-        for index in np.unique(np.linspace(0, len(self) - 1, PROBED_SAMPLES).astype(int)):
-            self.sample(int(index))
+    def masked(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, target) of `mask_tokens`."""
+        options = self.options
+        vocab = options.vocab
+        return mask_tokens(
+            self.sample(index), options.seed, epoch, index, vocab, vocab.pad_index, vocab.index(MASK), **options.mask
+        )
+
+    def check(self) -> None:
+        """Looks at samples spread over the corpus, so that a wrong vocabulary is found before training, and masks that
+        hide nothing. ValueError."""
+        probed = np.unique(np.linspace(0, len(self) - 1, PROBED_SAMPLES).astype(int)).tolist()
+        mask_idx = self.options.vocab.index(MASK)
+        if not sum(int((self.masked(index, epoch=1)[0] == mask_idx).sum()) for index in probed):
+            raise ValueError(
+                f"no token is masked in the {len(probed)} samples looked at: raise task.mask_prob, or lower "
+                "task.mask_multiple_length or leave_unmasked_prob + random_token_prob"
+            )
 
     def collate(self, indices: np.ndarray, epoch: int) -> TextBatch:
         """Masks the samples and pads them on the right to the longest."""
@@ -112,9 +125,7 @@ class MaskedBlocks:
         source = np.full((len(indices), width), pad)
         target = np.full((len(indices), width), pad)
         for row, index in enumerate(indices):
-            masked = mask_tokens(
-                self.sample(int(index)), options.seed, epoch, index, options.vocab, pad, mask_idx, **options.mask
-            )
+            masked = self.masked(int(index), epoch)
             source[row, : len(masked[0])], target[row, : len(masked[1])] = masked
         source, target = torch.from_numpy(source), torch.from_numpy(target)
         plan = None
@@ -132,25 +143,12 @@ class PretrainingData(SplitBatches):
     """
 
     def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1):
-        super().__init__(config, rank, world_size)
-        self.folder = Path(config.task.data)
-        if not self.folder.is_dir():
-            raise UsageError(
-                f"task.data={config.task.data}: no such folder (one folder with dict.txt and train.bin/.idx)"
-            )
+        self.folders = _folders(config.task.data)
+        super().__init__(config, rank, world_size, places=len(self.folders))
         task = config.task
         mask_names = ("mask_prob", "leave_unmasked_prob", "random_token_prob", "freq_weighted_replacement")
         mask_names += ("mask_multiple_length", "mask_stdev")
-        if not (self.folder / "dict.txt").is_file():
-            raise UsageError(
-                f"{self.folder / 'dict.txt'}: no such file; task.data is the --destdir of preprocess.py or "
-                "fairseq-preprocess, with dict.txt and train.bin/.idx"
-            )
-        try:
-            self.vocab = Dictionary.load(self.folder / "dict.txt")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"the vocabulary cannot be read: {error}") from None
-        self.vocab.add_symbol(MASK)
+        self.vocab = _vocabulary(self.folders[0])
         # with these targets padding counts, so it has to be the reference's
         whole_sequence = target_config(config.model).uses_whole_sequence
         self.options = MaskOptions(
@@ -162,10 +160,14 @@ class PretrainingData(SplitBatches):
             {name: task[name] for name in mask_names},
         )
 
-    def open_split(self, name: str, training: bool) -> tuple[MaskedBlocks, list[np.ndarray]]:
+    def open_split(self, name: str, training: bool, place: int) -> tuple[MaskedBlocks, list[np.ndarray]]:
+        prefix = self.folders[place] / name
+        parts = parts_of(prefix) if training else [prefix]
+        if len(parts) > 1:
+            self.notes.append(f"{name}: read together with {', '.join(part.name for part in parts[1:])}")
         try:
-            data = MaskedBlocks(self.folder / name, self.config, self.options)
-            data.check_ids()
+            data = MaskedBlocks(parts, self.config, self.options)
+            data.check()
             return data, self._plan(name, data, training)
         except (OSError, ValueError) as error:
             raise UsageError(f"split '{name}' of task.data: {error}") from None
@@ -181,8 +183,10 @@ class PretrainingData(SplitBatches):
                     f"{len(dropped)} samples are longer than {limit} tokens: set "
                     "dataset.skip_invalid_size_inputs_valid_test=true to leave them out"
                 )
+            share = 100 * data.sizes[dropped].sum() / data.sizes.sum()
             self.notes.append(
-                f"{name}: {len(dropped)} of {len(order)} samples are longer than {limit} tokens and are left out"
+                f"{name}: {len(dropped)} of {len(order)} samples are longer than {limit} tokens and are left out, with "
+                f"{share:.1f} % of the tokens"
             )
         max_tokens, max_rows = dataset.max_tokens, dataset.batch_size
         if not training:
@@ -201,3 +205,29 @@ class PretrainingData(SplitBatches):
                 f"{dataset.required_batch_size_multiple} rows (dataset.required_batch_size_multiple) is dropped"
             )
         return batches
+
+
+def _folders(data: str) -> list[Path]:
+    """The folders of `task.data`: one, or several with colons between them, of which each epoch takes the next."""
+    folders = [Path(data)] if Path(data).is_dir() else [Path(part) for part in data.split(":") if part]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"task.data={data}: {folder}: no such folder (one with dict.txt and train.bin/.idx)")
+    if not folders:
+        raise UsageError("task.data is empty: give a folder with dict.txt and train.bin/.idx")
+    return folders
+
+
+def _vocabulary(folder: Path) -> Dictionary:
+    """dict.txt, with <mask> last where it is not listed."""
+    if not (folder / "dict.txt").is_file():
+        raise UsageError(
+            f"{folder / 'dict.txt'}: no such file; task.data is the --destdir of preprocess.py or fairseq-preprocess, "
+            "with dict.txt and train.bin/.idx"
+        )
+    try:
+        vocab = Dictionary.load(folder / "dict.txt")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the vocabulary cannot be read: {error}") from None
+    vocab.add_symbol(MASK)
+    return vocab

@@ -12,12 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
-from data2vec.model.teacher import WithTeacher
 from data2vec.training.update import TrainState
-from data2vec.weights.vision_weights import to_our_names
-
-# weights that a fine-tuned or converted model may lack
-OPTIONAL = ("encoder.regression_head.", "final_proj.", "mask_emb", "encoder.norm.")
+from data2vec.weights.pretrained import load_weights
 
 
 def state_to_checkpoint(state: TrainState, config: DictConfig, val_loss: float | None) -> dict[str, Any]:
@@ -76,14 +72,15 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> st
     state in the file, they begin at 0, as in fairseq.
 
     Returns:
-        What was changed, in words; "" for nothing.
+        What was changed or not there, in words; "" for nothing.
 
     Raises:
         CheckpointError: not a pretraining checkpoint, of another model, damaged, or of updates that these ranks cannot
             make.
     """
     checkpoint = checkpoint_file.load(path)
-    load_weights(state.model, checkpoint, path)
+    words = load_weights(state.model, checkpoint, path)
+    words = f"; {words}" if words else ""
     options = config.checkpoint
     extra = checkpoint.get("extra_state") or {}
     state.previous_seconds = extra.get("previous_training_time", 0.0)
@@ -96,8 +93,8 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> st
         state.epoch = extra["train_iterator"]["epoch"]
         state.iterations = extra["train_iterator"]["iterations_in_epoch"]
         state.meters = extra.get("meters", {})
-        return _keep_updates(state, checkpoint.get("cfg") or {}, config, path)
-    return ""
+        return words + _keep_updates(state, checkpoint.get("cfg") or {}, config, path)
+    return words
 
 
 def _keep_updates(state: TrainState, before: dict[str, Any], config: DictConfig, path: Path) -> str:
@@ -128,36 +125,6 @@ def _keep_updates(state: TrainState, before: dict[str, Any], config: DictConfig,
     if not config.common.fp16_scale_window:
         state.scaler.window = max(1, int(2**14 / total))
     return f"; optimization.update_freq is {wanted} on {ranks} ranks: {total} batches an update, as before"
-
-
-def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Student, head and teacher from a pretraining checkpoint (which may hold a bare state_dict).
-
-    A fine-tuned or converted checkpoint has no head (of images, maybe no mask token and final norm either): the model
-    then keeps its own. Image models may have fairseq's names or those of the paper's code.
-
-    Raises:
-        CheckpointError: no checkpoint of a model, or keys or shapes are another model's; names what differs.
-    """
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", checkpoint), dict):
-        raise CheckpointError(f"{path}: holds no model's weights (a dict by name, or one below 'model')")
-    weights = OrderedDict(checkpoint.get("model", checkpoint))
-    key = "_ema" if isinstance(model, WithTeacher) else "encoder._ema"
-    teacher = weights.pop(key, None)
-    weights = to_our_names(weights)
-    if teacher is not None:  # old checkpoints of fp16 runs hold it in fp16
-        weights[key] = {name: value.float() for name, value in to_our_names(teacher).items()}
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if not name.startswith(OPTIONAL)]
-        if missing or unexpected:
-            raise RuntimeError(f"missing {missing[:3]}, not known here {unexpected[:3]}")
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise CheckpointError(
-            f"{path}: does not fit this model: {reason}. Is the configuration that of the checkpoint (layers, sizes, "
-            "vocabulary)?"
-        ) from None
 
 
 def _load_optimizer(state: TrainState, saved: dict[str, Any], path: Path) -> None:

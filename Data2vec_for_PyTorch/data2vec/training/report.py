@@ -21,14 +21,16 @@ class Report:
     Args:
         log: entered `RunLog`.
         config: of the run.
-        updates_per_epoch: for the `update` field, a position in epochs.
         state: of a resumed run, whose lines are then those of one that was never stopped.
+
+    Attributes:
+        updates_per_epoch: of the epoch that is on, for the `update` field, a position in epochs.
     """
 
-    def __init__(self, log: RunLog, config: DictConfig, updates_per_epoch: int, state: TrainState | None = None):
+    def __init__(self, log: RunLog, config: DictConfig, state: TrainState | None = None):
         self.log = log
         self.config = config
-        self.updates_per_epoch = updates_per_epoch
+        self.updates_per_epoch = 1
         self.vision = is_vision(config)
         self.inner, self.epoch = Meters(), Meters()
         for name, saved in (state.meters if state else {}).items():
