@@ -22,7 +22,7 @@ from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.images import check_images
 from beit2.data.normalizer import Normalizer
 from beit2.options import mean_and_std, pick_precision, schedules
-from beit2.training.checkpoints import append_epoch_log, load_model, open_log, plain_options
+from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log, plain_options
 from beit2.training.parallel import Replica
 from beit2.training.run import Done, Run, new_run, training_steps
 from beit2.training.state import Scalars
@@ -144,8 +144,7 @@ def evaluate_alone(options: argparse.Namespace, world: World) -> dict:
     model = model.to(world.device)
     device_patches.apply(model, None, world.device)
     normalizer = Normalizer(*mean_and_std(options), world.device)
-    in_its_folder = path.resolve().parent == Path(options.output_dir).resolve()  # which then stays that run's
-    with open_log(options, world, 0, in_its_folder) as log:
+    with open_evaluation_log(options, world) as log:
         which = "the weight average" if options.model_ema else "the weights"
         log.info(f"{which} of {path} on {len(test)} pictures of {len(names)} classes")
         results = evaluate(model, test, options, normalizer, world)

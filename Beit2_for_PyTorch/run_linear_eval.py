@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.normalizer import Normalizer
 from beit2.model.vision_transformer import VisionTransformer
 from beit2.options import mean_and_std, pick_precision
-from beit2.training.checkpoints import append_epoch_log, load_model, open_log
+from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
 from beit2.training.parallel import Replica
 from beit2.training.run import Run, due, new_run, training_steps
 from beit2.training.state import Scalars
@@ -131,8 +130,7 @@ def evaluate_alone(options: argparse.Namespace, world: World) -> dict:
     probe = probe.to(world.device)
     normalizer = Normalizer(*mean_and_std(options), world.device)
     precision = pick_precision(options, world.device) if options.amp_forward else "fp32"
-    in_its_folder = path.resolve().parent == Path(options.output_dir).resolve()  # which then stays that run's
-    with open_log(options, world, 0, in_its_folder) as log:
+    with open_evaluation_log(options, world) as log:
         results = evaluate(encoder, probe, test, options, normalizer, world, precision)
         log.record(0, "eval", **results)
         return log.finish(accuracy=round(results["acc1"], 3), **results)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from beit2.data.labelled import LabelledImages
 from beit2.data.normalizer import Normalizer
 from beit2.model.tokenizer import VQKD
 from beit2.options import pick_precision, schedule
-from beit2.training.checkpoints import append_epoch_log, load_model, open_log
+from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
 from beit2.training.parallel import Replica
 from beit2.training.run import Run, new_run, training_steps
 from beit2.training.state import Scalars
@@ -116,8 +115,7 @@ def evaluate_alone(options: argparse.Namespace, world: World) -> dict:
     load_model(tokenizer, checkpoint.get("model", checkpoint), path)
     tokenizer = tokenizer.to(world.device)
     device_patches.apply(tokenizer, None, world.device)
-    in_its_folder = path.resolve().parent == Path(options.output_dir).resolve()  # which then stays that run's
-    with open_log(options, world, 0, in_its_folder) as log:
+    with open_evaluation_log(options, world) as log:
         results = evaluate(options, tokenizer, test, world)
         log.record(0, "eval", **results)
         return finish(log, results, results["total_loss"])

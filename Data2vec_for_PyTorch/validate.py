@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         size = config.dataset.batch_size or config.dataset.max_tokens
         # resume: an evaluation adds to a folder and moves nothing of a training run aside
         with RunLog(
-            options.output_dir, world, "Data2vec_for_PyTorch_eval", size, options.case_kind, resume=True,
+            options.output_dir, world, "Data2vec_for_PyTorch_eval", size, options.case_kind, evaluation=True,
             profile=options.profile,
         ) as log:  # fmt: skip
             for text in notes:

@@ -1,12 +1,21 @@
-"""The sentence for the user: what is wrong, where, what to do. Everything uses it; it imports nothing of ours."""
+"""The sentence for the user: what is wrong, where, what to do. Everything uses it; it imports nothing of ours.
+
+Exit codes: 0 done; 1 failed while it ran; 2 a mistake the user can mend; 75 (`PREEMPTED`) stopped on a signal with its
+checkpoint written: start the same command again.
+"""
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
 import sys
 
-# Exit status of a run that was asked to stop, wrote a checkpoint and wants to be started again (EX_TEMPFAIL of
-# sysexits.h): the launcher returns it, and the Slurm and Volcano templates start the run anew for it.
-PREEMPTED = 75
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, which Slurm and Volcano templates take for "requeue"
+# what a disk says that the user has to look after; anything else from the system keeps its traceback
+_OF_A_DISK = {
+    getattr(errno, n) for n in "ENOSPC EDQUOT EROFS EACCES EPERM EIO ESTALE ENOENT ENOTDIR".split() if hasattr(errno, n)
+}
 
 
 class UsageError(SystemExit):
@@ -23,15 +32,55 @@ class UsageError(SystemExit):
         return self.message
 
 
-def print_usage_errors(main):
-    """Decorator of an entry script's `main`: prints a `UsageError` as one line and exits with status 2."""
+class Preempted(SystemExit):
+    """The run stopped on a signal after its checkpoint was written: exit status 75, or 130 after Ctrl-C."""
 
+    def __init__(self, message: str, code: int = PREEMPTED):
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RunFailed(SystemExit):
+    """What `print_usage_errors` makes of an error whose message is for the user: exit status 1, no traceback."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(1)
+        self.error = error
+
+
+def sentence(error: BaseException) -> str | None:
+    """The one line that `error` has for the user; None where a programmer has to see the traceback.
+
+    Classes whose messages are written for users say so by `for_user = True` (CheckpointError, RanksLost).
+    """
+    if isinstance(error, FloatingPointError) or getattr(error, "for_user", False):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _OF_A_DISK and error.filename is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return None
+
+
+def print_usage_errors(main):
+    """Decorator of an entry script's `main`: errors that are for the user end as one `error: ...` line on stderr.
+
+    Exit status 2 for a `UsageError`, 1 for the others of `sentence`.
+    """
+
+    @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
         except UsageError as error:
             print(f"error: {error.message}", file=sys.stderr, flush=True)
             raise
+        except Exception as error:
+            line = sentence(error)
+            if line is None:
+                raise
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            raise RunFailed(error) from error
 
-    wrapped.__wrapped__ = main
     return wrapped

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from common import folder_lock
 
 KEYS = (
     "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime ActualLoss E2ETrainingTime TrainAccuracy"
@@ -27,7 +30,8 @@ OF_A_RUN = (
 
 
 class ResultFile:
-    """`Key = value` lines in the spelling that ModelZoo's collectors read, plus `Status` (RUNNING, OK or FAILED).
+    """`Key = value` lines in the spelling that ModelZoo's collectors read, plus `Status`: RUNNING, OK, FAILED,
+    PREEMPTED.
 
     `ActualFPS` is over all ranks, `TrainingTime` is milliseconds a step, `E2ETrainingTime` seconds. A key without a
     value is left out rather than written empty.
@@ -52,12 +56,9 @@ class ResultFile:
         return {key: merged[key] for key in (*KEYS, *merged) if key in merged}
 
     def write(self, measured: dict[str, Any]) -> None:
-        """Replaces the file at once, so that a reader never sees half of it."""
+        """Replaces the file. OSError names the path."""
         self._last = self.values(measured)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(f"{key} = {value}\n" for key, value in self._last.items()))
-        os.replace(temporary, self.path)
+        replace(self.path, self._last)
 
     def status(self) -> str | None:
         """Status of the file on disk, None without one."""
@@ -73,9 +74,33 @@ class ResultFile:
         print(f"E2E Training Duration sec : {self._last['E2ETrainingTime']}", flush=True)
 
 
+def replace(path: Path, values: dict[str, Any]) -> None:
+    """Writes a result file at once, so that a reader never sees half of it; on a full disk in the old one's place.
+
+    Raises:
+        OSError: naming the path. An older result is then gone: it must not be taken for this run's.
+    """
+    text = "".join(f"{key} = {' '.join(str(value).split())}\n" for key, value in values.items()).encode()
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(text)
+        os.replace(temporary, path)
+    except OSError as full:
+        try:
+            temporary.unlink(missing_ok=True)
+            with open(path, "r+b") as file:  # its block is there already
+                file.write(text)
+                file.truncate()
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise OSError(full.errno, full.strerror, str(path)) from full
+
+
 def read(path: str | Path) -> dict[str, str]:
     """The `Key = value` lines of a result file."""
-    pairs = (line.split(" = ", 1) for line in Path(path).read_text().splitlines() if " = " in line)
+    pairs = (line.split(" = ", 1) for line in Path(path).read_text(encoding="utf-8").splitlines() if " = " in line)
     return dict(pairs)
 
 
@@ -107,10 +132,13 @@ def main() -> None:
     parser.add_argument("--case_kind", required=True)
     parser.add_argument("--error", required=True)
     options = parser.parse_args()
+    if owner := folder_lock.living_owner(options.output_dir):
+        print(f"note: {options.output_dir} belongs to {owner}: its result file is left alone")
+        return
     file = ResultFile(options.output_dir, options.network, options.batch_size, options.ranks, options.case_kind, "")
     if file.status() == "OK":  # of an earlier run: this one did not come so far as to say RUNNING
         keep_aside(options.output_dir, [file.path.name])
-    if file.status() != "FAILED":
+    if file.status() not in ("FAILED", "PREEMPTED"):
         file.write({"Status": "FAILED", "Error": options.error})
 
 

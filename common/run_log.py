@@ -21,7 +21,11 @@ import torch
 from tqdm import tqdm
 
 from common import device as devices
+from common import folder_lock, run_folder
 from common.distributed import World
+from common.errors import Preempted, UsageError
+from common.metrics_file import MetricsFile, plot_loss, read_losses
+from common.preemption import Watch
 from common.profile.step_profiler import StepProfiler
 from common.result_file import ResultFile, keep_aside
 from common.throughput import SteadyClock
@@ -32,10 +36,10 @@ Scalar = float | int | torch.Tensor
 class RunLog:
     """The log of one training run, used as a context manager around the loop.
 
-    On entering a fresh run, an earlier run's files in the same folder are moved to `earlier/<time>/`; with
-    `resume=True` they are continued. An exception inside the block leaves `Status = FAILED` in the result file and
-    goes on upwards.
-    Only the main rank writes; all ranks may call everything.
+    While the block lasts the folder is this run's: another is refused (run_folder.py). On entering a fresh run, an
+    earlier run's files in it are moved to `earlier/<time>/`; with `resume=True` they are continued at the first step
+    that is logged. An exception inside the block leaves `Status = FAILED` in the result file, a stop on a signal
+    (preemption.py) `Status = PREEMPTED`, and goes on upwards. Only the main rank writes; all ranks call everything.
 
     Args:
         output_dir: where the files go.
@@ -49,6 +53,9 @@ class RunLog:
         skip_steps: first steps that do not count in FPS.
         fps_unit: unit printed with the final performance.
         profile: record a few steps (profiling.py) and write `profile/` in the folder.
+        evaluation: no training: nothing in the folder is moved or owned, so that it may run beside a training, whose
+            metrics.jsonl it then leaves alone.
+        needs_shared: every host writes into the folder (sharded checkpoints), so that all must share it.
     """
 
     def __init__(
@@ -64,12 +71,14 @@ class RunLog:
         skip_steps: int = 10,
         fps_unit: str = "images/sec",
         profile: bool = False,
+        evaluation: bool = False,
+        needs_shared: bool = False,
     ):
         self.folder = Path(output_dir)
         self.world = world
         self.total_steps = total_steps
         self.log_every = max(1, log_every)
-        self.resume = resume
+        self.resume, self.evaluation, self.needs_shared = resume, evaluation, needs_shared
         self.fps_unit = fps_unit
         self.result = ResultFile(
             self.folder, network, batch_size, world.size, case_kind, devices.describe(world.device)
@@ -77,24 +86,24 @@ class RunLog:
         self._clock = SteadyClock(world.device, skip_steps)
         self._profiler = StepProfiler(self.folder, network, world, total_steps) if profile else None
         self._window = _Window()
-        self._losses: dict[int, float] = {}  # by step: a resumed run goes over some steps again
+        self._losses: dict[int, float] = {}  # by step
         self._has_trained = False
+        self._is_finished = False
+        self._signals = Watch()
+        self._held = contextlib.ExitStack()
         self._started = time.perf_counter()
 
     # -- the run as a whole ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> RunLog:
-        if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.resume:
-                self._losses = read_losses(self.folder / "metrics.jsonl")
-            else:
-                keep_aside(self.folder)
-            from torch.utils.tensorboard import SummaryWriter  # half a second of imports, on the main rank only
-
-            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
-            self.result.write({"Status": "RUNNING"})
+        with contextlib.ExitStack() as held:  # let go of where something here fails
+            lock = f".{self.result.case_name}.lock" if self.evaluation else folder_lock.NAME
+            held.enter_context(run_folder.owned(self.folder, self.world, lock))
+            held.enter_context(self._signals)
+            if self.world.is_main:
+                self._open_files()
+            self._check_hosts()
+            self._held = held.pop_all()
         # The launcher writes to a log and to the terminal at once: only it knows that there is a terminal behind it.
         has_terminal = sys.stderr.isatty() or os.environ.get("PROGRESS_BAR") == "1"
         self.progress = tqdm(total=self.total_steps, disable=not (self.world.is_main and has_terminal), unit="step")
@@ -102,14 +111,61 @@ class RunLog:
         self._clock.start()
         return self
 
+    def _open_files(self) -> None:
+        metrics = self.folder / "metrics.jsonl"
+        if self.evaluation:
+            if folder_lock.living_owner(self.folder):
+                metrics = self.folder / f"metrics_{self.result.case_name}.jsonl"
+        else:
+            for line in run_folder.tidy(self.folder):
+                print(f"note: {line}", flush=True)
+            if self.resume:
+                self._losses = read_losses(metrics)
+            else:
+                keep_aside(self.folder)
+        from torch.utils.tensorboard import SummaryWriter  # half a second of imports, on the main rank only
+
+        self.result.write({"Status": "RUNNING"})
+        self._metrics = MetricsFile(metrics)
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def _check_hosts(self) -> None:
+        absent = ", ".join(run_folder.hosts_without(self.folder, self.world))
+        if absent and self.needs_shared:
+            raise UsageError(
+                f"--output_dir {self.folder}: not shared by {absent}; sharded checkpoints need all hosts in it"
+            )
+        if absent and self.world.is_main:
+            print(f"note: {self.folder} is not shared by {absent}: all files are on this host alone", flush=True)
+
     def __exit__(self, kind, error, traceback) -> None:
         self.progress.close()
-        if not self.world.is_main:
-            return
-        if error is not None:
-            self.result.write({"Status": "FAILED", "Error": _last_line(error)})
-        self._metrics.close()
-        self._tensorboard.close()
+        try:
+            if self.world.is_main:
+                self._close_files(error)
+        finally:
+            self._held.__exit__(kind, error, traceback)
+
+    def _close_files(self, error: BaseException | None) -> None:
+        ending: dict[str, Any] | None = None
+        if isinstance(error, Preempted):
+            self.info(str(error))
+            ending = {"Status": "PREEMPTED", "Note": str(error)}
+        elif error is not None:
+            ending = {"Status": "FAILED", "Error": _last_line(error)}
+        elif not self._is_finished:
+            ending = {"Status": "FAILED", "Error": "the run ended without a result"}
+        try:
+            if ending:
+                self.result.write(ending)
+            if hasattr(error, "replay"):  # of a step that was not finite
+                (self.folder / "replay.json").write_text(json.dumps(error.replay, indent=1) + "\n", encoding="utf-8")
+            self._metrics.close()
+            self._tensorboard.close()
+        except OSError as full:  # the first cause is the one to be told
+            if error is None:
+                raise
+            print(f"note: {full.filename}: {full.strerror}: the end of the run is not recorded", file=sys.stderr)
 
     def finish(self, accuracy: float | None = None, loss: float | None = None, **extra: Any) -> dict[str, Any]:
         """Writes the loss plot, the loss list and the result file, and prints the final block.
@@ -121,8 +177,14 @@ class RunLog:
 
         Returns:
             What the result file says.
+
+        Raises:
+            UsageError: a fresh training that did no step.
+            FloatingPointError: the loss or the accuracy is inf or nan.
         """
         self._flush_window()
+        if not (self.evaluation or self.resume or self._has_trained):
+            raise UsageError("no training step was done: there is no result")
         self._tell(self._profiler.finish() if self._profiler else None)
         duration = time.perf_counter() - self._started
         fps = self._clock.fps()
@@ -136,6 +198,9 @@ class RunLog:
             values["ActualLoss"] = round(loss, 6)
         if accuracy is not None:
             values["TrainAccuracy"] = accuracy
+        for key in ("ActualLoss", "TrainAccuracy"):
+            if not math.isfinite(values.get(key, 0)):
+                raise FloatingPointError(f"the result is not finite: {key} = {values[key]}")
         if fps is not None and not self._clock.is_steady:
             values["FPSNote"] = "too few steps: the warm-up steps are counted"
         memory = devices.peak_memory_bytes(self.world.device)
@@ -145,6 +210,7 @@ class RunLog:
             self.progress.close()
             self.result.write(values)
             self.result.print_final(self.fps_unit)
+        self._is_finished = True
         return self.result.values(values)
 
     # -- one step ----------------------------------------------------------------------------------------------------
@@ -163,6 +229,8 @@ class RunLog:
     def pause(self, name: str) -> Iterator[None]:
         """Around an evaluation or a checkpoint: its time does not count in FPS and is recorded as `<name>_s`."""
         self._flush_window()
+        if self.world.is_main:
+            self._metrics.sync()
         begin = self._clock.pause()
         yield
         seconds = self._clock.go_on(begin)
@@ -192,6 +260,8 @@ class RunLog:
             epoch: position in epochs.
             **extra: further scalars, averaged over the window like the loss.
         """
+        if self.resume and not (self._has_trained or self._window.steps):
+            self._continue_at(step)
         self._clock.tick(samples)
         scalars = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **extra}
         self._window.add(step, samples, epoch, {k: v for k, v in scalars.items() if v is not None})
@@ -199,6 +269,14 @@ class RunLog:
         if step % self.log_every == 0 or step == self.total_steps:
             self._flush_window()
         self._tell(self._profiler.step(step) if self._profiler else None)
+
+    def preempted(self) -> bool:
+        """Whether any rank was asked to stop, the same on all: call it once a step, see preemption.py."""
+        return self._signals.agreed()
+
+    def stopped(self, step: int) -> Preempted:
+        """What to raise after `preempted`, once the checkpoint is written: `raise log.stopped(step)`."""
+        return self._signals.stopped(step)
 
     def count(self, samples: int) -> None:
         """Counts samples of work that is no training step, such as an evaluated batch, in FPS."""
@@ -210,9 +288,7 @@ class RunLog:
         values = {k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in scalars.items()}
         self._write_metrics({"kind": kind, "step": step, **values})
         if self.world.is_main:
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+            self._write_scalars(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
         self.info(f"[{kind}] step {step} " + " ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
     def info(self, message: str) -> None:
@@ -242,10 +318,7 @@ class RunLog:
         self._losses[window.step] = values["loss"]
         self._has_trained = True
         self._write_metrics(line)
-        if self.world.is_main:
-            for key, value in line.items():
-                if key not in ("kind", "step"):
-                    self._tensorboard.add_scalar(f"train/{key}", value, window.step)
+        self._write_scalars("train", window.step, {k: v for k, v in line.items() if k not in ("kind", "step")})
         self.info(self._console_line(line))
 
     def _console_line(self, line: dict[str, Any]) -> str:
@@ -260,8 +333,24 @@ class RunLog:
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         if self.world.is_main:
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
+            self._metrics.write(line)
+
+    def _write_scalars(self, kind: str, step: int, scalars: dict[str, float]) -> None:
+        try:
+            for key, value in scalars.items() if self.world.is_main else ():
+                self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder / "tensorboard")) from error
+
+    def _continue_at(self, step: int) -> None:
+        """A resumed run's first step: what the files know of it and of later ones was of a future that is no more."""
+        self._losses = {known: loss for known, loss in self._losses.items() if known < step}
+        if self.world.is_main:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            self._metrics.continue_at(step)
+            start = Event(step=step, session_log=SessionLog(status=SessionLog.START))  # readers purge what comes after
+            self._tensorboard.file_writer.add_event(start)
 
     def _write_losses(self) -> None:
         if not self._has_trained:  # an evaluation in a training's folder leaves its losses alone
@@ -300,42 +389,6 @@ class _Window:
         means = {key: float(value) / self.steps for key, value in self._sums.items()}
         loss = means.pop("loss")
         return {"loss": loss, "lr": self._lr, **means}
-
-
-def read_losses(metrics: Path) -> dict[int, float]:
-    """Loss by step of a metrics.jsonl; where a resumed run repeats a step, its later line counts."""
-    losses: dict[int, float] = {}
-    if metrics.exists():
-        for text in metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a crash
-                line = json.loads(text)
-                if line.get("kind") == "train":
-                    losses[line["step"]] = line["loss"]
-    return losses
-
-
-def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:
-    """Draws the loss over steps, with a running mean when there are enough points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [step for step, _ in losses]
-    values = [loss for _, loss in losses]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(
-        steps, values, color="tab:blue", alpha=0.4 if len(values) > 20 else 1.0, marker="." if len(values) == 1 else ""
-    )
-    if len(values) > 20:
-        width = max(2, len(values) // 20)
-        means = [math.fsum(values[i - width + 1 : i + 1]) / width for i in range(width - 1, len(values))]
-        axes.plot(steps[width - 1 :], means, color="tab:blue", label=f"mean of {width} lines")
-        axes.legend()
-    axes.set(xlabel="step", ylabel="loss", title=title)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _short(value: Any) -> str:

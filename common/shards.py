@@ -3,8 +3,8 @@
     python -m common.shards output/checkpoints/checkpoint-1200 model.pt     one plain file of a sharded checkpoint
 
 A sharded checkpoint is a folder that `torch.distributed.checkpoint` (DCP) writes: a file a rank, an index, and
-`progress.pt` with what is no tensor. DCP unpickles its index and its plain values without limits; here both go through
-an unpickler that knows tensors and plain values only.
+`progress.pt` with what is no tensor; `seal.json` has the digests of all of them. DCP unpickles its index and its plain
+values without limits; here both go through an unpickler that knows tensors and plain values only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import io
 import os
 import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -24,8 +23,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,7 +32,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -93,32 +90,73 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_shards(
-    folder: Path, progress: Any, optimizer: torch.optim.Optimizer, model: nn.Module, **others: nn.Module
+    folder: Path,
+    progress: Any,
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    **others: nn.Module,
 ) -> None:
     """Every rank writes its shards into a new folder, which then takes the name `folder`. All ranks call it.
 
     Args:
         progress: plain values and tensors, as `checkpoint_file.save` takes them.
         others: further models to keep, by name, e.g. a weight average.
+
+    Raises:
+        CheckpointError: on all ranks, where the ranks' hosts do not write into one and the same folder.
+        OSError: naming the path, e.g. where the disk is full.
     """
     writing = folder.with_name(f".{folder.name}.writing")
-    if distributed.rank() == 0:
+    rank = distributed.rank()
+    if rank == 0:
         shutil.rmtree(writing, ignore_errors=True)
     distributed.barrier()
-    dcp.save(_parts(optimizer, model, others), checkpoint_id=writing)
-    if distributed.rank() == 0:
+    try:
+        dcp.save(_parts(optimizer, model, others), checkpoint_id=writing)
+    except dcp.api.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
+        raise OSError(causes[0].errno, causes[0].strerror, str(folder)) if causes else error from error
+    if rank == 0:
         checkpoint_file.save(progress, writing / PROGRESS)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(writing, folder)
-        shutil.rmtree(old, ignore_errors=True)
+    own = sorted(path.name for path in writing.glob(f"__{rank}_*"))
+    digests: dict[str, list] = {}
+    for part in distributed.gather_objects(checkpoint_file.digests_of(writing, own)):
+        digests |= part
+    missing = sorted(name for name in digests if not (writing / name).is_file())
+    if any(distributed.gather_objects(bool(missing) and rank == 0)):
+        raise CheckpointError(
+            f"{folder}: shards are missing in it: the hosts do not share this folder, which --parallel fsdp needs"
+        )
+    if rank == 0:
+        digests |= checkpoint_file.digests_of(writing, [PROGRESS, ".metadata"])
+        checkpoint_file.seal(writing, files=digests)
+        _put_in_place(writing, folder)
     distributed.barrier()
+
+
+def _put_in_place(writing: Path, folder: Path) -> None:
+    """A folder cannot be replaced at once: `saved_at` finds the old one where a crash comes between the renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(writing, folder)
+    checkpoint_file.sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sharded checkpoint, None where it is whole; one of an earlier version has no digests."""
+    missing = [name for name in (PROGRESS, ".metadata") if not (folder / name).is_file()]
+    if missing:
+        return f"not a whole sharded checkpoint (it has no {missing[0]})"
+    return checkpoint_file.damage(folder) if (folder / checkpoint_file.SEAL).exists() else None
 
 
 def load_progress(folder: Path) -> Any:
     """What `save_shards` was given as progress; CheckpointError where the folder is not whole."""
+    if problem := damage(folder):
+        raise CheckpointError(f"{folder}: {problem}")
     return checkpoint_file.load(folder / PROGRESS)
 
 
@@ -140,43 +178,62 @@ def load_shards(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module
 
 
 def read_shards(folder: str | Path) -> dict[str, Any]:
-    """The parts of a sharded checkpoint with whole tensors, read by this process alone: {"model": {...}, ...}.
+    """The models of a sharded checkpoint with whole tensors, read by this process alone: {"model": {...}, ...}.
 
     Raises:
         CheckpointError: no such folder, damaged, or with foreign code in it.
     """
-    if not (Path(folder) / PROGRESS).is_file():
-        raise CheckpointError(f"{folder}: not a whole sharded checkpoint (it has no {PROGRESS})")
-    parts: dict[str, Any] = {}
+    folder = Path(folder)
+    if problem := damage(folder):
+        raise CheckpointError(f"{folder}: {problem}")
+    reader = _reader(folder)
+    metadata = reader.read_metadata()
+    entries = {
+        name: entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if metadata.planner_data[name][0] != "optimizer" and isinstance(entry, TensorStorageMetadata)
+    }
+    wanted = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in entries.values())
+    if wanted > sum(path.stat().st_size for path in folder.iterdir()):  # nothing is allocated on an index's word alone
+        raise CheckpointError(f"{folder}: not a readable sharded checkpoint (its index names more than its files hold)")
+    flat = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     try:
-        _load_state_dict(parts, storage_reader=_reader(folder), planner=_WholePlanner(), no_dist=True)
+        dcp.load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
     except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: not a readable sharded checkpoint ({reason})") from error
+    parts: dict[str, Any] = {}
+    for name, tensor in flat.items():
+        part, *path = metadata.planner_data[name]
+        parts.setdefault(part, {})[".".join(path)] = tensor
     return parts
 
 
 def saved_at(folder: Path) -> Path | None:
     """`folder` if it is a whole sharded checkpoint; else the one before it, where a crash came between two renames."""
-    found = (path for path in (folder, folder.with_name(f".{folder.name}.old")) if (path / PROGRESS).is_file())
-    return next(found, None)
+    for path in (folder, folder.with_name(f".{folder.name}.old")):
+        if path.exists():
+            if (problem := damage(path)) is None:
+                return path
+            warnings.warn(f"{path}: {problem}; it is passed over", stacklevel=2)
+    return None
 
 
 def newest_shards(folder: str | Path, pattern: str = "checkpoint-*") -> Path | None:
     """The sharded checkpoint with the highest number in its name that is whole, or None."""
-    found = [path for path in Path(folder).glob(pattern) if path.is_dir() and re.search(r"\d+$", path.name)]
-    for path in sorted(found, key=_number, reverse=True):
-        if (path / PROGRESS).is_file() and (path / ".metadata").is_file():
+    found = [path for path in Path(folder).glob(pattern) if path.is_dir()]
+    for path in sorted(found, key=checkpoint_file.number, reverse=True):
+        if (problem := damage(path)) is None:
             return path
-        warnings.warn(f"{path}: a sharded checkpoint that is not whole is passed over", stacklevel=2)
+        warnings.warn(f"{path}: {problem}; an older checkpoint is looked for", stacklevel=2)
     return None
 
 
 def keep_newest_shards(folder: Path, count: int, pattern: str = "checkpoint-*") -> None:
-    """Deletes all but the `count` newest sharded checkpoints of a folder; 0 keeps all."""
-    found = sorted((path for path in folder.glob(pattern) if (path / PROGRESS).is_file()), key=_number)
-    for path in found[:-count] if count > 0 else []:
-        shutil.rmtree(path)
+    """Deletes all but the `count` newest whole sharded checkpoints of a folder; 0 keeps all."""
+    found = [path for path in folder.glob(pattern) if path.is_dir() and damage(path) is None]
+    for path in sorted(found, key=checkpoint_file.number)[:-count] if count > 0 else []:
+        checkpoint_file.remove(path)
 
 
 def load_whole_model(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -204,11 +261,6 @@ def _parts(optimizer: torch.optim.Optimizer, model: nn.Module, others: dict[str,
     model_state, optimizer_state = get_state_dict(model, optimizer)
     rest = {name: get_model_state_dict(other) for name, other in others.items()}
     return {"model": model_state, "optimizer": optimizer_state, **rest}
-
-
-def _number(path: Path) -> int:
-    found = re.search(r"(\d+)$", path.name)
-    return int(found[1]) if found else -1
 
 
 def _enum_member(kind: Any, name: str) -> Enum:
@@ -249,20 +301,14 @@ def _reader(folder: str | Path) -> _Reader:
     return reader
 
 
-class _PlainBytes:
+class _Planner(dcp.DefaultLoadPlanner):
+    """DCP's planner for plain values only."""
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # checked first, since DCP's own method then loads the same bytes without limits
         torch.load(value, weights_only=True)
         value.seek(0)
         super().load_bytes(read_item, value)
-
-
-class _Planner(_PlainBytes, DefaultLoadPlanner):
-    pass
-
-
-class _WholePlanner(_PlainBytes, _EmptyStateDictLoadPlanner):
-    pass
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -132,7 +132,7 @@ def test_only_whole_checkpoints_are_found_and_old_ones_are_dropped(runs, tmp_pat
     shutil.copytree(source, tmp_path / "checkpoints")
     assert checkpoint.find("auto", str(tmp_path)) == tmp_path / "checkpoints" / "checkpoint-6"
     (tmp_path / "checkpoints" / "checkpoint-6" / shards.PROGRESS).unlink()
-    with pytest.warns(UserWarning, match="not whole is passed over"):
+    with pytest.warns(UserWarning, match="not a whole sharded checkpoint .it has no progress.pt"):
         assert checkpoint.find("auto", str(tmp_path)) == tmp_path / "checkpoints" / "checkpoint-4"
 
 
@@ -144,6 +144,10 @@ class RunsCode:
 def test_a_folder_with_foreign_code_is_refused_and_does_not_run_it(runs, tmp_path, capsys):
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(runs / "fsdp" / "checkpoints" / "checkpoint-6", folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(RunsCode()))
+    with pytest.raises(checkpoint_file.CheckpointError, match=".metadata"):
+        shards.read_shards(folder)
+    (folder / checkpoint_file.SEAL).unlink()  # as of an earlier version, or by someone who can seal
     (folder / ".metadata").write_bytes(pickle.dumps(RunsCode()))
     with pytest.raises(checkpoint_file.CheckpointError, match="wants to run builtins.print"):
         shards.read_shards(folder)
@@ -171,6 +175,7 @@ def test_an_index_of_an_early_python_3_11_is_read_and_no_attribute_but_of_enums(
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(runs / "fsdp" / "checkpoints" / "checkpoint-6", folder)
     want = shards.read_shards(folder)["model"]
+    (folder / checkpoint_file.SEAL).unlink()
     index = pickle.loads((folder / ".metadata").read_bytes())
     with open(folder / ".metadata", "wb") as file:
         EnumsByName(file).dump(index)

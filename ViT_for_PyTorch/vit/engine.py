@@ -343,7 +343,7 @@ def evaluate(config: Config) -> dict[str, Any]:
             f"{NETWORK}_eval",
             config.batch_size,
             config.case_kind,
-            resume=True,
+            evaluation=True,
             skip_steps=1,
             profile=config.profile,
         ) as log:

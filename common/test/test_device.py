@@ -42,7 +42,7 @@ def test_unknown_device_lists_the_known_ones():
 
 def test_usage_error_is_one_line_and_exit_status_2():
     code = (
-        "from common.device import UsageError, print_usage_errors\n"
+        "from common.errors import UsageError, print_usage_errors\n"
         "@print_usage_errors\n"
         "def main():\n    raise UsageError('the file is not there')\n"
         "main()"

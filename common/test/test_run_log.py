@@ -95,7 +95,7 @@ def test_resuming_appends_and_a_fresh_run_keeps_the_earlier_one_aside(tmp_path):
     train(tmp_path, range(1, 11), 20)
     train(tmp_path, range(6, 21), 20, resume=True)  # goes over steps 6 to 10 again
     assert len((tmp_path / "train_Net_bs4_1p_acc_loss.txt").read_text().splitlines()) == 4
-    assert [line["step"] for line in lines(tmp_path) if line["kind"] == "train"] == [5, 10, 10, 15, 20]
+    assert [line["step"] for line in lines(tmp_path) if line["kind"] == "train"] == [5, 10, 15, 20]
 
     (tmp_path / "checkpoint-20.pth").write_text("a user's model")
     train(tmp_path, range(1, 6), 5)

@@ -181,12 +181,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
 
 def open_log(options: argparse.Namespace, world: World, last: int, continued: bool) -> RunLog:
     """The log of a run that ends at step `last`."""
-    kind = options.case_kind
-    folder = options.output_dir
     return RunLog(
-        folder, world, NETWORK, options.batch_size, kind, last, options.log_every, resume=continued,
-        profile=options.profile,
+        options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
+        resume=continued, profile=options.profile,
     )  # fmt: skip
+
+
+def open_evaluation_log(options: argparse.Namespace, world: World) -> RunLog:
+    """The log of an evaluation alone, which has a result file of its own beside that of the training."""
+    name = f"{NETWORK}_eval"
+    return RunLog(options.output_dir, world, name, options.batch_size, options.case_kind, evaluation=True)
 
 
 def append_epoch_log(output_dir: str | Path, line: dict[str, Any]) -> None:

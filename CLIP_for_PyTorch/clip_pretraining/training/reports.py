@@ -27,7 +27,8 @@ def open_log(args: ClipTrainingArguments, world: World, total_steps: int | None,
         args.case_kind,
         total_steps=total_steps,
         log_every=math.ceil(every),  # below 1 it is a share of all steps, as in `transformers`
-        resume=resumed or not args.do_train,
+        resume=resumed,
+        evaluation=not args.do_train,
         skip_steps=args.skip_steps,
         profile=args.profile,
     )

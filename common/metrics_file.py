@@ -1,0 +1,110 @@
+"""metrics.jsonl, a line a record, whole after a crash and continued at a step; the losses in it, and their plot."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """A file that lines are appended to. What a crash cut short or glued together is mended when it is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = list(read_lines(path))
+        whole = "".join(json.dumps(line) + "\n" for line in lines)
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != whole:
+            self._replace(whole)
+        self._open()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one line. OSError, naming the path, where the disk is full or the folder was deleted."""
+        data = memoryview((json.dumps(line) + "\n").encode())
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                raise FileNotFoundError(errno.ENOENT, "no longer there")
+        except FileNotFoundError:
+            text = "was deleted or replaced while the run wrote to it"
+            raise FileNotFoundError(errno.ENOENT, text, str(self.path)) from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def continue_at(self, step: int) -> None:
+        """Drops the lines of `step` and later ones: the run comes to them again."""
+        lines = list(read_lines(self.path))
+        kept = [line for line in lines if not (isinstance(line.get("step"), int) and line["step"] >= step)]
+        if len(kept) < len(lines):
+            self._file.close()
+            self._replace("".join(json.dumps(line) + "\n" for line in kept))
+            self._open()
+
+    def sync(self) -> None:
+        """What was written reaches the disk: before a checkpoint says that these steps are done."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self) -> None:
+        self._file = open(self.path, "ab", buffering=0)
+
+    def _replace(self, text: str) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole records of a metrics.jsonl; of a line that a crash cut and the next run went on in, the whole part."""
+    if not path.exists():
+        return
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for part in (text, *re.split(r'(?=\{"kind": )', text)[1:]):
+            try:
+                line = json.loads(part)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                yield line
+            break
+
+
+def read_losses(metrics: Path) -> dict[int, float]:
+    """Loss by step of a metrics.jsonl; where a run repeats a step, its later line counts."""
+    return {line["step"]: line["loss"] for line in read_lines(metrics) if line.get("kind") == "train"}
+
+
+def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:
+    """Draws the loss over steps, with a running mean when there are enough points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [step for step, _ in losses]
+    values = [loss for _, loss in losses]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(
+        steps, values, color="tab:blue", alpha=0.4 if len(values) > 20 else 1.0, marker="." if len(values) == 1 else ""
+    )
+    if len(values) > 20:
+        width = max(2, len(values) // 20)
+        means = [math.fsum(values[i - width + 1 : i + 1]) / width for i in range(width - 1, len(values))]
+        axes.plot(steps[width - 1 :], means, color="tab:blue", label=f"mean of {width} lines")
+        axes.legend()
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
