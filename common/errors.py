@@ -46,9 +46,12 @@ class Preempted(SystemExit):
 class RunFailed(SystemExit):
     """What `print_usage_errors` makes of an error whose message is for the user: exit status 1, no traceback."""
 
-    def __init__(self, error: BaseException):
+    def __init__(self, message: str):
         super().__init__(1)
-        self.error = error
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def sentence(error: BaseException) -> str | None:
@@ -81,6 +84,6 @@ def print_usage_errors(main):
             if line is None:
                 raise
             print(f"error: {line}", file=sys.stderr, flush=True)
-            raise RunFailed(error) from error
+            raise RunFailed(line) from error
 
     return wrapped

@@ -60,7 +60,7 @@ def test_a_run_without_a_single_update_ends_with_advice(pairs_table, tiny_model,
         weights[name] *= 1e-5
     save_file(weights, small / "model.safetensors", metadata={"format": "pt"})
     options = ["--loss_scale", "65536", "--max_steps", str(MAX_SKIPPED + 5)]
-    with pytest.raises((FloatingPointError, SystemExit), match="use bf16 or fp32"):
+    with pytest.raises(SystemExit, match="use bf16 or fp32"):
         run_clip.main(command(tmp_path / "out", small, pairs_table, *options))
     stored = read_result(tmp_path / "out/CLIP_for_PyTorch_bs8_1p_acc.log")
     assert stored["Status"] == "FAILED" and "50 steps in a row" in stored["Error"]
