@@ -26,6 +26,7 @@ from common import device as devices
 from common import distributed
 from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
+from data2vec import device_patches
 from data2vec.classifiers import commonest, linear_probe, logistic_probe, nearest_neighbour, retrieval
 from data2vec.command_line import choose_precision, parse_evaluation
 from data2vec.data.pretraining_data import PretrainingData
@@ -53,8 +54,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                     load_weights(model, checkpoint, config.common_eval.path)
                 except CheckpointError as error:
                     raise UsageError(str(error)) from None
+            model.to(world.device).eval()
+            device_patches.apply_to_model(model, world.device)
             probe = probe_images if is_vision(config) else probe_text
-            results[name] = probe(model.to(world.device).eval(), data, config, world.device, precision)
+            results[name] = probe(model, data, config, world.device, precision)
     print_table(results, "images" if is_vision(config) else "text")
     return results
 

@@ -24,7 +24,7 @@ from common.checkpoint_file import CheckpointError, load
 from common.errors import UsageError, print_usage_errors
 from common.result_file import keep_aside
 from common.run_log import RunLog
-from data2vec import npu_patches
+from data2vec import device_patches, npu_patches
 from data2vec.command_line import choose_precision, parse, start_ranks
 from data2vec.data.epochs import SplitBatches
 from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         data = open_data(config, world.rank, world.size)
         data.open_splits()
         model = build(config, data).to(world.device)
-        npu_patches.apply_to_model(model, world.device)
+        device_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
         save_dir = Path(options.output_dir) / config.checkpoint.save_dir
         checkpoint = checkpoint_to_resume(config, save_dir)

@@ -12,7 +12,7 @@ from common import distributed
 from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
 from common.run_log import RunLog
-from data2vec import npu_patches
+from data2vec import device_patches, npu_patches
 from data2vec.command_line import choose_precision, parse_evaluation, start_ranks
 from data2vec.modality import build, forward_of, open_data
 from data2vec.training.report import Report
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         npu_patches.apply_to_config(config, world.device)
         data = open_data(config, world.rank, world.size)
         model = build(config, data).to(world.device)
-        npu_patches.apply_to_model(model, world.device)
+        device_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
         try:
             load_weights(model, checkpoint, config.common_eval.path)

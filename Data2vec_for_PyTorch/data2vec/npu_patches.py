@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common import npu
-from data2vec.dropout import attention
+from data2vec.model.attention import attention
 
 LENGTH_MULTIPLE = 64
 
@@ -37,7 +37,7 @@ def use_fused_attention(model: nn.Module) -> None:
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, p: float, bias: Tensor | None = None
 ) -> Tensor:
-    """`dropout.attention` by the fused kernel; same arguments and result.
+    """`model.attention.attention` by the fused kernel; same arguments and result.
 
     torch_npu fuses `scaled_dot_product_attention` with a boolean mask by itself; the explicit call gives it the mask in
     the one shape that its documentation lists. In fp32, and for a bias that is to be trained (the kernel has no

@@ -1,15 +1,14 @@
 """bf16 on CPUs without bf16 instructions (common/cpu.py): as near to fp32 as autocast, in both models."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from common import cpu as cpu_kernels
-from data2vec import build_model, mask_tokens
-from data2vec.model import encoder, text_model, vision_model
+from common import cpu
+from data2vec import build_model, cpu_patches, mask_tokens
+from data2vec.model import attention
 from data2vec.model.vision_model import build_vision_model
 
 TEXT, VISION = (
@@ -41,6 +40,7 @@ def vision_step():
 
 def loss_and_gradients(step, precision):
     model, forward = step()
+    cpu_patches.apply_to_model(model, torch.device("cpu"))
     model.encoder.make_teacher() if step is text_step else model.make_teacher()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         out = forward()
@@ -51,12 +51,36 @@ def loss_and_gradients(step, precision):
 
 @pytest.mark.parametrize("step", [text_step, vision_step])
 def test_emulated_bf16_is_as_near_to_fp32_as_autocast(monkeypatch, step):
-    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16_instructions", lambda: False)
     exact, ours = (loss_and_gradients(step, precision) for precision in ("fp32", "bf16"))
-    for module in (encoder, text_model, vision_model):
-        monkeypatch.setattr(module, "cpu_kernels", contextlib.nullcontext)
+    monkeypatch.setenv("CPU_PATCHES_OFF", "wide_products")
     autocast = loss_and_gradients(step, "bf16")
     norm = exact[1].norm()
     errors = [(gradients - exact[1]).norm() / norm for _, gradients in (ours, autocast)]
-    assert 1e-4 < errors[0] <= 1.1 * errors[1] < 0.1
+    assert 1e-4 < errors[0] <= 1.1 * errors[1] < 0.1 and errors[0] != errors[1]
     assert ours[0] == pytest.approx(exact[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("step", [text_step, vision_step])
+def test_a_teacher_has_its_students_patches_and_none_of_its_weights(step):
+    """A patched method that stayed bound to the student would compute the target with the student's weights."""
+    model, forward = step()
+    cpu_patches.apply_to_model(model, torch.device("cpu"))
+    before = forward()
+    with torch.no_grad():
+        for parameter in model.teacher_holder.student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    after = forward()
+    torch.testing.assert_close(after["target"], before["target"], rtol=0, atol=0)
+    assert not torch.equal(after["pred"], before["pred"])
+
+
+def test_without_cheap_dropout_torch_draws(monkeypatch):
+    monkeypatch.setenv("CPU_PATCHES_OFF", "cheap_dropout")
+    model, _ = text_step()
+    cpu_patches.apply_to_model(model, torch.device("cpu"))
+    layer = model.encoder.sentence_encoder.layers[0]
+    assert layer.dropout_add is attention.dropout_add and layer.self_attn.attend is attention.attention
+    monkeypatch.setenv("CPU_PATCHES_OFF", "cheap_droput")
+    with pytest.raises(SystemExit, match="this project's patches are cheap_dropout, wide_products"):
+        cpu_patches.apply_to_model(model, torch.device("cpu"))

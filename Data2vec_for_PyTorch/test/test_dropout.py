@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from data2vec.dropout import RandomBits, attention, dropout_add, keep_mask
+from data2vec.cpu_dropout import RandomBits, attention, dropout_add, keep_mask
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

@@ -28,7 +28,7 @@ from ci.peers.paired_timing import gemm_peak, write_result  # noqa: E402
 from common import device as devices  # noqa: E402
 from common.cpu import keep_freed_memory  # noqa: E402
 from common.distributed import World  # noqa: E402
-from data2vec import build_model, mask_tokens  # noqa: E402
+from data2vec import build_model, cpu_patches, mask_tokens  # noqa: E402
 from data2vec.config import load_config  # noqa: E402
 from data2vec.data.pretraining_data import TextBatch  # noqa: E402
 from data2vec.training.update import Run, make_state, train_update  # noqa: E402
@@ -54,6 +54,7 @@ def build(shape: tuple[int, int], dropout: float):
 def ours(precision: str, shape: tuple[int, int], dropout: float):
     keep_freed_memory()
     config, model, source, target = build(shape, dropout)
+    cpu_patches.apply_to_model(model, World().device)
     state = make_state(model, config, precision, World())
     rows, tokens = shape
     lengths = torch.full((rows,), tokens)

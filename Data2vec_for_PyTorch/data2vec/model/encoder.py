@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.cpu import cpu_kernels
-from data2vec.dropout import attention, dropout_add
+from data2vec.model.attention import attention, dropout_add
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Rows:
 
 
 class SelfAttention(nn.Module):
-    attend = staticmethod(attention)  # npu_patches has another one
+    attend = staticmethod(attention)  # npu_patches and cpu_patches have others
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -80,6 +79,8 @@ class SelfAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    dropout_add = staticmethod(dropout_add)  # cpu_patches has another one
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.dropout = config.dropout
@@ -98,26 +99,21 @@ class EncoderLayer(nn.Module):
 
         With `rows`, both are [N, C], of those rows only; else [B, T, C].
         """
-        with cpu_kernels():
-            x, result = self.feed_forward(x, key_mask, rows)
-        return self.final_layer_norm(dropout_add(result, x, self.dropout, self.training)), result
-
-    def feed_forward(
-        self, x: torch.Tensor, key_mask: torch.Tensor | None, rows: Rows | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer up to fc2: (residual, fc_result). The teacher's last layer needs nothing beyond."""
         y = self.self_attn(x, key_mask, rows)
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows.flat)  # [N, C]
-        x = self.self_attn_layer_norm(dropout_add(y, x, self.dropout, self.training))
+        x = self.self_attn_layer_norm(self.dropout_add(y, x, self.dropout, self.training))
         y = self.activation(self.fc1(x))
         if self.training and self.activation_dropout > 0:
             y = F.dropout(y, self.activation_dropout)
-        return x, self.fc2(y)
+        result = self.fc2(y)
+        return self.final_layer_norm(self.dropout_add(result, x, self.dropout, self.training)), result
 
 
 class SentenceEncoder(nn.Module):
     """Embeddings and layers; `version` is fairseq's marker and travels in checkpoints."""
+
+    dropout_add = staticmethod(dropout_add)  # cpu_patches has another one
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -146,7 +142,7 @@ class SentenceEncoder(nn.Module):
             x = x + self.embed_positions(positions)
         if config.layernorm_embedding:
             x = self.layernorm_embedding(x)
-        x = dropout_add(x, None, config.dropout, self.training)
+        x = self.dropout_add(x, None, config.dropout, self.training)
         if not has_padding:
             return x, None
         # A row without any token would make its attention NaN; its result is never used, its first key may be seen.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.cpu import cpu_kernels
 from common.device import to_device
 from data2vec.model.encoder import EncoderConfig, Rows, SentenceEncoder, init_bert_weights
 from data2vec.model.targets import TargetConfig, average_targets, regression_loss
@@ -172,8 +171,7 @@ class Data2VecText(nn.Module):
         plan = plan or self.plan(src_tokens, target_tokens, mask_idx)
         target = self.make_targets(plan)  # [N, C]
         x = self.encoder.sentence_encoder(src_tokens, plan.has_padding, plan.rows)  # [N, C]
-        with cpu_kernels():
-            pred = self.encoder.regression_head(x).float()
+        pred = self.encoder.regression_head(x).float()
         loss = regression_loss(pred, target, self.config.loss_beta)
         scale = self.config.loss_scale
         if scale is None or scale <= 0:
@@ -193,7 +191,7 @@ class Data2VecText(nn.Module):
                 x, result = layer(x, key_mask)
                 if i >= first:
                     yield result if whole else result.flatten(0, 1).index_select(0, plan.teacher_rows.flat)
-            yield teacher.layers[-1].feed_forward(x, key_mask, None if whole else plan.teacher_rows)[1]
+            yield teacher.layers[-1](x, key_mask, None if whole else plan.teacher_rows)[1]
 
         target = average_targets(results(), self.targets)
         return target.flatten(0, 1).index_select(0, plan.teacher_rows.flat) if whole else target

@@ -16,8 +16,7 @@ from timm.layers import trunc_normal_
 from timm.models import beit
 from torch import Tensor, nn
 
-from common.cpu import cpu_kernels
-from data2vec.dropout import attention
+from data2vec.model.attention import attention
 from data2vec.model.targets import TargetConfig, average_targets, regression_loss
 from data2vec.model.teacher import WithTeacher
 
@@ -55,7 +54,7 @@ class VisionConfig:
 class VisionAttention(beit.Attention):
     """timm's module (names, initialisation) with this project's attention."""
 
-    attend = staticmethod(attention)  # npu_patches has another one
+    attend = staticmethod(attention)  # npu_patches and cpu_patches have others
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """x [B, T, C], bias fp32 [H, T, T] -> [B, T, C]."""
@@ -85,14 +84,13 @@ class VisionBlock(beit.Block):
     def forward(self, x: Tensor, bias: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x, feed-forward branch): [B, T, C] each, or [N, C] of `rows` (int64 [N], into B * T)."""
         length = x.shape[1]
-        with cpu_kernels():
-            keep = self.drop_path1(x.new_ones(len(x), 1, 1))  # [B, 1, 1]: 0, or 1 / (1 - rate)
-            x = x + keep * self._scaled(self.gamma_1, self.attn(self.norm1(x), bias))
-            keep = self.drop_path2(x.new_ones(len(x), 1, 1))
-            if rows is not None:
-                x = x.flatten(0, 1).index_select(0, rows)  # [N, C]
-                keep = keep.flatten().index_select(0, rows // length).unsqueeze(1)  # [N, 1]
-            branch = keep * self._scaled(self.gamma_2, self.mlp(self.norm2(x)))
+        keep = self.drop_path1(x.new_ones(len(x), 1, 1))  # [B, 1, 1]: 0, or 1 / (1 - rate)
+        x = x + keep * self._scaled(self.gamma_1, self.attn(self.norm1(x), bias))
+        keep = self.drop_path2(x.new_ones(len(x), 1, 1))
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)  # [N, C]
+            keep = keep.flatten().index_select(0, rows // length).unsqueeze(1)  # [N, 1]
+        branch = keep * self._scaled(self.gamma_2, self.mlp(self.norm2(x)))
         return x + branch, branch
 
     @staticmethod
@@ -205,8 +203,7 @@ class Data2VecVision(WithTeacher):
         target = self.make_targets(images, patches, rows)  # [N, C]
         x = torch.where(mask.unsqueeze(2), self.mask_emb.to(patches.dtype), patches)  # [B, P, C]
         x = self.encoder(self.with_cls(x), rows)  # [N, C]
-        with cpu_kernels():
-            pred = (self.final_proj(x) if self.config.use_final_proj else x).float()
+        pred = (self.final_proj(x) if self.config.use_final_proj else x).float()
         scale = self.config.loss_scale
         if scale is None:
             scale = 1 / math.sqrt(pred.shape[-1])

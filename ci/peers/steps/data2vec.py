@@ -17,7 +17,7 @@ from common import device as devices
 from common.cpu import keep_freed_memory
 from common.distributed import World
 from common.errors import UsageError
-from data2vec import build_model, mask_tokens
+from data2vec import build_model, device_patches, mask_tokens
 from data2vec.config import load_config
 from data2vec.data.pretraining_data import TextBatch
 from data2vec.training.update import Run, make_state, train_update
@@ -50,6 +50,7 @@ def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Ste
     if device.type == "cpu":
         keep_freed_memory()
     config, model, source, target = build(size, device)
+    device_patches.apply_to_model(model, device)
     world = World(device=device)
     state = make_state(model, config, precision, world)
     lengths = torch.full((shape["rows"],), shape["tokens"])

@@ -17,7 +17,7 @@ from clip_pretraining import npu_patches as clip_patches
 from clip_pretraining.model.layers import full_attention_mask
 from common import npu
 from data2vec import npu_patches as data2vec_patches
-from data2vec.dropout import attention
+from data2vec.model.attention import attention
 from vit import npu_patches as vit_patches
 
 NPU = torch.device("npu")

@@ -1,4 +1,4 @@
-"""Dropout, and attention with dropout, that are cheap on a CPU; accelerators use torch's own kernels.
+"""Dropout, and attention with dropout, that are cheap on a CPU; `cpu_patches` puts them into the models.
 
 torch's CPU dropout spends most of a step on drawing masks, and `scaled_dot_product_attention` with dropout falls back
 to a path that writes every intermediate matrix to fresh memory. Here masks come from 16 random bits an element, and
@@ -12,7 +12,8 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from data2vec.model import attention as plain
 
 _LEVELS = 1 << 16
 _CACHED_ELEMENTS = 1 << 18
@@ -62,13 +63,10 @@ class _DropoutAdd(torch.autograd.Function):
 
 
 def dropout_add(x: torch.Tensor, residual: torch.Tensor | None, p: float, training: bool) -> torch.Tensor:
-    """residual + dropout(x), or dropout(x) without one."""
-    if not training or p == 0:
-        return x if residual is None else residual + x
-    if x.device.type == "cpu" and p < 1:
-        return _DropoutAdd.apply(x, residual, p)
-    x = F.dropout(x, p)
-    return x if residual is None else residual + x
+    """`model.attention.dropout_add`."""
+    if not training or p in (0, 1):
+        return plain.dropout_add(x, residual, p, training)
+    return _DropoutAdd.apply(x, residual, p)
 
 
 class _DropoutAttention(torch.autograd.Function):
@@ -134,19 +132,12 @@ def attention(
     p: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v with dropout `p` on the weights. q [B, H, Q, D], k and v [B, H, T, D].
-
-    Args:
-        key_mask: bool [B, T], True where keys may be seen; None when all may.
-        bias: [H, Q, T], instead of a key mask.
-    """
-    if 0 < p < 1 and bias is None and q.device.type == "cpu":
-        added = None
-        if key_mask is not None:
-            added = torch.zeros(key_mask.shape).masked_fill_(~key_mask, float("-inf"))
-            added = added.repeat_interleave(q.shape[1], dim=0).unsqueeze(1)  # [B * H, 1, T]
-        y = _DropoutAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), added, p)
-        return y.view(q.shape)
+    """`model.attention.attention`; without dropout, or with a bias, torch's kernel does it."""
+    if p in (0, 1) or bias is not None:
+        return plain.attention(q, k, v, key_mask, p, bias)
+    added = None
     if key_mask is not None:
-        bias = key_mask[:, None, None, :]  # [B, 1, 1, T]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+        added = torch.zeros(key_mask.shape).masked_fill_(~key_mask, float("-inf"))
+        added = added.repeat_interleave(q.shape[1], dim=0).unsqueeze(1)  # [B * H, 1, T]
+    y = _DropoutAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), added, p)
+    return y.view(q.shape)

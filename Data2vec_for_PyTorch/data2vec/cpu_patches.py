@@ -1,0 +1,60 @@
+"""What a CPU does otherwise, each change a named function with its reason; the models know nothing of it.
+
+CPU_PATCHES_OFF=NAME,... leaves patches out. The mathematics is the same; dropout draws other numbers of the same
+distribution.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.cpu import cpu_kernels
+from common.patches import chosen
+from data2vec import cpu_dropout
+from data2vec.model.encoder import EncoderLayer
+
+
+def use_cheap_dropout(model: nn.Module) -> None:
+    """Dropout masks from 16 random bits an element, and attention with dropout a head at a time in buffers that stay in
+    the cache: torch's own CPU kernels spend most of a step there."""
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = cpu_dropout.attention
+        if hasattr(module, "dropout_add"):
+            module.dropout_add = cpu_dropout.dropout_add
+
+
+def use_wide_products(model: nn.Module) -> None:
+    """bf16 products on a CPU without bf16 instructions as fp32 ones of bf16 values (common/cpu.py says why).
+
+    Module by module and not around the model, since activation checkpointing runs a layer again by itself.
+    """
+    for module in model.modules():
+        if isinstance(module, EncoderLayer) or hasattr(module, "drop_path2"):  # a block of either model
+            _run_with_cpu_kernels(module)
+        for head in ("regression_head", "final_proj"):
+            if hasattr(module, head):
+                _run_with_cpu_kernels(getattr(module, head))
+
+
+def _run_with_cpu_kernels(module: nn.Module) -> None:
+    module.forward = types.MethodType(_forward_with_cpu_kernels, module)  # a method: a copied module gets its own
+
+
+def _forward_with_cpu_kernels(module: nn.Module, *args: Any, **options: Any) -> Any:
+    with cpu_kernels():
+        return type(module).forward(module, *args, **options)
+
+
+PATCHES = {"cheap_dropout": use_cheap_dropout, "wide_products": use_wide_products}
+
+
+def apply_to_model(model: nn.Module, device: torch.device) -> None:
+    """Prepares a model on its device, before it has a teacher. Nothing is changed on npu and cuda."""
+    if device.type == "cpu":
+        for patch in chosen(PATCHES, "CPU_PATCHES_OFF").values():
+            patch(model)
