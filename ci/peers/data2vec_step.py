@@ -165,7 +165,7 @@ def main() -> None:
     for worker in sides.values():
         worker.close()
     ratio = ratio_of(list(zip(seconds["ours"], seconds["plain"], strict=True)))
-    # a CPU without bf16 instructions multiplies bf16 numbers fastest in fp32 (common/cpu_kernels.py): that is its peak
+    # a CPU without bf16 instructions multiplies bf16 numbers fastest in fp32 (common/cpu.py): that is its peak
     peak = max(gemm_peak(dtype) for dtype in {DTYPES[options.precision], torch.float32})
     flop = useful_flop(shape)
     what = f"{options.rows} x {options.tokens} tokens, dropout {options.dropout}, {options.precision}"
