@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.distributed import barrier
 from common.errors import PREEMPTED, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -75,12 +76,18 @@ class Watch:
     def __exit__(self, kind: type | None, *_: object) -> None:
         global _current
         _current = None
-        if self._pending is not None and kind in (None, Preempted):  # the others' share of it may still be under way
-            self._pending[0].wait()
+        if kind in (None, Preempted) and dist.is_initialized():
+            # Nobody leaves before the main rank has written everything: a launcher ends the others when the first goes.
+            with contextlib.suppress(RuntimeError):  # of a rank that is gone, which is told elsewhere
+                if self._pending is not None:
+                    self._pending[0].wait()
+                if kind is Preempted:
+                    barrier()
         if not self._before:
             return
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # on its way out a run that was preempted is not to be hurried by the launcher that sees the others go
+            signal.signal(number, signal.SIG_IGN if kind is Preempted else handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writer)  # ends the thread, which closes the other side
 

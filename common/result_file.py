@@ -121,7 +121,7 @@ def keep_aside(folder: Path, patterns: Sequence[str] = OF_A_RUN) -> Path | None:
     return aside
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """`python -m common.result_file failed ...`: the launcher's word on a run that could not write it itself."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("status", choices=["failed"])
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--case_kind", required=True)
     parser.add_argument("--error", required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if owner := folder_lock.living_owner(options.output_dir):
         print(f"note: {options.output_dir} belongs to {owner}: its result file is left alone")
         return
