@@ -66,8 +66,8 @@ def read(path: str | os.PathLike[str]) -> RankTable:
 def world(table: dict[str, Any], devices_per_server: int | None = None) -> dict[str, Any]:
     """The torchrun world of `table`: nodes in order of their first rank, local ranks in order of rank.
 
-    Returns a dict with world_size, nnodes, master_addr (the server of rank 0), node_rank and nproc_per_node (by
-    server_id) and ranks, a list of {rank, server_id, node_rank, local_rank, device_id, device_ip} in order of rank.
+    Returns a dict with world_size, nnodes, master_addr (the address of rank 0's server), node_rank and nproc_per_node
+    (by server_id) and ranks, a list of {rank, server_id, node_rank, local_rank, device_id, device_ip} in order of rank.
     Raises RankTableError when no world can be made of the table (device addresses used twice are left to `check`).
     """
     if problems := launch_problems(table, devices_per_server):
@@ -89,7 +89,7 @@ def world(table: dict[str, Any], devices_per_server: int | None = None) -> dict[
     return {
         "world_size": len(ranks),
         "nnodes": len(servers),
-        "master_addr": servers[0].server_id,
+        "master_addr": servers[0].address,
         "node_rank": {server.server_id: node_rank for node_rank, server in enumerate(servers)},
         "nproc_per_node": {server.server_id: len(server.devices) for server in servers},
         "ranks": ranks,
@@ -100,7 +100,8 @@ def torchrun_lines(plan: dict[str, Any], master_port: int = MASTER_PORT) -> dict
     """For each server_id the start of the command that runs its part of `plan`, which `world` gave."""
     lines = {}
     for server_id, node_rank in plan["node_rank"].items():
-        devices = ",".join(str(row["device_id"]) for row in plan["ranks"] if row["server_id"] == server_id)
+        numbers = sorted(row["device_id"] for row in plan["ranks"] if row["server_id"] == server_id)
+        devices = ",".join(map(str, numbers))  # ascending: CANN knows no other order
         lines[server_id] = (
             f"ASCEND_RT_VISIBLE_DEVICES={devices} torchrun --nnodes={plan['nnodes']} --node_rank={node_rank} "
             f"--nproc_per_node={plan['nproc_per_node'][server_id]} --master_addr={plan['master_addr']} "

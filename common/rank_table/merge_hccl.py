@@ -1,8 +1,8 @@
 """Make one rank table of the servers' tables: `python common/merge_hccl.py hccl*.json`.
 
 Output name and JSON are those of MindFormers' merge_hccl.py where that gives a usable table. Different on purpose:
-- every input and the result are checked; a server that occurs twice is refused, a device address that occurs twice is
-  warned of, and refused with `--strict`;
+- every input and the result are checked: a server or a device address that occurs twice is refused, as HCCL and our
+  launcher would refuse it; what is only doubtful is warned of, and refused with `--strict`;
 - an earlier output that `hccl*.json` also matches is left out when all its servers have tables of their own;
 - arguments in text order, as a shell lists `hccl*.json` (10.0.0.10 before 10.0.0.2), are put in order of host number;
   an order typed by hand is kept, the first server being the master. `--order` chooses one of the two;
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, order: str = "auto") -> None:
     parser.add_argument("-o", "--output", help="default: hccl_{servers}s_{ranks}p.json in this folder")
     text = "of hosts: by number, as the arguments stand, or by number unless typed by hand (default: %(default)s)"
     parser.add_argument("--order", choices=("number", "arguments", "auto"), default=order, help=text)
-    parser.add_argument("--strict", action="store_true", help="refuse device addresses that occur twice")
+    parser.add_argument("--strict", action="store_true", help="refuse what is only warned of")
     parser.add_argument("--devices_per_server", type=int, help="default: 8, or 16 for version 1.2")
     parser.set_defaults(run=_run)
 
@@ -73,10 +73,10 @@ def _run(options: argparse.Namespace) -> None:
     if options.order == "auto":
         keep_order = not in_text_order([str(table.path) for table in tables])
     merged = rank_table.merge(tables, keep_order, options.devices_per_server)
-    doubtful = rank_table.check(merged, options.devices_per_server)
-    if doubtful and options.strict:
-        raise RankTableError(doubtful)
-    for warning in doubtful + warnings(merged):
+    doubtful = warnings(merged)
+    if problems := rank_table.check(merged, options.devices_per_server) + (doubtful if options.strict else []):
+        raise RankTableError(problems)
+    for warning in doubtful:
         print(f"warning: {warning}", file=sys.stderr)
     hosts = [server["server_id"] for server in merged["server_list"]]
     print(f"hosts {'as given' if keep_order else 'by number'}: {', '.join(hosts)}")

@@ -2,6 +2,11 @@
 
 Layouts: version 1.0, version 1.2 (super pods: `super_device_id`, `super_pod_list`) and ModelArts' `jobstart_hccl.json`
 (`group_list`, ranks implied by order). 1.2 and ModelArts follow published examples; neither was run on Ascend hardware.
+
+What HCCL accepts is read from its source (cann-hccl, topoinfo_ranktableConcise.cc) and its guide (hcclug, rank table):
+`server_id` is any name of its own, with the address in `host_ip`; ranks go to the devices of a server in any order (a
+ring: 0, 1, 3, 2); `device_ip` may be absent on one server, and must be there, each once, between servers. MindCluster's
+hccl.json has the pod's address as `server_ip` or `container_ip`, which is where the processes are.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DEVICES_PER_SERVER = {"1.0": 8, "1.2": 16}
+ADDRESS_KEYS = ("server_ip", "container_ip", "host_ip")  # in the order of preference
 _PLACEHOLDER = re.compile(r"[xX*]+(\.[xX*]+)+|<.*>")
 _HOST_NAME = re.compile(r"(?!\d+(\.\d+)*$)(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 Report = Callable[[str, str], None]  # (place and value, remedy)
@@ -47,6 +53,11 @@ class Server:
     row: dict[str, Any]
     server_id: str | None
     devices: list[Device]
+
+    @property
+    def address(self) -> str | None:
+        """Where its processes are reached: the pod's address, the host's, or what server_id says."""
+        return next((self.row[key] for key in ADDRESS_KEYS if ip_address(self.row.get(key))), self.server_id)
 
     @property
     def label(self) -> str:
@@ -82,8 +93,13 @@ def warnings(table: Any) -> list[str]:
             "HCCL needs equal counts for most topologies; torchrun needs another --nproc_per_node on each node",
         )
     for server in servers:
-        if len(servers) == 1 and _is_loopback(server.server_id):
-            report(f"{server.place}: server_id {server.server_id} is a loopback address", "fine on one machine only")
+        known = [d for d in server.devices if d.device_id is not None and d.rank_id is not None]
+        by_rank = [d.device_id for d in sorted(known, key=lambda d: d.rank_id)]
+        if by_rank != sorted(by_rank):
+            text = f"server {server.label}: device ids in order of rank are {', '.join(map(str, by_rank))}"
+            report(text, "good for HCCL and test/*.sh; plain torchrun gives the ranks cards in ascending order")
+        if len(servers) == 1 and _is_loopback(server.address):
+            report(f"{server.place}: {server.address} is a loopback address", "fine on one machine only")
     return found
 
 
@@ -266,17 +282,24 @@ def _check_server_ids(servers: list[Server], report: Report) -> None:
             continue
         if _PLACEHOLDER.fullmatch(name):
             report(f"{server.place}: server_id {name!r} is a documentation placeholder", "write the server's address")
-        elif not is_host(name):
-            remedy = "write the server's address"
+        elif server.address == name and not is_host(name):
+            remedy = "write the server's address, or give it as host_ip"
             report(f"{server.place}: server_id {reprlib.repr(name)} is neither an IP address nor a host name", remedy)
-        elif len(servers) > 1 and _is_loopback(name):
-            report(f"{server.place}: server_id {name} is a loopback address", "give hccl_tools.py --server_ip")
+        elif len(servers) > 1 and _is_loopback(server.address):
+            report(f"{server.place}: {server.address} is a loopback address", "give hccl_tools.py --server_ip")
+        for key in ADDRESS_KEYS:
+            if server.row.get(key) not in (None, "") and ip_address(server.row[key]) is None:
+                remedy = "write the server's address or remove it"
+                report(f"{server.place}: {key} {reprlib.repr(server.row[key])} is not an IP address", remedy)
         nic = server.row.get("host_nic_ip", "reserve")
         if nic != "reserve" and ip_address(nic) is None:
             report(f"{server.place}: host_nic_ip {reprlib.repr(nic)} is not an IP address", "write it or 'reserve'")
     for name, places in _repeated((s.server_id and (ip_address(s.server_id) or s.label), s.place) for s in servers):
         remedy = "(typical: merge without --server_ip) make each server's table with its own address"
         report(f"duplicate server_id {name} in {places}", remedy)
+    separate = [s for s in servers if s.address != s.server_id]
+    for address, places in _repeated((ip_address(s.address), s.place) for s in separate):
+        report(f"duplicate address {address} in {places}", "every server needs its own")
 
 
 def _check_devices(server: Server, limit: int, report: Report) -> None:
@@ -290,11 +313,6 @@ def _check_devices(server: Server, limit: int, report: Report) -> None:
             report(text, "correct it, or say --devices_per_server 16 where a server has so many")
     for number, places in _repeated((d.device_id, d.place) for d in server.devices):
         report(f"{where}: duplicate device_id {number} in {places}", "every device may appear once")
-    known = [d for d in server.devices if d.device_id is not None and d.rank_id is not None]
-    by_rank = [d.device_id for d in sorted(known, key=lambda d: d.rank_id)]
-    if len(set(by_rank)) == len(by_rank) and by_rank != sorted(by_rank):
-        remedy = "number the ranks of a server in order of device_id"
-        report(f"{where}: device ids in order of rank are {', '.join(map(str, by_rank))}", remedy)
 
 
 def _check_ranks(servers: list[Server], report: Report) -> None:
@@ -320,12 +338,13 @@ def _check_ranks(servers: list[Server], report: Report) -> None:
 
 def _check_device_ips(servers: list[Server], report: Report) -> None:
     devices = [device for server in servers for device in server.devices]
+    some_have_one = any(device.device_ip is not None for device in devices)
     for device in devices:
         if device.device_ip is None:
-            if len(devices) > 1 and not device.row.get("device_ip"):
-                report(
-                    f"{device.place}: missing device_ip (only legal for a 1-device table)", "see hccn_tool -i N -ip -g"
-                )
+            if not device.row.get("device_ip") and (len(servers) > 1 or some_have_one):
+                why = "between servers each device needs one" if len(servers) > 1 else "others of the server have one"
+                text = f"{device.place}: missing device_ip (only legal for a 1-device table) while {why}"
+                report(text, "see hccn_tool -i N -ip -g")
             continue
         address = ip_address(device.device_ip)
         if address is None or address.is_unspecified or address.is_multicast:

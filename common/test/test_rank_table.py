@@ -112,7 +112,6 @@ def test_all_problems_are_found_at_once():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda t: t["server_list"][0]["device"].reverse() or renumber(t), "device ids in order of rank are 7, 6"),
         (lambda t: t["server_list"][0].update(server_id="127.0.1.1"), "127.0.1.1 is a loopback address"),
         (lambda t: t["server_list"][0].update(server_id="10.0.0.300"), "neither an IP address nor a host name"),
         (lambda t: t["server_list"][0].update(host_nic_ip="eth0"), "host_nic_ip 'eth0'"),
@@ -130,6 +129,41 @@ def test_a_fault_of_two_servers_is_found(change, word):
     assert any(word in problem for problem in check(table)), check(table)
     with pytest.raises(RankTableError):
         world(table)
+
+
+def test_what_hccl_and_mindcluster_publish_is_read_as_they_mean_it():
+    """The layouts of HCCL's guide (a name beside host_ip) and of MindCluster's hccl.json (server_ip, container_ip)."""
+    table = merge([server_table(1, 2), server_table(2, 2)])
+    for number, server in enumerate(table["server_list"]):
+        server.update(server_id=f"node {number}", host_ip=f"172.16.0.{100 + number}")
+    assert check(table) == [] and world(table)["master_addr"] == "172.16.0.100"
+    assert world(table)["nproc_per_node"] == {"node 0": 2, "node 1": 2}
+    table["server_list"][0]["container_ip"] = "192.168.60.11"  # the pod, where the processes are
+    assert world(table)["master_addr"] == "192.168.60.11"
+    table["server_list"][0].update(server_id="10.174.216.1", server_ip="192.168.60.12")
+    assert world(table)["master_addr"] == "192.168.60.12"
+    table["server_list"][1]["host_ip"] = "192.168.60.12"
+    assert any("duplicate address 192.168.60.12" in problem for problem in check(table))
+    table["server_list"][1]["host_ip"] = "172.16.0.300"
+    assert any("host_ip '172.16.0.300' is not an IP address" in problem for problem in check(table))
+
+
+def test_ranks_may_follow_a_ring_and_one_server_may_have_no_device_addresses():
+    table = server_table(1)
+    table["server_list"][0]["device"][2:4] = table["server_list"][0]["device"][3:1:-1]
+    renumber(table)
+    assert check(table) == [] and "0, 1, 3, 2, 4" in warnings(table)[0]
+    assert [row["device_id"] for row in world(table)["ranks"]][:4] == [0, 1, 3, 2]
+    assert "ASCEND_RT_VISIBLE_DEVICES=0,1,2,3,4" in torchrun_lines(world(table))["10.0.0.1"]
+    for device in table["server_list"][0]["device"]:
+        del device["device_ip"]
+    assert check(table) == []
+    other = {
+        **server_table(2),
+        "server_list": [{"server_id": "10.0.0.2", "device": [{"device_id": "0", "rank_id": "0"}]}],
+    }
+    with pytest.raises(RankTableError, match="missing device_ip .* between servers each device needs one"):
+        merge([table, other])
 
 
 def renumber(table: dict) -> None:
@@ -217,16 +251,28 @@ def test_merge_hccl_equals_the_reference(name, tmp_path):
     assert check(read(tmp_path / output)) == []
 
 
+def own_addresses(table: dict) -> dict:
+    """The golden's 12 servers share their devices' addresses, which HCCL refuses: here each device has its own."""
+    for server in table["server_list"]:
+        for device in server["device"]:
+            device["device_ip"] = f"192.168.{server['server_id'].split('.')[-1]}.{int(device['device_id']) + 1}"
+    return table
+
+
 def test_merge_orders_a_shell_listing_by_number(tmp_path):
     done, output = merge_golden("lexicographic_glob_12_servers", tmp_path)
+    assert done.returncode == 1 and not (tmp_path / output).exists()  # launch would refuse it
+    assert "duplicate device_ip 192.1.27.6" in done.stderr and len(done.stderr.splitlines()) == 8
+    for path in tmp_path.glob("*.json"):
+        path.write_text(json.dumps(own_addresses(json.loads(path.read_text()))))
+    names = sorted(path.name for path in tmp_path.glob("*.json"))
+    done = run(ROOT / "common/merge_hccl.py", *names, cwd=tmp_path)
     assert "hosts by number: 10.0.0.1, 10.0.0.2, 10.0.0.3" in done.stdout
-    assert "warning: duplicate device_ip 192.1.27.6" in done.stderr  # the golden's 12 servers share their addresses
     merged = read(tmp_path / output)
     assert [s["server_id"] for s in merged["server_list"]] == [f"10.0.0.{n}" for n in range(1, 13)]
-    assert all("duplicate device_ip" in problem for problem in check(merged))
-    merge_golden("lexicographic_glob_12_servers", tmp_path, "--order", "arguments")
+    run(ROOT / "common/merge_hccl.py", *names, "--order", "arguments", cwd=tmp_path)
     reference = GOLDEN / "merge/lexicographic_glob_12_servers" / f"OUT_{output}"
-    assert json.loads((tmp_path / output).read_text()) == json.loads(reference.read_text())
+    assert json.loads((tmp_path / output).read_text()) == own_addresses(json.loads(reference.read_text()))
     assert (tmp_path / f"{output}.old").exists()  # the other order, kept aside
 
 
@@ -265,10 +311,14 @@ def test_merge_refuses_what_the_reference_lets_through(name, words, tmp_path):
     assert all(word in done.stderr for word in words) and "Traceback" not in done.stderr
 
 
-def test_merge_refuses_equal_device_addresses_when_strict(tmp_path):
-    done, output = merge_golden("lexicographic_glob_12_servers", tmp_path, "--strict")
-    assert done.returncode == 1 and not (tmp_path / output).exists()
-    assert len(done.stderr.splitlines()) == 8
+def test_merge_refuses_what_is_doubtful_when_strict(tmp_path):
+    for number, devices in ((1, 8), (2, 4)):
+        rank_table.write(server_table(number, devices), tmp_path / f"{number}.json")
+    command = [ROOT / "common/merge_hccl.py", "1.json", "2.json"]
+    done = run(*command, "--strict", cwd=tmp_path)
+    assert done.returncode == 1 and "8 vs 4 devices per server" in done.stderr
+    assert not (tmp_path / "hccl_2s_12p.json").exists()
+    assert run(*command, cwd=tmp_path).returncode == 0 and (tmp_path / "hccl_2s_12p.json").exists()
 
 
 def test_merge_never_includes_its_own_earlier_output(tmp_path):
