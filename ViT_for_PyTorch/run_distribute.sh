@@ -1,2 +1,2 @@
 #!/usr/bin/env bash
-exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/run_distribute.sh" "$@" # where the reference has it
+exec bash "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/scripts/run_distribute.sh" "$@" # where the reference has it

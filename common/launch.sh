@@ -1,2 +1,2 @@
 # The door to the launcher that every test/*.sh sources.
-source "$(dirname "${BASH_SOURCE[0]}")/launch/launch.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/launch/launch.sh" "$@"

@@ -78,6 +78,11 @@ def is_of_a_collective(error: BaseException) -> bool:
     )
 
 
+def is_about_others(text: str) -> bool:
+    """Whether an error's text says only that other ranks did not take part, not why."""
+    return RanksLost.__name__ in text or "with the other ranks" in text or bool(_OF_A_COLLECTIVE.search(text))
+
+
 def describe(watch: Watch, probe_s: float = PROBE_S) -> str | None:
     """One line about who is gone, or None where places are not known. Takes up to `probe_s` seconds."""
     others = [place for place in watch.places if place.rank != watch.rank]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from common import folder_lock
 
 KEYS = (
     "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime ActualLoss E2ETrainingTime TrainAccuracy"
@@ -119,28 +116,3 @@ def keep_aside(folder: Path, patterns: Sequence[str] = OF_A_RUN) -> Path | None:
     for path in found:
         path.rename(aside / path.name)
     return aside
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python -m common.result_file failed ...`: the launcher's word on a run that could not write it itself."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("status", choices=["failed"])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--network", required=True)
-    parser.add_argument("--batch_size", required=True)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--case_kind", required=True)
-    parser.add_argument("--error", required=True)
-    options = parser.parse_args(argv)
-    if owner := folder_lock.living_owner(options.output_dir):
-        print(f"note: {options.output_dir} belongs to {owner}: its result file is left alone")
-        return
-    file = ResultFile(options.output_dir, options.network, options.batch_size, options.ranks, options.case_kind, "")
-    if file.status() == "OK":  # of an earlier run: this one did not come so far as to say RUNNING
-        keep_aside(options.output_dir, [file.path.name])
-    if file.status() not in ("FAILED", "PREEMPTED"):
-        file.write({"Status": "FAILED", "Error": options.error})
-
-
-if __name__ == "__main__":
-    main()

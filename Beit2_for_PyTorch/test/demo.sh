@@ -4,7 +4,7 @@
 # Usage: bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]] ; called by `make demo PROJECT=Beit2_for_PyTorch` and
 # `make outcomes`. OUTPUT_DIR/demo.json holds the numbers that it ends with, in percent.
 set -euo pipefail
-project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 pictures=$(realpath "$1")/images
 output=$(realpath -m "${2:-$project/test/output/demo}")
 first_seed=${3:-0}

@@ -4,10 +4,11 @@
 Network=Beit2_for_PyTorch; CaseKind=acc; RankSize=1
 ExtraFlags="model"
 data_path=""; ckpt_path=""; batch_size=64; epochs=100; model=beit_base_patch16_224
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch.sh" "$@"
 require data_path ckpt_path
 # A training of its own: in the pretraining's folder it would go on from the pretraining's checkpoint.
 : "${output_dir:=$project_dir/test/output/${device_id:-${ASCEND_DEVICE_ID:-0}}/finetuning}"
+on_restart=(--resume auto)
 warmup=$((epochs / 5)) # the recipe's 20 of 100 epochs
 launch run_class_finetuning.py --data_path "$data_path/train" --eval_data_path "$data_path/val" --finetune "$ckpt_path" \
   --model "$model" --batch_size "$batch_size" --epochs "$epochs" --warmup_epochs $warmup --layer_decay 0.6 --drop_path 0.2 \

@@ -6,7 +6,7 @@ Network=Beit2_for_PyTorch; CaseKind=perf
 ExtraFlags="tokenizer_weight tokenizer_model model"
 data_path=""; batch_size=128; epochs=1600; max_steps=100
 tokenizer_model=vqkd_encoder_base_decoder_3x768x12_clip; model=beit_base_patch16_224_8k_vocab_cls_pt
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch.sh" "$@"
 require data_path
 tokenizer=(--random_tokenizer) # the speed does not depend on the weights
 [[ -z $tokenizer_weight ]] || tokenizer=(--tokenizer_weight "$tokenizer_weight")

@@ -1,2 +1,2 @@
 #!/usr/bin/env bash
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch/env_npu.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch/env_npu.sh"

@@ -1,2 +1,2 @@
 #!/usr/bin/env bash
-exec bash "$(dirname "${BASH_SOURCE[0]}")/train_cluster.sh" "$@" # the name in the reference's style
+exec bash "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/train_cluster.sh" "$@" # the name in the reference's style

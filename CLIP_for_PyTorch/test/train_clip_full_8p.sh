@@ -1,2 +1,2 @@
 #!/usr/bin/env bash
-exec bash "$(dirname "${BASH_SOURCE[0]}")/train_full_8p.sh" "$@" # the name in the reference's README
+exec bash "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/train_full_8p.sh" "$@" # the name in the reference's README

@@ -4,6 +4,6 @@
 # Usage: bash test/train_full_1p.sh --data_path=DIR --model_path=FOLDER [--batch_size=64 --epochs=3 --resume=auto]
 CaseKind=acc
 [[ $0 != "${BASH_SOURCE[0]}" ]] || RankSize=1 # else the script for 8 devices runs this one
-source "$(dirname "${BASH_SOURCE[0]}")/clip_options.sh"
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/clip_options.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch.sh" "$@"
 train_clip --save_every 2000 --save_total_limit 2 --eval_strategy epoch

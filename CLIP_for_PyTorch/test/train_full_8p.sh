@@ -3,4 +3,4 @@
 # An interrupted run goes on with --resume=auto. FOLDER is made by save_clip_roberta.py.
 # Usage: bash test/train_full_8p.sh --data_path=DIR --model_path=FOLDER [--batch_size=64 --epochs=3 --resume=auto]
 RankSize=8
-source "$(dirname "${BASH_SOURCE[0]}")/train_full_1p.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/train_full_1p.sh" "$@"

@@ -3,7 +3,7 @@
 # Usage: bash test/train_performance_1p.sh --data_path=DIR --model_path=FOLDER [--batch_size=64 --max_steps=1000]
 CaseKind=perf
 [[ $0 != "${BASH_SOURCE[0]}" ]] || RankSize=1 # else the script for 8 devices runs this one
-source "$(dirname "${BASH_SOURCE[0]}")/clip_options.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/clip_options.sh"
 max_steps=1000
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch.sh" "$@"
 train_clip --save_every 0

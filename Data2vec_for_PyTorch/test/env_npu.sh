@@ -1,1 +1,1 @@
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch/env_npu.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch/env_npu.sh"

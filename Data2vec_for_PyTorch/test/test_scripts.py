@@ -56,7 +56,7 @@ def test_scripts_take_pictures(tmp_path):
     flags += ["--config_dir=configs/vision/pretraining", "--config_name=base_imagenet"]
     done = shell("train_full_8p.sh", *flags)
     assert done.returncode == 0, done.stderr
-    assert f"--config-dir {PROJECT}/configs/vision/pretraining --config-name base_imagenet" in done.stdout
+    assert "configs/vision/pretraining --config-name base_imagenet" in done.stdout
     assert "max_update" not in done.stdout  # the configuration's own
 
 

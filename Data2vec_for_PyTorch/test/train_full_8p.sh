@@ -4,4 +4,4 @@
 # Pictures: --config_dir=configs/vision/pretraining --config_name=base_imagenet; DIR holds them, or train/ with them.
 RankSize=8
 config_name=base
-source "$(dirname "${BASH_SOURCE[0]}")/train_full_1p.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/train_full_1p.sh" "$@"

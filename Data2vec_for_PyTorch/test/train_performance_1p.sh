@@ -5,7 +5,7 @@ Network=Data2vec_for_PyTorch; CaseKind=perf
 [[ $0 != "${BASH_SOURCE[0]}" ]] || RankSize=1 # else the script for 8 devices runs this one
 ExtraFlags="config_dir config_name max_update"
 config_dir=configs/text/pretraining; config_name=${config_name:-base_64}; max_update=5000
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch.sh" "$@"
 require data_path
 launch train.py -m --config-dir "$config_dir" --config-name "$config_name" "task.data=$data_path" \
   "distributed_training.distributed_world_size=$world_size" "optimization.max_update=$max_update" \

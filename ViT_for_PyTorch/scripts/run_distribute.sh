@@ -5,14 +5,15 @@
 #   MODE   train, finetune, eval or predict, which rank 0 does alone.
 #   It waits for the training and ends with its exit code; logs are in test/output/, as of the scripts in test/.
 Network=ViT_for_PyTorch; CaseKind=acc; RankSize=1
+UnusedFlags="data_path" # the configuration names the data
 positional=()
 while (($#)) && [[ $1 != --* ]]; do
   positional+=("$1")
   shift
 done
 if [[ ${1:-} != --help ]]; then
-  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-  share=$(PYTHONPATH=$root python3 -m vit.rank_range "${positional[@]}" "$@") || exit 2
+  project=$(realpath "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/..")
+  share=$(PYTHONPATH=$project python3 -m vit.rank_range "${positional[@]}" "$@") || exit 2
   eval "$share"
   [[ $run_mode != eval ]] || Network=ViT_for_PyTorch_eval
   if [[ -n $starts_nothing ]]; then
@@ -20,6 +21,7 @@ if [[ ${1:-} != --help ]]; then
     exit 0
   fi
 fi
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch.sh" "$@"
+[[ ${run_mode:-} == eval || ${run_mode:-} == predict ]] || on_restart=(--resume_training auto)
 launch run_vit.py --config "$config" --run_mode "$run_mode" ${ckpt_path:+--load_checkpoint "$ckpt_path"} \
   ${predict_data:+--predict_data "$predict_data"} ${batch_size:+--batch_size "$batch_size"} ${epochs:+--epochs "$epochs"}

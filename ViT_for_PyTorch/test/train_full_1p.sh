@@ -6,8 +6,9 @@ Network=ViT_for_PyTorch; CaseKind=acc
 [[ $0 != "${BASH_SOURCE[0]}" ]] || RankSize=1 # else the script for 8 devices runs this one
 ExtraFlags="config resume"
 config=configs/run_vit_base_p16_224_100ep.yaml batch_size=32 epochs=100
-source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh" "$@"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch.sh" "$@"
 require data_path
+on_restart=(--resume_training auto)
 start_mode=train
 [[ -z $ckpt_path ]] || start_mode=finetune
 launch run_vit.py --config "$config" --run_mode "$start_mode" \

@@ -145,7 +145,7 @@ def test_a_node_leaves_and_returns_and_the_run_goes_on(pictures, tmp_path):
         wait_for(tmp_path / "checkpoints" / "checkpoint-3.pt", *running)
         left = running[1]
         os.killpg(left.pid, signal.SIGTERM)
-        left.communicate(timeout=120)
+        left.communicate(timeout=600)
         assert left.returncode == 143 and running[0].poll() is None
         before = max(losses(tmp_path))
         back = start(made[1], "ViT_for_PyTorch", *flags)

@@ -26,12 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import PREEMPTED
 from common.launch.world import LaunchError, Node, add_arguments, nodes_of_hostfile, nodes_of_table
 
 # A host that is lost ends its session after a minute; nothing is ever asked on a terminal.
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15")
 SSH_FAILED = 255  # ssh's own exit code
-END_TIMEOUT_S = 60  # launch.sh gives its ranks 40 s to end
+END_TIMEOUT_S = 150  # the launcher gives ranks that were asked to stop 100 s for a checkpoint
 # Runs on a node: the command ends when it is done, or when the connection closes, for whatever reason.
 _WATCHED = """\
 exec 3<&0 </dev/null
@@ -111,9 +112,12 @@ def run_everywhere(
             codes[index] = code
     finally:
         _end(sessions, codes, ended)
-    failed = next((index for index, code in codes.items() if code != 0), None)
     for session in sessions:
         print(f"node {session.index}  {session.node.address}  exit code {codes[session.index]}  {session.log}")
+    if all(code == PREEMPTED for code in codes.values()):
+        print(f"stopped with a checkpoint on every node: start it again to go on (exit code {PREEMPTED})")
+        return PREEMPTED
+    failed = next((index for index, code in codes.items() if code not in (0, PREEMPTED)), None)
     if failed is None:
         return 0
     _show_failure(sessions[failed], codes[failed])

@@ -12,6 +12,8 @@
 #SBATCH --exclusive
 #SBATCH --output=slurm-%j.log
 #SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 
 (($#)) || { echo "error: sbatch common/launch/slurm.sh SCRIPT.sh FLAGS..." >&2; exit 2; }
@@ -22,7 +24,13 @@ master_addr=${hosts%%$'\n'*}
 master_port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs that meet on one node do not meet on one port
 export script master_addr master_port
 
-# SLURM_NODEID is known only inside the step; --kill-on-bad-exit ends the other nodes when one fails
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash -c \
+# SLURM_NODEID is known only inside the step. --wait ends the others when one has ended: not at once, since the nodes
+# of a preempted run (SIGTERM, 120 s before the time limit) may still be writing their part of the checkpoint.
+code=0
+srun --ntasks-per-node=1 --wait=60 --label bash -c \
   'exec bash "$script" --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --master_addr="$master_addr" \
-    --master_port="$master_port" "$@"' slurm "$@"
+    --master_port="$master_port" "$@"' slurm "$@" || code=$?
+if ((code == 75)); then # stopped with a checkpoint: the same job again, which goes on from it
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code

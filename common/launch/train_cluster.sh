@@ -11,4 +11,4 @@ elif [[ ! " $*" =~ \ --(rank_table_file|hostfile|nnodes)[=\ ] ]]; then
   echo "error: give --rank_table_file, --hostfile or --nnodes with --node_rank and --master_addr (--help says more)" >&2
   exit 2
 fi
-exec bash "$(dirname "${BASH_SOURCE[1]}")/train_full_8p.sh" "$@"
+exec bash "$(dirname "$(realpath "${BASH_SOURCE[1]}")")/train_full_8p.sh" "$@"

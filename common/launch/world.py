@@ -10,12 +10,10 @@ starts every rank himself, Ascend's RANK_ID, RANK_SIZE and DEVICE_ID become torc
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import re
 import shlex
 import socket
-import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +21,12 @@ from pathlib import Path
 
 from common import rank_table
 from common.hosts import address_towards
-from common.rank_table.validation import RankTableError, ip_address, is_host, warnings
+from common.launch.addresses import interface_of, is_own_address
+from common.rank_table.validation import RankTableError, ip_address, is_host, parse_servers, warnings
 
 MASTER_PORT = 29500
 # Ascend's name of a rank's place, and torch's
 TORCH_NAMES = {"RANK_ID": "RANK", "RANK_SIZE": "WORLD_SIZE", "DEVICE_ID": "LOCAL_RANK"}
-_SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
 class LaunchError(ValueError):
@@ -42,6 +40,7 @@ class Node:
     address: str
     nproc: int
     devices: tuple[int, ...] = ()
+    name: str = ""  # another one by which the machine may know itself
 
 
 def nodes_of_table(path: str, nproc: int | None = None, devices_per_server: int | None = None) -> list[Node]:
@@ -62,12 +61,13 @@ def nodes_of_table(path: str, nproc: int | None = None, devices_per_server: int 
         raise LaunchError("\n".join(error.problems)) from None
     for warning in warnings(table):
         print(f"warning: {warning}", file=sys.stderr)
+    addresses = {server.server_id: server.address for server in parse_servers(table, lambda *_: None)}
     nodes = []
     for server_id in plan["node_rank"]:
         devices = tuple(row["device_id"] for row in plan["ranks"] if row["server_id"] == server_id)
         if nproc not in (None, len(devices)):
             raise LaunchError(f"--nproc={nproc}, but {path} has {len(devices)} devices on server {server_id}: omit it")
-        nodes.append(Node(server_id, len(devices), devices))
+        nodes.append(Node(addresses[server_id], len(devices), devices, server_id))
     return nodes
 
 
@@ -108,6 +108,7 @@ def own_node(nodes: Sequence[Node]) -> int:
     Raises LaunchError when it is none of them, or several.
     """
     own = [index for index, node in enumerate(nodes) if is_own_address(node.address)]
+    own = own or [index for index, node in enumerate(nodes) if node.name and is_own_address(node.name)]
     if len(own) == 1:
         return own[0]
     listed = ", ".join(node.address for node in nodes[:8]) + (", ..." if len(nodes) > 8 else "")
@@ -115,37 +116,6 @@ def own_node(nodes: Sequence[Node]) -> int:
         which = " and ".join(nodes[index].address for index in own[:8])
         raise LaunchError(f"{which} are all this machine: say which node to start with --node_rank=K")
     raise LaunchError(f"this machine ({socket.gethostname()}) is none of {listed}: say which with --node_rank=K")
-
-
-def is_own_address(address: str) -> bool:
-    """Whether `address`, an IP address or a host name, is this machine."""
-    names = [name.lower() for name in (address, socket.gethostname())]
-    if names[0] == names[1] or (ip_address(address) is None and names[0].split(".")[0] == names[1].split(".")[0]):
-        return True
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(place)  # the system lets a socket have only addresses of this machine; nothing is sent
-    except OSError:
-        return False
-    return True
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface with the IPv4 address that `address` stands for; None when there is none or it is lo."""
-    try:
-        wanted = socket.gethostbyname(address)
-    except OSError:
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                reply = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has no IPv4 address
-                continue
-            if socket.inet_ntoa(reply[20:24]) == wanted and name != "lo":
-                return name
-    return None
 
 
 def own_rank(environ: Mapping[str, str], nodes: Sequence[Node], size: int | None, has_table: bool) -> dict[str, str]:
@@ -184,6 +154,7 @@ def own_rank(environ: Mapping[str, str], nodes: Sequence[Node], size: int | None
         if node.devices[local_rank] != device:
             expected = f"device {node.devices[local_rank]} of {node.address}"
             raise LaunchError(f"RANK_ID={rank} DEVICE_ID={device}, but in the rank table rank {rank} is {expected}")
+        local_rank = sorted(node.devices).index(device)  # cards are visible in ascending order only
         variables |= {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": node.nproc, "GROUP_RANK": nodes.index(node)}
     return {name: str(value) for name, value in variables.items()}
 

@@ -172,7 +172,7 @@ def test_two_nodes_of_one_and_two_ranks_meet(project, folder):
 
 def test_the_slurm_script_starts_every_node_with_its_rank(folder):
     stand_ins = {
-        "scontrol": 'echo "node7"; echo "node9"',
+        "scontrol": '[[ $1 == requeue ]] && echo "$*" || { echo "node7"; echo "node9"; }',
         # two nodes of one task each, as srun would start them
         "srun": 'while [[ $1 == -* ]]; do shift; done; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
     }
@@ -183,15 +183,20 @@ def test_the_slurm_script_starts_every_node_with_its_rank(folder):
     command = ["bash", COMMON / "launch" / "slurm.sh", "node.sh", "--data_path=my data"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder, **variables))
     assert done.returncode == 0, done.stderr
+    assert "requeue" not in done.stdout
     for node in range(2):
         flags = f"--nnodes=2 --node_rank={node} --master_addr=node7 --master_port=23456 --data_path=my data"
         assert f"ARGS {flags}\n" in done.stdout
+    (folder / "node.sh").write_text("exit 75\n")  # stopped with a checkpoint
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder, **variables))
+    assert done.returncode == 75 and "requeue 123456" in done.stdout
 
 
 def test_the_volcano_job_starts_all_pods_and_names_a_script_and_flags_that_exist(tmp_path):
     job = yaml.safe_load((COMMON / "launch" / "volcano_job.yaml").read_text())
     (task,) = job["spec"]["tasks"]
     assert job["spec"]["minAvailable"] == task["replicas"] and {"svc", "env"} <= set(job["spec"]["plugins"])
+    assert {"exitCode": 75, "action": "RestartJob"} in job["spec"]["policies"]
     (container,) = task["template"]["spec"]["containers"]
     words = shlex.split(container["command"][2])
     assert words[:2] == ["exec", "bash"] and (COMMON.parent / words[2]).is_file()

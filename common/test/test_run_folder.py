@@ -13,6 +13,7 @@ import pytest
 from common import folder_lock, result_file, run_folder
 from common.distributed import World
 from common.errors import UsageError
+from common.launch import outcome
 from common.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +37,7 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_is_followed(tmp_path, 
     with pytest.raises(UsageError, match=f"belongs to the run of process {first.pid} on {socket.gethostname()}"):
         RunLog(tmp_path, World(), "Net", 4).__enter__()
     # the launcher's word on the refused run does not touch the living one's result
-    result_file.main(
-        ["failed", "--output_dir", str(tmp_path), "--network", "Net", "--batch_size", "4", "--ranks", "1"]
-        + ["--case_kind", "acc", "--error", "exit code 2"]
-    )
+    outcome.conclude(outcome.Case.begin(str(tmp_path), "Net", "4", 1, "acc"), "FAILED", "exit code 2")
     assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoint-1.pt"]
     first.kill()
     first.wait()
