@@ -28,6 +28,7 @@ from beit2.options import (
 from beit2.training.optimizers import layer_decay, parameter_groups
 from beit2.weights.files import local_file, read_checkpoint, read_state_dict
 from common.errors import UsageError
+from common.posterize_repair import repair_posterize
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:
@@ -206,6 +207,7 @@ def _training_transform(options: argparse.Namespace):
         jitter = options.color_jitter
         return CropAndFlip(options.input_size, 0.08, options.train_interpolation, jitter)
     mean, std = mean_and_std(options)
+    repair_posterize()
     try:
         transform = create_transform(
             options.input_size,
