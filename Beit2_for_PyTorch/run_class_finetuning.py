@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from beit2 import device_patches
 from beit2 import finetuning_options as setup
 from beit2.data.batches import run_batches, steps_per_epoch
-from beit2.data.images import check_images
 from beit2.data.normalizer import Normalizer
+from beit2.data.reading import check_images
 from beit2.options import mean_and_std, pick_precision, schedules
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log, plain_options
 from beit2.training.parallel import Replica
@@ -44,7 +44,9 @@ def train(options: argparse.Namespace, world: World) -> dict:
     precision = pick_precision(options, world.device)
     devices.seed_everything(options.seed)
     training, test, names = setup.build_datasets(options)
-    check_images(training.paths + (test.paths if test else []))
+    check_images(training.paths)
+    if test is not None:
+        check_images(test.paths)
     model = setup.build_model(options, len(names)).to(world.device)
     device_patches.apply(model, None, world.device)
     average = setup.build_average(options, model)

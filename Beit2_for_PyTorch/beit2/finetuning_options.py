@@ -124,7 +124,7 @@ def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, Labelle
 
 
 def _test_set(options: argparse.Namespace, folder: str | Path, names: list[str] | None) -> LabelledImages:
-    paths, labels, _ = find_classes(folder, names)
+    paths, labels, _ = find_classes(folder, names, "--eval_data_path")
     return LabelledImages(paths, labels, CentreCrop(options.input_size, options.crop_pct))
 
 
@@ -146,7 +146,8 @@ def build_test_set(
     if not folder:
         raise UsageError("--eval needs --eval_data_path DIR, the test set's class folders")
     if names is None:
-        names = find_classes(training if training and Path(training).is_dir() else folder)[2]
+        has_training = bool(training) and Path(training).is_dir()
+        _, _, names = find_classes(training) if has_training else find_classes(folder, None, "--eval_data_path")
     if len(names) != classes:
         raise UsageError(
             f"--eval_data_path {folder}: {len(names)} class folders, the checkpoint has {classes} classes; "

@@ -6,8 +6,10 @@ import argparse
 
 import torch
 
-from beit2.data.images import PretrainingImages, check_images, find_images
+from beit2.data.images import PretrainingImages
+from beit2.data.listing import list_pictures
 from beit2.data.masking import MaskingGenerator
+from beit2.data.reading import check_images
 from beit2.data.transforms import INTERPOLATIONS, TwoViewTransform
 from beit2.model.masked_image_model import MaskedImageModel
 from beit2.model.names import FINETUNING_MODELS, TOKENIZER_URL, create_model, create_tokenizer
@@ -189,6 +191,6 @@ def build_dataset(options: argparse.Namespace, window: tuple[int, int]) -> Pretr
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    paths = find_images(options.data_path)
+    paths = list_pictures(options.data_path)
     check_images(paths)
     return PretrainingImages(paths, transform, masking, options.seed)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from beit2.data.images import check_images
 from beit2.data.labelled import CentreCrop, CropAndFlip, LabelledImages, find_classes
+from beit2.data.reading import check_images
 from beit2.model.names import FINETUNING_MODELS, create_model
 from beit2.model.vision_transformer import VisionTransformer
 from beit2.options import add_dead_options, add_optimizer_options, add_run_options, adopt, parse, truth
@@ -104,7 +104,9 @@ def build_test_set(options: argparse.Namespace, names: list[str] | None) -> tupl
     """
     if not (options.eval_data_path or options.data_path):
         raise UsageError("--eval_data_path is missing: the test set's class folders")
-    paths, labels, names = find_classes(options.eval_data_path or Path(options.data_path, "val"), names)
+    paths, labels, names = find_classes(
+        options.eval_data_path or Path(options.data_path, "val"), names, "--eval_data_path"
+    )
     check_images(paths)
     return LabelledImages(paths, labels, CentreCrop(options.input_size)), names
 

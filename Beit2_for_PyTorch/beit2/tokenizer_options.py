@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from beit2 import options
-from beit2.data.images import check_images, find_images
 from beit2.data.labelled import CentreCrop, CropAndFlip, LabelledImages
+from beit2.data.listing import list_pictures
+from beit2.data.reading import check_images
 from beit2.data.transforms import INTERPOLATIONS
 from beit2.model.names import TOKENIZERS, create_tokenizer
 from beit2.model.teachers import build_teacher, load_teacher
@@ -58,7 +59,7 @@ def build_training_set(opts: argparse.Namespace) -> LabelledImages:
     Raises:
         UsageError: no folder, no picture in it, or an unreadable one.
     """
-    paths = find_images(opts.data_path)
+    paths = list_pictures(opts.data_path)
     check_images(paths)
     crop = CropAndFlip(opts.input_size, opts.min_crop_scale, opts.train_interpolation, opts.color_jitter)
     return LabelledImages(paths, [0] * len(paths), crop, opts.seed)
@@ -74,7 +75,7 @@ def build_test_set(opts: argparse.Namespace) -> LabelledImages | None:
     if not only_evaluates and (opts.disable_eval or not opts.eval_data_path):
         return None
     option = "--data_path" if opts.data_path and not opts.eval_data_path else "--eval_data_path"
-    paths = find_images(opts.eval_data_path or opts.data_path, option)
+    paths = list_pictures(opts.eval_data_path or opts.data_path, option)
     check_images(paths)
     return LabelledImages(paths, [0] * len(paths), CentreCrop(opts.input_size, None, opts.train_interpolation))
 

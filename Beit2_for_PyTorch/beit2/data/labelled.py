@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from beit2.data.images import EXTENSIONS, read_image
+from beit2.data.listing import EXTENSIONS, PictureList, list_pictures
+from beit2.data.reading import read_image
 from beit2.data.transforms import INTERPOLATIONS, draw_jitter, jitter_crop, random_crop, to_uint8
 from common.device import mix_seed
 from common.errors import UsageError
@@ -19,42 +20,36 @@ from common.errors import UsageError
 Transform = Callable[[Image.Image, int], torch.Tensor]  # picture, seed -> tensor
 
 
-def find_classes(root: str | Path, names: list[str] | None = None) -> tuple[list[Path], list[int], list[str]]:
-    """Pictures of root/<class>/**, their class numbers, and the class names in sorted order.
+def find_classes(
+    root: str | Path, names: list[str] | None = None, option: str = "--data_path"
+) -> tuple[PictureList, np.ndarray, list[str]]:
+    """Pictures of root/<class>/**, their class numbers int64, and the class names in sorted order.
 
     Args:
         names: classes of the training set; a class of another name is then an error.
+        option: where the folder was given, for messages.
 
     Raises:
-        UsageError: no folder, no class, no picture, or an unknown class.
+        UsageError: no folder, no class, no picture, an unknown class, or train/ and val/ in the place of classes.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UsageError(f"{root}: no such folder")
-    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if not found:
-        raise UsageError(f"{root}: no class folders in it")
-    if set(found) == {"train", "val"}:
-        raise UsageError(f"{root}: holds train/ and val/, not classes: give {root / 'train'} and {root / 'val'} apart")
-    names = found if names is None else names
-    unknown = sorted(set(found) - set(names))
+    paths = list_pictures(root, option, labelled=True)
+    counts = paths.counts_by_folder()
+    loose = [path for path in counts if path.lower().endswith(EXTENSIONS)]
+    if loose:
+        raise UsageError(f"{option} {root}: {loose[0]} lies beside the class folders: move it into one, or away")
+    names = list(counts) if names is None else names
+    unknown = sorted(set(counts) - set(names))
     if unknown:
-        raise UsageError(f"{root}: class folder {unknown[0]} does not exist in the training set")
-    paths, labels = [], []
-    for name in found:
-        for path in sorted((root / name).rglob("*")):
-            if path.suffix.lower() in EXTENSIONS:
-                paths.append(path)
-                labels.append(names.index(name))
-    if not paths:
-        raise UsageError(f"{root}: no pictures in its class folders (looked for {' '.join(EXTENSIONS)})")
+        raise UsageError(f"{option} {root}: class folder {unknown[0]} does not exist in the training set")
+    number = {name: index for index, name in enumerate(names)}
+    labels = np.repeat([number[name] for name in counts], list(counts.values()))  # [pictures]
     return paths, labels, names
 
 
 class LabelledImages(Dataset):
     """Item (epoch, index) or index -> (tensor, class)."""
 
-    def __init__(self, paths: list[Path], labels: list[int], transform: Transform, seed: int = 0):
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Transform, seed: int = 0):
         self.paths, self.labels, self.transform, self.seed = paths, labels, transform, seed
 
     def __len__(self) -> int:
@@ -63,7 +58,7 @@ class LabelledImages(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image = read_image(self.paths[index])
-        return self.transform(image, mix_seed(self.seed, epoch, index)), self.labels[index]
+        return self.transform(image, mix_seed(self.seed, epoch, index)), int(self.labels[index])
 
 
 class CropAndFlip:
