@@ -130,12 +130,14 @@ def load(path: str | Path, map_location: Any = "cpu", allow: Sequence[type] = ()
             warnings.filterwarnings("ignore", category=ResourceWarning)
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
         wanted = re.search(r"(?:GLOBAL|Unsupported (?:class|global)[^A-Za-z_]*)\s*([\w.]+)", str(error))
-        what = f"wants to run {wanted.group(1)}" if wanted else f"is refused ({reason[:200]})"
+        if wanted is None:
+            found = re.search(r"WeightsUnpickler error: (.{,100})", str(error))
+            reason = found[1].strip() if found else "no file of torch"
+            raise CheckpointError(f"{path}: not a readable checkpoint, or is refused ({reason})") from error
         raise CheckpointError(
-            f"{path}: {what} while loading. Only tensors and plain values are loaded, since a pickle can run any code; "
-            "if you trust its author, re-save its state_dict with torch.save and use that file"
+            f"{path}: wants to run {wanted[1]} while loading. Only tensors and plain values are loaded, since a pickle "
+            "can run any code; if you trust its author, re-save its state_dict with torch.save and use that file"
         ) from error
     except Exception as error:  # a damaged file makes torch raise anything from KeyError to MemoryError
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -24,7 +24,7 @@ from common import device as devices
 from common import folder_lock, run_folder
 from common.distributed import World
 from common.errors import Preempted, UsageError
-from common.metrics_file import MetricsFile, plot_loss, read_losses
+from common.metrics_file import MetricsFile, TensorBoard, plot_loss, read_losses
 from common.preemption import Watch
 from common.profile.step_profiler import StepProfiler
 from common.result_file import ResultFile, keep_aside
@@ -123,11 +123,9 @@ class RunLog:
                 self._losses = read_losses(metrics)
             else:
                 keep_aside(self.folder)
-        from torch.utils.tensorboard import SummaryWriter  # half a second of imports, on the main rank only
-
         self.result.write({"Status": "RUNNING"})
         self._metrics = MetricsFile(metrics)
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        self._tensorboard = TensorBoard(self.folder / "tensorboard")
 
     def _check_hosts(self) -> None:
         absent = ", ".join(run_folder.hosts_without(self.folder, self.world))
@@ -160,12 +158,11 @@ class RunLog:
                 self.result.write(ending)
             if hasattr(error, "replay"):  # of a step that was not finite
                 (self.folder / "replay.json").write_text(json.dumps(error.replay, indent=1) + "\n", encoding="utf-8")
-            self._metrics.close()
-            self._tensorboard.close()
         except OSError as full:  # the first cause is the one to be told
-            if error is None:
-                raise
-            print(f"note: {full.filename}: {full.strerror}: the end of the run is not recorded", file=sys.stderr)
+            print(f"note: {self.folder}: {full.strerror}: the end of the run is not recorded", file=sys.stderr)
+        for file in (self._metrics, self._tensorboard):
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                file.close()
 
     def finish(self, accuracy: float | None = None, loss: float | None = None, **extra: Any) -> dict[str, Any]:
         """Writes the loss plot, the loss list and the result file, and prints the final block.
@@ -288,7 +285,7 @@ class RunLog:
         values = {k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in scalars.items()}
         self._write_metrics({"kind": kind, "step": step, **values})
         if self.world.is_main:
-            self._write_scalars(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
+            self._tensorboard.write(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
         self.info(f"[{kind}] step {step} " + " ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
     def info(self, message: str) -> None:
@@ -318,7 +315,9 @@ class RunLog:
         self._losses[window.step] = values["loss"]
         self._has_trained = True
         self._write_metrics(line)
-        self._write_scalars("train", window.step, {k: v for k, v in line.items() if k not in ("kind", "step")})
+        if self.world.is_main:
+            scalars = {key: value for key, value in line.items() if key not in ("kind", "step")}
+            self._tensorboard.write("train", window.step, scalars)
         self.info(self._console_line(line))
 
     def _console_line(self, line: dict[str, Any]) -> str:
@@ -335,22 +334,12 @@ class RunLog:
         if self.world.is_main:
             self._metrics.write(line)
 
-    def _write_scalars(self, kind: str, step: int, scalars: dict[str, float]) -> None:
-        try:
-            for key, value in scalars.items() if self.world.is_main else ():
-                self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.folder / "tensorboard")) from error
-
     def _continue_at(self, step: int) -> None:
         """A resumed run's first step: what the files know of it and of later ones was of a future that is no more."""
         self._losses = {known: loss for known, loss in self._losses.items() if known < step}
         if self.world.is_main:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
             self._metrics.continue_at(step)
-            start = Event(step=step, session_log=SessionLog(status=SessionLog.START))  # readers purge what comes after
-            self._tensorboard.file_writer.add_event(start)
+            self._tensorboard.continue_at(step)
 
     def _write_losses(self) -> None:
         if not self._has_trained:  # an evaluation in a training's folder leaves its losses alone

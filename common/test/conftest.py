@@ -1,6 +1,8 @@
 """A trial project for the tests of launch.sh."""
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,15 @@ def project(tmp_path) -> Path:
     (folder / "run.py").write_text(PROGRAM)
     (root / "my pictures").mkdir()
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte; skipped where nothing may be mounted."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and not subprocess.call(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder])
+    if not mounted:
+        pytest.skip("needs to mount a tmpfs")
+    yield folder
+    subprocess.check_call(["umount", "-l", folder])

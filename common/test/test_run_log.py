@@ -1,6 +1,9 @@
 """The log and the result file of a run: what users and collectors read."""
 
 import json
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +12,11 @@ import torch
 
 from common import result_file
 from common.distributed import World
+from common.errors import UsageError
 from common.run_log import RunLog
+from common.update import NonFiniteStep
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(folder: Path, steps: range, total: int, **options) -> dict:
@@ -118,3 +125,78 @@ def test_a_run_shorter_than_the_warm_up_says_so(tmp_path):
         for step in (1, 2):
             log.step(step, samples=4, loss=1.0, lr=0.1)
         assert "warm-up steps are counted" in log.finish()["FPSNote"]
+
+
+def test_a_crash_in_the_middle_of_a_line_costs_that_line_alone(tmp_path):
+    """Cut by a full disk or a power loss, and glued by a run that went on in it."""
+    train(tmp_path, range(1, 21), 20)
+    metrics = tmp_path / "metrics.jsonl"
+    whole = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([whole[0], whole[1][:30] + whole[2], whole[3][:20]]))
+    train(tmp_path, range(16, 21), 20, resume=True)
+    assert [line["step"] for line in lines(tmp_path)] == [5, 15, 20]
+
+
+def test_tensorboard_goes_on_at_the_checkpoint_s_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, range(1, 21), 20)
+    train(tmp_path, range(11, 31), 30, resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_step_that_was_not_finite_leaves_what_to_replay(tmp_path):
+    with pytest.raises(NonFiniteStep), RunLog(tmp_path, World(), "Net", batch_size=4) as log:
+        log.step(1, samples=4, loss=1.0, lr=0.1)
+        raise NonFiniteStep("the loss became inf", {"step": 2, "ranks": {"0": ["a.jpg"]}})
+    assert json.loads((tmp_path / "replay.json").read_text()) == {"step": 2, "ranks": {"0": ["a.jpg"]}}
+
+
+@pytest.mark.parametrize(("loss", "accuracy"), [(float("nan"), 50.0), (1.0, float("inf"))])
+def test_no_result_is_never_ok(tmp_path, loss, accuracy):
+    with pytest.raises(FloatingPointError, match="not finite"), RunLog(tmp_path, World(), "Net", 4) as log:
+        log.step(1, samples=4, loss=loss, lr=0.1)
+        log.finish(accuracy=accuracy)
+    with pytest.raises(UsageError, match="no training step"), RunLog(tmp_path, World(), "Net", 4) as log:
+        log.finish()
+    with RunLog(tmp_path, World(), "Net", 4) as log:
+        log.step(1, samples=4, loss=loss, lr=0.1)
+    for path in (tmp_path, *(tmp_path / "earlier").iterdir()):
+        assert result_file.read(path / "Net_bs4_1p_acc.log")["Status"] == "FAILED"
+
+
+def run_until(folder: Path, step: int, fault, resume: bool = False) -> tuple[str, str]:
+    """Trains with a fault from `step` on, as an entry script's main; returns its output and its error."""
+    code = (
+        "import sys\nfrom common.distributed import World\nfrom common.errors import print_usage_errors\n"
+        "from common.run_log import RunLog\n"
+        "@print_usage_errors\ndef main():\n"
+        f"    with RunLog(sys.argv[1], World(), 'Net', 4, log_every=1, resume={resume}) as log:\n"
+        "        for step in range(1, 200):\n"
+        f"            if step == {step}:\n                {fault}\n"
+        "            log.step(step, 4, loss=1.0, lr=0.1)\n        log.finish()\nmain()\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr
+    return process.stdout, process.stderr
+
+
+def test_a_folder_that_is_deleted_in_mid_run_is_told_in_one_line(tmp_path):
+    _, error = run_until(tmp_path / "out", 5, "import shutil; shutil.rmtree(sys.argv[1])")
+    assert error == f"error: {tmp_path}/out/metrics.jsonl: was deleted or replaced while the run wrote to it\n"
+    assert result_file.read(tmp_path / "out" / "Net_bs4_1p_acc.log")["Status"] == "FAILED"
+
+
+def test_a_full_disk_is_told_and_an_older_ok_does_not_stay(small_disk):
+    folder = small_disk / "out"
+    train(folder, range(1, 6), 5)
+    name = "Net_bs4_1p_acc.log"
+    assert result_file.read(folder / name)["Status"] == "OK"
+    fill = "import os; f = os.open(os.path.join(os.path.dirname(sys.argv[1]), 'filler'), os.O_WRONLY | os.O_CREAT)\n"
+    fill += "                try:\n                    while True: os.write(f, bytes(512))\n"
+    fill += "                except OSError: pass"
+    _, error = run_until(folder, 3, fill, resume=True)
+    assert re.fullmatch(rf"error: {folder}/(metrics.jsonl|tensorboard): No space left on device\n", error), error
+    assert result_file.read(folder / name)["Status"] == "FAILED"
