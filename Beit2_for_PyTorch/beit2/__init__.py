@@ -7,9 +7,9 @@ repair_torchvision()  # before anything imports torchvision or timm
 from beit2.data.masking import MaskingGenerator
 from beit2.model.convert import convert_pretrained
 from beit2.model.masked_image_model import build_pretraining_model
-from beit2.model.names import create_model, create_tokenizer
 from beit2.model.tokenizer import build_tokenizer
 from beit2.model.vision_transformer import build_classifier
+from beit2.model_names import create_model, create_tokenizer
 from beit2.training.optimizers import parameter_groups
 from beit2.training.schedule import cosine_schedule
 
