@@ -72,7 +72,7 @@ def tidy(folder: str | Path) -> list[str]:
         if old and path.is_dir() and not path.with_name(old[1]).exists():
             os.replace(path, path.with_name(old[1]))
             done.append(f"{path.with_name(old[1])} is back: a crash had come between two renames")
-        elif (old and path.is_dir()) or _LEFTOVER.fullmatch(path.name):
+        elif (old and path.is_dir()) or _LEFTOVER.fullmatch(path.name) or _is_stale_lock(path):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             done.append(f"{path}: half-written by an earlier run, removed")
     for path in [*folder.glob("*_acc.log"), *folder.glob("*_perf.log")]:
@@ -82,6 +82,11 @@ def tidy(folder: str | Path) -> list[str]:
             result_file.replace(path, values | {"Status": "FAILED", "Error": error})
             done.append(f"{path}: said RUNNING, its run is gone: FAILED")
     return done
+
+
+def _is_stale_lock(path: Path) -> bool:
+    """Whether it is the lock of an evaluation that was killed."""
+    return bool(re.fullmatch(r"\..+\.lock", path.name)) and folder_lock.living_owner(path.parent, path.name) is None
 
 
 def hosts_without(folder: str | Path, world: World) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common import folder_lock, result_file, run_folder
+from common import checkpoint_file, folder_lock, result_file, run_folder
 from common.distributed import World
 from common.errors import UsageError
 from common.launch import outcome
@@ -23,11 +23,11 @@ HOLD = (
 )
 
 
-def lock_of(folder: Path, **changes) -> None:
+def lock_of(folder: Path, name: str = folder_lock.NAME, **changes) -> None:
     """A lock as a run elsewhere wrote it."""
     content = {"host": "node9", "pid": 17, "started": 1.0, "since": "2026-01-01 00:00:00", "place": "elsewhere"}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / folder_lock.NAME).write_text(json.dumps(content | changes))
+    (folder / name).write_text(json.dumps(content | changes))
 
 
 def test_a_second_run_is_refused_by_name_and_a_killed_one_is_followed(tmp_path, capfd):
@@ -83,12 +83,13 @@ def test_only_leftovers_of_killed_writes_are_removed(tmp_path):
         (tmp_path / name).touch()
     for name in (".checkpoint-8.writing", ".best.saving", ".checkpoint-9.old", ".checkpoint-7.old", "checkpoint-7"):
         (tmp_path / "checkpoints" / name).mkdir()
+    lock_of(tmp_path, ".Net_eval_bs4_1p_acc.lock", place=folder_lock._place())
     done = run_folder.tidy(tmp_path)
     assert all((tmp_path / name).exists() for name in users)
     assert not any((tmp_path / name).exists() for name in leftovers)
     # the one that a crash had moved away is back, the one that has a successor is gone
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["checkpoint-7", "checkpoint-9"]
-    assert len(done) == 7
+    assert len(done) == 8 and not (tmp_path / ".Net_eval_bs4_1p_acc.lock").exists()
 
 
 def test_a_stale_running_becomes_failed_and_a_living_evaluation_s_stays(tmp_path):
@@ -113,6 +114,58 @@ def test_an_evaluation_beside_a_training_moves_nothing(tmp_path):
     assert "top1" in (tmp_path / "metrics_Net_eval_bs4_1p_acc.jsonl").read_text()
     assert {result_file.read(path)["Status"] for path in tmp_path.glob("*_acc.log")} == {"OK"}
     assert not (tmp_path / "earlier").exists() and not list(tmp_path.glob(".*"))
+
+
+TWO_HOSTS = """
+import os, sys
+from pathlib import Path
+from common import run_folder
+from common.distributed import World, process_group
+from common.errors import UsageError
+from common.run_log import RunLog
+with process_group("cpu") as world:
+    world = World(world.device, world.rank, 2, 0, 1)  # one rank a host
+    folders = [Path(sys.argv[1]), Path(sys.argv[1], f"host{world.rank}")]
+    folders[1].mkdir(exist_ok=True)
+    for folder in folders:
+        absent = run_folder.hosts_without(folder, world)
+        print("absent", len(absent), flush=True)
+    os.chdir(folders[0])
+    for name in ("both", "host0/c"):
+        if world.rank == 1 and name != "both":
+            os.chdir(folders[1])  # where there is no host0/c
+        try:
+            print("agreed on", run_folder.agree_on(Path(name), world), flush=True)
+        except UsageError as error:
+            print("refused:", error, flush=True)
+    try:
+        with RunLog(folders[1], world, "Net", 4, needs_shared=True):
+            print("entered")
+    except UsageError as error:
+        print("refused:", error, flush=True)
+"""
+
+
+def test_hosts_that_share_no_folder_are_told_before_the_first_step(tmp_path):
+    checkpoint_file.save({}, tmp_path / "both")
+    checkpoint_file.save({"of": "rank 0"}, tmp_path / "host0" / "c")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", TWO_HOSTS, str(tmp_path)]
+    runs = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": "0", "PYTHONPATH": str(ROOT)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank, run in enumerate(runs):
+        output = run.communicate(timeout=600)[0]
+        assert run.returncode == 0 and "absent 0\nabsent 1\nagreed on both\n" in output, output
+        assert f"refused: host0/c: not there, or another one, on {socket.gethostname()}" in output, output
+        assert "host0: not shared by" in output or rank, output
+        assert "entered" not in output and output.count("refused:") == 2, output
 
 
 # -- what a resumed run must share -------------------------------------------------------------------------------------
