@@ -1,6 +1,7 @@
 """Checkpoint -> Hugging Face Data2VecTextModel or Data2VecVisionModel folder, or such a folder -> checkpoint.
 
-python convert_checkpoint.py checkpoint_best.pt my_model/            # the student; --teacher for the teacher
+python convert_checkpoint.py checkpoint_best.pt my_model/ --encoder-json encoder.json --vocab-bpe vocab.bpe \
+    --dict data-bin/dict.txt                                         # the student; --teacher for the teacher
 python convert_checkpoint.py my_model/ checkpoint_converted.pt
 """
 
@@ -14,10 +15,12 @@ from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
 from data2vec import Data2VecText
+from data2vec.data.dictionary import MASK, Dictionary
 from data2vec.model.encoder import SentenceEncoder
 from data2vec.model.vision_model import Data2VecVision
 from data2vec.weights.huggingface import export_huggingface, load_huggingface
 from data2vec.weights.pretrained import load_pretrained
+from data2vec.weights.tokenizer import export_tokenizer
 from data2vec.weights.vision_weights import export_huggingface_vision, load_huggingface_vision
 
 
@@ -27,6 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)
     parser.add_argument("--teacher", action="store_true", help="export the EMA teacher, not the student")
+    parser.add_argument("--encoder-json", type=Path, help="text: bpe_encode.py's file, for the tokenizer")
+    parser.add_argument("--vocab-bpe", type=Path, help="the other one")
+    parser.add_argument("--dict", type=Path, help="dict.txt of the corpus")
     options = parser.parse_args(argv)
     try:
         if options.source.is_dir():
@@ -36,10 +42,36 @@ def main(argv: list[str] | None = None) -> None:
         elif isinstance(model := load_pretrained(options.source), Data2VecVision):
             export_huggingface_vision(vision_encoder(model, options.teacher, options.source), options.destination)
         else:
-            export_huggingface(text_encoder(model, options.teacher, options.source), options.destination)
+            export_text(text_encoder(model, options.teacher, options.source), options)
     except (CheckpointError, FileExistsError, ValueError) as error:
         raise UsageError(str(error)) from None
     print(f"{options.source} -> {options.destination}")
+
+
+def export_text(encoder: SentenceEncoder, options: argparse.Namespace) -> None:
+    """The model and its tokenizer, or the model alone with a word about it."""
+    files = (options.encoder_json, options.vocab_bpe, options.dict)
+    if not any(files):
+        print("no tokenizer is written: give --encoder-json, --vocab-bpe and --dict, those of the corpus", flush=True)
+        export_huggingface(encoder, options.destination)
+        return
+    if not all(files):
+        raise UsageError("--encoder-json, --vocab-bpe and --dict belong together: give all three")
+    for path in files:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file")
+    if (options.destination / "config.json").exists():
+        raise UsageError(f"{options.destination} holds a model already and is not overwritten")
+    vocab = Dictionary.load(options.dict)
+    vocab.add_symbol(MASK)
+    if len(vocab) != encoder.config.vocab_size:
+        raise UsageError(
+            f"{options.dict}: {len(vocab)} words with <mask>, but the model of {options.source} has "
+            f"{encoder.config.vocab_size}: it was trained with another dict.txt"
+        )
+    longest = encoder.config.max_source_positions
+    ids = export_tokenizer(options.destination, options.encoder_json, options.vocab_bpe, vocab, longest)
+    export_huggingface(encoder, options.destination, ids)
 
 
 def load_folder(folder: Path) -> dict:

@@ -28,8 +28,9 @@ from data2vec import device_patches, npu_patches
 from data2vec.command_line import choose_precision, parse, start_ranks
 from data2vec.data.epochs import SplitBatches
 from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
-from data2vec.training.checkpoint import load_training_state, save_checkpoints
+from data2vec.training.checkpoint import save_checkpoints
 from data2vec.training.report import Report
+from data2vec.training.resume import checkpoint_to_resume, identity_of, resume
 from data2vec.training.update import Run, TrainState, make_state, train_update, validate
 from data2vec.weights.huggingface import load_huggingface
 from data2vec.weights.pretrained import load_weights
@@ -60,8 +61,12 @@ def main(argv: list[str] | None = None) -> None:
         device_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
         save_dir = Path(options.output_dir) / config.checkpoint.save_dir
-        checkpoint = checkpoint_to_resume(config, save_dir)
-        resumed = resume(state, config, checkpoint, data)
+        state.identity = identity_of(config, data, precision)
+        checkpoint = checkpoint_to_resume(config, save_dir, world)
+        if checkpoint:
+            notes.append(resume(state, config, checkpoint, data, options.accept_changes))
+        else:
+            notes.append(weights_to_begin_with(state, config))
         goes_on = checkpoint is not None and checkpoint.resolve().parent == save_dir.resolve()
         limit = min(config.optimization.max_update, options.max_steps or config.optimization.max_update)
         log = RunLog(
@@ -79,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         with log:
             if world.is_main and not goes_on and save_dir.resolve() != log.folder.resolve():
                 keep_aside(save_dir)  # where it is not checkpoints/, which the log has moved
-            for text in [*notes, resumed]:
+            for text in notes:
                 if text:
                     log.info(text)
             report = Report(log, config, state)
@@ -90,44 +95,18 @@ def main(argv: list[str] | None = None) -> None:
             report.finish(state)
 
 
-def checkpoint_to_resume(config: DictConfig, save_dir: Path) -> Path | None:
-    """The file to go on from: by default checkpoint_last.pt of this run, if there is one; else the file that is named.
-
-    Raises:
-        UsageError: there is no file of that name.
-    """
-    name = config.checkpoint.restore_file
-    if name in (None, "none", ""):
+def weights_to_begin_with(state: TrainState, config: DictConfig) -> str | None:
+    """Loads checkpoint.finetune_from_model, if it is given; returns what happened, in words."""
+    if not config.checkpoint.finetune_from_model:
         return None
-    path = save_dir / name if name == "checkpoint_last.pt" else Path(name)
-    found = distributed.broadcast_object(path.is_file())
-    if not found and name != "checkpoint_last.pt":
-        raise UsageError(f"checkpoint.restore_file={name}: no such file")
-    return path if found else None
-
-
-def resume(state: TrainState, config: DictConfig, path: Path | None, data: SplitBatches) -> str | None:
-    """Loads the checkpoint to go on from, if there is one; returns what happened, in words."""
+    weights = Path(config.checkpoint.finetune_from_model)
+    load_folder = load_huggingface_vision if is_vision(config) else load_huggingface
     try:
-        if path:
-            change = load_training_state(state, path, config)
-            batches = data.batches_per_epoch(state.epoch)
-            if state.iterations >= batches:
-                raise CheckpointError(
-                    f"{path}: it was saved after {state.iterations} batches of an epoch, which has {batches} here: is "
-                    "it another corpus, or another dataset.max_tokens? Go on with the same, or begin the epochs anew "
-                    "with checkpoint.reset_dataloader=true"
-                )
-            return f"resumed {path}: epoch {state.epoch}, update {state.num_updates}{change}"
-        if config.checkpoint.finetune_from_model:
-            weights = Path(config.checkpoint.finetune_from_model)
-            load_folder = load_huggingface_vision if is_vision(config) else load_huggingface
-            saved = load_folder(weights) if weights.is_dir() else load(weights)
-            words = load_weights(state.model, saved, weights)
-            return f"weights of {weights}{words and ': '}{words}"
+        saved = load_folder(weights) if weights.is_dir() else load(weights)
+        words = load_weights(state.model, saved, weights)
     except CheckpointError as error:
         raise UsageError(str(error)) from None
-    return None
+    return f"weights of {weights}{words and ': '}{words}"
 
 
 def train(run: Pretraining) -> None:
@@ -153,6 +132,10 @@ def train(run: Pretraining) -> None:
                 state.epoch, state.iterations = epoch + 1, 0
                 stop = stop or 0 < options.max_epoch < state.epoch
             validate_and_save(run, ended, stop)
+            if not stop and run.report.log.preempted():
+                run.report.read(state)
+                save(run, None, ended)
+                raise run.report.log.stopped(state.num_updates)
             if ended:
                 break
         run.report.end_of_epoch(state, epoch)
@@ -186,20 +169,23 @@ def validate_and_save(run: Pretraining, ended: bool, stop: bool) -> None:
     if validates or saves:
         run.report.read(state)  # raises before a broken model is saved
     losses = [validation_loss(run, epoch, name) for name in dataset.valid_subset.split(",")] if validates else []
-    if saves and not options.no_save:
+    if saves:
         save(run, losses[0] if losses else None, ended)
 
 
-def validation_loss(run: Pretraining, epoch: int, name: str) -> float:
+def validation_loss(run: Pretraining, epoch: int, name: str) -> float | None:
+    """Of a split; None where the run was asked to stop meanwhile."""
     with run.report.log.pause("validate"):
         began = time.perf_counter()
         sums = validate(run, run.data.valid_batches(name).loader(run.config.dataset.num_workers))
-    return run.report.validation(run.state, epoch, name, sums, began)
+    return None if sums is None else run.report.validation(run.state, epoch, name, sums, began)
 
 
 def save(run: Pretraining, loss: float | None, ended: bool) -> None:
     """The checkpoints that are due, by the main rank; the others wait."""
     state = run.state
+    if run.config.checkpoint.no_save:
+        return
     state.meters = {} if ended else run.report.meters()
     with run.report.log.pause("save"):
         if run.world.is_main:

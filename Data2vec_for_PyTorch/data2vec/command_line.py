@@ -80,6 +80,9 @@ def _options(argv: list[str] | None, description: str) -> argparse.Namespace:
     parser.add_argument("--save_every", type=int, help="over checkpoint.save_interval_updates")
     parser.add_argument("--num_workers", type=int, help="over dataset.num_workers")
     parser.add_argument("--resume", help="auto (checkpoint.restore_file when it exists), none, or a checkpoint")
+    parser.add_argument(
+        "--accept_changes", default="", metavar="NAMES", help="go on from a checkpoint in spite of these differences"
+    )
     options = parser.parse_intermixed_args(argv)
     if options.amp_backend == "apex":
         raise UsageError("--amp_backend apex: the loss is scaled by fairseq's rules, which apex has not; leave it out")

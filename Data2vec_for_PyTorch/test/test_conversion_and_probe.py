@@ -37,6 +37,63 @@ def test_huggingface_computes_the_same(golden, folder):
     torch.testing.assert_close(result[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
+def test_the_folder_has_the_corpus_tokenizer(golden, model_info, tmp_path):
+    """Equal ids, and equal outputs where dict.txt lists a piece as <unk>."""
+    from transformers import AutoTokenizer, Data2VecTextModel
+
+    import bpe_encode
+    import convert_checkpoint
+    import preprocess
+    from data2vec import Dictionary, IndexedDataset, build_model
+
+    words = ["To be, or not to be, that is the question:", "Whether 'tis nobler in the mind to suffer"]
+    lines = [f"{a} {b}" for a in words for b in ("", "  twice", "HELLO", "naïve 👍")]
+    (tmp_path / "train.txt").write_text("\n".join(lines * 40))
+    (tmp_path / "valid.txt").write_text("\n".join([*lines, "quizzical zebra #42"]))
+    files = ["--encoder-json", f"{tmp_path}/encoder.json", "--vocab-bpe", f"{tmp_path}/vocab.bpe"]
+    texts = [f"{tmp_path}/{name}.txt" for name in ("train", "valid")]
+    bpe = [f"{tmp_path}/{name}.bpe" for name in ("train", "valid")]
+    bpe_encode.main(["--learn", "300", *files, "--inputs", *texts, "--outputs", *bpe])
+    preprocess.main(["--only-source", "--trainpref", bpe[0], "--validpref", bpe[1], "--destdir", f"{tmp_path}/bin"])
+    vocab = Dictionary.load(tmp_path / "bin/dict.txt")
+    config = model_info["base"]["cfg_model"]
+    model = build_model(config, len(vocab) + 1)
+    torch.save({"cfg": {"model": {**config, "_name": "data2vec_text"}}, "model": model.state_dict()}, tmp_path / "a.pt")
+    command = [f"{tmp_path}/a.pt", f"{tmp_path}/folder", *files, "--dict", f"{tmp_path}/bin/dict.txt"]
+    convert_checkpoint.main(command)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    theirs = Data2VecTextModel.from_pretrained(tmp_path / "folder", add_pooling_layer=False).eval()
+    corpus = IndexedDataset(tmp_path / "bin/valid")
+    unknown = 0
+    for i, line in enumerate((tmp_path / "valid.txt").read_text().splitlines()):
+        expected = torch.cat([torch.tensor([0]), corpus[i]])  # the binarized line, <s> before it
+        ids = tokenizer(line.strip(), return_tensors="pt")["input_ids"][0]
+        known = ids < len(vocab) + 1
+        assert torch.equal(ids[known], expected[known]) and (expected[~known] == vocab.unk()).all()
+        unknown += int((~known).sum())
+        with torch.no_grad():
+            ours = model.encoder.sentence_encoder.eval()(expected[None])
+            torch.testing.assert_close(theirs(ids[None]).last_hidden_state, ours, rtol=1e-4, atol=1e-5)
+    assert unknown > 0 and tokenizer.mask_token_id == len(vocab)
+    assert tokenizer.decode(tokenizer("To be, naïve 👍")["input_ids"], skip_special_tokens=True) == "To be, naïve 👍"
+
+    convert_checkpoint.main([f"{tmp_path}/folder", f"{tmp_path}/back.pt"])
+    back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
+    name = "encoder.sentence_encoder.embed_tokens.weight"
+    assert torch.equal(back[name], model.state_dict()[name])
+    other = [*command[:1], f"{tmp_path}/other", *files, "--dict", str(golden / "bin/dict.txt")]
+    with pytest.raises(SystemExit, match="it was trained with another dict.txt"):
+        convert_checkpoint.main(other)
+
+
+def test_without_a_tokenizer_none_is_made_up(folder):
+    from transformers import AutoTokenizer
+
+    with pytest.raises(Exception, match="(?i)tokenizer|backend"):
+        AutoTokenizer.from_pretrained(folder)
+
+
 def test_folder_to_checkpoint(folder, golden, tmp_path):
     import convert_checkpoint
     from common import checkpoint_file

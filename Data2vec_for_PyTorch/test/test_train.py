@@ -215,7 +215,7 @@ def test_reset_optimizer_begins_at_update_0_with_the_weights(
     monkeypatch.chdir(golden)
     options = ["--resume", "checkpoint_tiny.pt", *(f"checkpoint.reset_{x}=true" for x in ("optimizer", "lr_scheduler"))]
     run(train_main, tiny, corpus, tmp_path, *options, "--max_steps", "1")
-    assert "update 0\n" in capsys.readouterr().out
+    assert "epoch 1, update 0; changed since" in capsys.readouterr().out
     state, reference = last(tmp_path), torch.load(golden / "checkpoint_tiny.pt", weights_only=True)
     assert state["optimizer_history"][-1]["num_updates"] == state["last_optimizer_state"]["state"][0]["step"] == 1
     for key, value in reference["model"].items():
@@ -227,6 +227,9 @@ def test_resuming_beyond_the_end_of_an_epoch(train_main, tiny, corpus, tmp_path,
     """After 7 batches of an epoch that has 3 with larger ones."""
     options = ["--resume", str(golden / "checkpoint_tiny.pt"), "dataset.max_tokens=2048"]
     text = refusal(train_main, tiny, corpus, tmp_path, capsys, *options)
+    assert "settings.dataset.max_tokens was 256, is now 2048" in text
+    accepted = ["--accept_changes", "settings.dataset.max_tokens"]
+    text = refusal(train_main, tiny, corpus, tmp_path, capsys, *options, *accepted)
     assert "after 7 batches of an epoch, which has 3 here" in text and "reset_dataloader" in text
     run(train_main, tiny, corpus, tmp_path, *options, "checkpoint.reset_dataloader=true", "--max_steps", "7")
     assert last(tmp_path)["extra_state"]["train_iterator"]["iterations_in_epoch"] == 1
@@ -274,7 +277,7 @@ def test_flat_fp16_optimizer_state_loads(golden, model_info, tmp_path):
     torch.save(checkpoint, tmp_path / "flat.pt")
     model = build_model(model_info["base"]["cfg_model"], 169)
     state = make_state(model, config, "fp16", World())
-    load_training_state(state, tmp_path / "flat.pt", config)
+    load_training_state(state, checkpoint, tmp_path / "flat.pt", config)
     assert state.scaler.scale == 64.0
     for i, parameter in enumerate(model.parameters()):
         assert torch.equal(state.optimizer.state[parameter]["exp_avg_sq"], entries[i]["exp_avg_sq"])

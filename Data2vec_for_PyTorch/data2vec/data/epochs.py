@@ -25,6 +25,9 @@ class Samples(Protocol):
     def collate(self, indices: np.ndarray, epoch: int) -> Any:
         """A batch of them. Raises BrokenSample."""
 
+    def identity(self) -> dict[str, Any]:
+        """What they are, in plain values."""
+
 
 class EpochBatches(torch.utils.data.Dataset):
     """The batches of one epoch on one rank, by position: what a loader worker makes does not depend on which it is."""
@@ -99,6 +102,12 @@ class SplitBatches:
         data, batches = self.split(name, training=False)
         stop = self.config.dataset.max_valid_steps or None
         return self._own(data, batches, VALID_EPOCH, seed=0, shuffle=False, stop=stop)
+
+    def identity(self) -> dict[str, Any]:
+        """What the training data is, in plain values that do not depend on where it lies."""
+        name = self.config.dataset.train_subset
+        places = [self.split(name, training=True, epoch=place + 1)[0].identity() for place in range(self.places)]
+        return places[0] if len(places) == 1 else {f"folder {i}": place for i, place in enumerate(places)}
 
     def _own(self, data, batches, epoch: int, seed: int, shuffle=True, start=0, stop=None) -> EpochBatches:
         size = self.world_size

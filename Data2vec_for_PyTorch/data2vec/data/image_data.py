@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torchvision.transforms import ColorJitter, Compose, InterpolationMode, Rand
 
 from common.device import mix_seed, to_device
 from common.errors import UsageError
+from common.run_folder import listing_identity
 from data2vec.data.batching import batch_by_size
 from data2vec.data.block_masking import block_mask
 from data2vec.data.epochs import BrokenSample, SplitBatches
@@ -54,6 +56,7 @@ class MaskedImages:
     """A split's pictures, in the order in which fairseq walks folders; class folders or none, links followed."""
 
     def __init__(self, folder: Path, config: DictConfig):
+        self.folder = folder
         self.files = list(_pictures(folder))
         if not self.files:
             raise UsageError(f"{folder}: no pictures ({', '.join(EXTENSIONS)})")
@@ -72,6 +75,9 @@ class MaskedImages:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def identity(self) -> dict[str, Any]:
+        return listing_identity(self.files, root=self.folder)
 
     def image(self, index: int, epoch: int) -> torch.Tensor:
         """The augmented picture, uint8 [3, S, S]. BrokenSample naming a file that cannot be read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,19 @@ class MaskedBlocks:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def identity(self) -> dict[str, Any]:
+        """Sentences, tokens, and digests of all sizes, of the samples looked at before training, and of the words."""
+        content = hashlib.sha256(np.ascontiguousarray(self.corpus.sizes).tobytes())
+        for index in self._probed():
+            content.update(self.blocks.tokens(index).tobytes())
+        words = hashlib.sha256("\n".join(self.options.vocab.symbols).encode())
+        tokens = int(self.corpus.sizes.sum(dtype=np.int64))
+        found = {"sentences": len(self.corpus), "tokens": tokens, "digest": content.hexdigest()[:16]}
+        return found | {"vocabulary": words.hexdigest()[:16]}
+
+    def _probed(self) -> list[int]:
+        return np.unique(np.linspace(0, len(self) - 1, PROBED_SAMPLES).astype(int)).tolist()
+
     def sample(self, index: int) -> np.ndarray:
         """int64 [T] with <s>, unmasked.
 
@@ -108,7 +122,7 @@ class MaskedBlocks:
     def check(self) -> None:
         """Looks at samples spread over the corpus, so that a wrong vocabulary is found before training, and masks that
         hide nothing. ValueError."""
-        probed = np.unique(np.linspace(0, len(self) - 1, PROBED_SAMPLES).astype(int)).tolist()
+        probed = self._probed()
         mask_idx = self.options.vocab.index(MASK)
         if not sum(int((self.masked(index, epoch=1)[0] == mask_idx).sum()) for index in probed):
             raise ValueError(

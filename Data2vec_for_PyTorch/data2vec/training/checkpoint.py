@@ -29,6 +29,7 @@ def state_to_checkpoint(state: TrainState, config: DictConfig, val_loss: float |
             "shuffle": True,
         },
         "val_loss": val_loss,
+        "identity": state.identity,  # ours
     }
     if state.best_loss is not None:
         extra["best"] = state.best_loss
@@ -64,7 +65,7 @@ def _optimizer_to_fairseq(state: TrainState) -> dict[str, Any]:
     return result
 
 
-def load_training_state(state: TrainState, path: Path, config: DictConfig) -> str:
+def load_training_state(state: TrainState, checkpoint: dict[str, Any], path: Path, config: DictConfig) -> str:
     """Continues from a checkpoint of ours or of fairseq's, within the epoch and to the update.
 
     On another number of ranks than before `optimization.update_freq` is changed so that an update has the same batches.
@@ -78,7 +79,6 @@ def load_training_state(state: TrainState, path: Path, config: DictConfig) -> st
         CheckpointError: not a pretraining checkpoint, of another model, damaged, or of updates that these ranks cannot
             make.
     """
-    checkpoint = checkpoint_file.load(path)
     words = load_weights(state.model, checkpoint, path)
     words = f"; {words}" if words else ""
     options = config.checkpoint
@@ -183,7 +183,9 @@ def save_checkpoints(
 
 def _keep_newest_intervals(folder: Path, count: int) -> None:
     numbered = {
-        int(m[1]): p for p in folder.glob("checkpoint_*.pt") if (m := re.fullmatch(r".*_\d+_(\d+)\.pt", p.name))
+        int(m[1]): p
+        for p in folder.glob("checkpoint_*.pt")
+        if (m := re.fullmatch(r".*_\d+_(\d+)\.pt", p.name)) and checkpoint_file.damage(p) is None
     }
     for updates in sorted(numbered)[:-count]:
         numbered[updates].unlink(missing_ok=True)

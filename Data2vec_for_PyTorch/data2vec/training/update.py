@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from common import device as devices
 from common import distributed
 from common.distributed import World
+from common.preemption import asked, until_asked
 from common.update import GuardedStep
 from data2vec.config import adam_betas
 from data2vec.model.ema import ema_decay_at, ema_step
@@ -38,6 +39,7 @@ class TrainState:
     best_loss: float | None = None
     previous_seconds: float = 0.0
     meters: dict[str, dict[str, float]] = field(default_factory=dict)  # sums of the unfinished log lines, as saved
+    identity: dict[str, Any] = field(default_factory=dict)  # of the run: what a resumed one must share
     started: float = field(default_factory=time.perf_counter)
 
     def seconds(self) -> float:
@@ -241,16 +243,21 @@ def check_collapse(pred_std: float, target_std: float, num_updates: int, warmup_
 
 
 @torch.no_grad()
-def validate(run: Run, loader) -> torch.Tensor:
-    """float64 [4] on the CPU: loss sum, masked tokens, sentences, batches, over all ranks."""
+def validate(run: Run, loader) -> torch.Tensor | None:
+    """float64 [4] on the CPU: loss sum, masked tokens, sentences, batches, over all ranks.
+
+    None on all ranks where one was asked to stop meanwhile: the sums would be of a part.
+    """
     model, device = run.state.model, run.world.device
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    for batch in loader:
+    sums = torch.zeros(5, dtype=torch.float64)
+    for batch in until_asked(loader):
         if len(batch.id) == 0:
             continue
         batch = batch.to(device)
         with devices.autocast(device, run.precision):
             out = run.forward(model, batch)
-        sums += torch.tensor([float(out["loss_sum"]), out["sample_size"], len(batch.id), 1], dtype=torch.float64)
-    return distributed.all_reduce_sum(sums)
+        sums[:4] += torch.tensor([float(out["loss_sum"]), out["sample_size"], len(batch.id), 1], dtype=torch.float64)
+    sums[4] = float(asked())
+    *sums, stopped = distributed.all_reduce_sum(sums)
+    return None if stopped else torch.stack(sums)

@@ -11,6 +11,7 @@ from common.checkpoint_file import CheckpointError
 from data2vec.model.encoder import EncoderConfig, SentenceEncoder
 
 PREFIX = "encoder.sentence_encoder."
+UNKNOWN = 3  # <unk>
 LAYER_NORM_EPS = 1e-5  # torch's default, which fairseq's text encoder has
 # ours (below PREFIX) -> theirs
 _EMBEDDINGS = {
@@ -38,8 +39,11 @@ def _to_huggingface_name(name: str) -> str:
     return f"encoder.layer.{number}.{_LAYER[module]}.{kind}"
 
 
-def export_huggingface(encoder: SentenceEncoder, folder: str | Path) -> None:
+def export_huggingface(encoder: SentenceEncoder, folder: str | Path, ids: int | None = None) -> None:
     """Writes `config.json` and `model.safetensors` of a headless `Data2VecTextModel`.
+
+    Args:
+        ids: how many the tokenizer has (`export_tokenizer`); those the model lacks get a copy of <unk>'s row.
 
     Raises:
         FileExistsError: the folder has a model already.
@@ -52,9 +56,13 @@ def export_huggingface(encoder: SentenceEncoder, folder: str | Path) -> None:
         raise ValueError("Data2VecTextModel needs layernorm_embedding=true and no_scale_embedding=true")
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a model already and is not overwritten")
+    words = encoder.embed_tokens.weight
+    more = (ids or config.vocab_size) - config.vocab_size
     theirs = Data2VecTextModel(
         Data2VecTextConfig(
-            vocab_size=config.vocab_size,
+            vocab_size=config.vocab_size + more,
+            words_in_training=config.vocab_size,  # ours, for the way back
+            tokenizer_class="PreTrainedTokenizerFast",  # else AutoTokenizer makes an empty RobertaTokenizer up
             hidden_size=config.embed_dim,
             num_hidden_layers=config.layers,
             num_attention_heads=config.attention_heads,
@@ -69,6 +77,7 @@ def export_huggingface(encoder: SentenceEncoder, folder: str | Path) -> None:
         add_pooling_layer=False,
     )
     state = {_to_huggingface_name(name): value for name, value in encoder.named_parameters()}
+    state["embeddings.word_embeddings.weight"] = torch.cat((words, words[UNKNOWN].expand(more, -1)))
     state["embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.embed_dim)
     theirs.load_state_dict(state, strict=False)
     theirs.save_pretrained(folder)
@@ -99,8 +108,9 @@ def load_huggingface(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
             "will differ a little",
             stacklevel=2,
         )
+    words = getattr(config, "words_in_training", config.vocab_size)
     encoder = EncoderConfig(
-        vocab_size=config.vocab_size,
+        vocab_size=words,
         embed_dim=config.hidden_size,
         ffn_embed_dim=config.intermediate_size,
         layers=config.num_hidden_layers,
@@ -111,6 +121,7 @@ def load_huggingface(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     with torch.device("meta"):
         names = [name for name, _ in SentenceEncoder(encoder).named_parameters()]
     ours = {PREFIX + name: state[_to_huggingface_name(name)] for name in names}
+    ours[PREFIX + "embed_tokens.weight"] = ours[PREFIX + "embed_tokens.weight"][:words]
     positions = ours[PREFIX + "embed_positions.weight"]
     ours[PREFIX + "embed_positions.weight"] = positions + state["embeddings.token_type_embeddings.weight"]
     return {"model": {PREFIX + "version": torch.tensor([3.0]), **ours}}
