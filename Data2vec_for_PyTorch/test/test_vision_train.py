@@ -209,8 +209,21 @@ def test_refusals(train_main, pictures, tmp_path, capsys, overrides, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_broken_pictures_are_listed_before_training(train_main, tmp_path, capsys):
+    for name in ("a.png", "b.jpg", "._c.png"):
+        (tmp_path / name).write_bytes(b"\x89PNG cut")
+    with pytest.raises(SystemExit):
+        run(train_main, tmp_path, tmp_path / "out", "dataset.disable_validation=true")
+    text = capsys.readouterr().err
+    assert "2 broken pictures" in text and "a.png" in text and "b.jpg" in text and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_stops_the_run_and_is_named(train_main, tmp_path, workers, capsys):
+def test_a_broken_picture_stops_the_run_and_is_named(train_main, tmp_path, workers, capsys, monkeypatch):
+    """One that the look before training, at 200 of them, has missed."""
+    from common import pictures
+
+    monkeypatch.setattr(pictures, "check", lambda paths: None)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG cut")
     settings = ["dataset.disable_validation=true", "--num_workers", str(workers)]
     with pytest.raises(SystemExit) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
 
+from common import pictures
 from common.device import mix_seed, to_device
 from common.errors import UsageError
 from common.run_folder import listing_identity
@@ -25,7 +25,6 @@ from data2vec.data.batching import batch_by_size
 from data2vec.data.block_masking import block_mask
 from data2vec.data.epochs import BrokenSample, SplitBatches
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 JITTER = 0.4
 PROBED_PICTURES = 64  # whose masks are looked at before training
 
@@ -57,9 +56,9 @@ class MaskedImages:
 
     def __init__(self, folder: Path, config: DictConfig):
         self.folder = folder
-        self.files = list(_pictures(folder))
+        self.files = sorted(pictures.find(folder), key=os.path.split)  # by folder, then by name
         if not self.files:
-            raise UsageError(f"{folder}: no pictures ({', '.join(EXTENSIONS)})")
+            raise UsageError(f"{folder}: no pictures ({', '.join(pictures.SUFFIXES)})")
         self.seed = config.common.seed
         self.size = config.task.input_size
         self.model = config.model
@@ -136,6 +135,7 @@ class ImagePretrainingData(SplitBatches):
                 f"{folder}: no patch is hidden in its first {min(len(data), PROBED_PICTURES)} pictures: choose other "
                 "model.num_mask_patches, min_mask_patches_per_block and max_mask_patches_per_block"
             )
+        pictures.check(data.files)
         dataset = self.config.dataset
         rows = dataset.batch_size if training else dataset.batch_size_valid or dataset.batch_size
         order = np.random.RandomState(self.config.common.seed).permutation(len(data))
@@ -153,18 +153,12 @@ class ImagePretrainingData(SplitBatches):
         return data, batches
 
 
-def _pictures(folder: Path) -> Iterator[str]:
-    for where, _, names in sorted(os.walk(folder, followlinks=True)):
-        yield from (os.path.join(where, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS))
-
-
 def read_picture(path: str) -> Image.Image:
     """RGB. BrokenSample when it is no readable picture."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BrokenSample(f"{path}: not a readable picture ({error}); remove or repair it") from error
+        return pictures.read(path)
+    except pictures.BrokenPicture as error:
+        raise BrokenSample(f"{error}; remove or repair it") from error
 
 
 def to_uint8(image: Image.Image) -> torch.Tensor:
