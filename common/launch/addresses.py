@@ -7,7 +7,7 @@ import fcntl
 import socket
 import struct
 
-from common.rank_table.validation import ip_address
+from common.rank_table.servers import ip_address
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 

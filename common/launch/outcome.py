@@ -26,10 +26,13 @@ class Case:
     ranks: int
     case_kind: str
     before: dict[str, list[int]]
+    is_first_node: bool = True
 
     @classmethod
-    def begin(cls, output_dir: str, network: str, batch_size: str, ranks: int, case_kind: str) -> Case:
-        case = cls(output_dir, network, batch_size, ranks, case_kind, {})
+    def begin(
+        cls, output_dir: str, network: str, batch_size: str, ranks: int, case_kind: str, is_first_node: bool = True
+    ) -> Case:
+        case = cls(output_dir, network, batch_size, ranks, case_kind, {}, is_first_node)
         case.before = {path.name: _stamp(path) for path in case.files()}
         return case
 
@@ -112,6 +115,8 @@ def conclude(case: Case, status: str, error: str | None, keep_own_words: bool = 
     belongs to an earlier one, and is kept aside when that ended well.
     """
     folder = Path(case.output_dir)
+    if not case.is_first_node and (folder / folder_lock.NAME).exists():
+        return  # of rank 0 on another host, whose launcher sees to it
     if folder_lock.living_owner(folder):
         return
     mine = [path for path in case.files() if _stamp(path) != case.before.get(path.name)]

@@ -46,8 +46,9 @@ class Run:
         self.several = int(plan["world_size"]) > 1 and not plan["rank_variables"]
         self.elastic = self.several and plan["max_restarts"] > 0 and int(plan["nnodes"]) > 1
         self.case = outcome.Case.begin(
-            options.output_dir, options.network, options.batch_size, int(plan["world_size"]), options.case_kind
-        )
+            options.output_dir, options.network, options.batch_size, int(plan["world_size"]), options.case_kind,
+            is_first_node=plan["node_rank"] == "0",
+        )  # fmt: skip
         self.ranks: dict[int, dict] = {}  # by local rank: what it reported last
         self.ended: list[outcome.Ended] = []  # of the last attempt, in order
         self.attempt = 0
@@ -295,7 +296,8 @@ def main() -> None:
     try:
         check_port(plan)
         make_output_dir(options.output_dir)
-        outcome.tidy(options.output_dir)
+        if plan["node_rank"] == "0":
+            outcome.tidy(options.output_dir)
         run = Run(plan, options, words)
         run.start()
     except LaunchError as error:

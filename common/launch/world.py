@@ -22,7 +22,8 @@ from pathlib import Path
 from common import rank_table
 from common.hosts import address_towards
 from common.launch.addresses import interface_of, is_own_address
-from common.rank_table.validation import RankTableError, ip_address, is_host, parse_servers, warnings
+from common.rank_table.servers import ip_address, is_host, parse_servers
+from common.rank_table.validation import RankTableError, warnings
 
 MASTER_PORT = 29500
 # Ascend's name of a rank's place, and torch's

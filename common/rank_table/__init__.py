@@ -5,7 +5,7 @@
     python -m common.rank_table merge FILE... [-o OUT]   one table of many, hosts ordered by number
     python -m common.rank_table generate [OUT] --device_num "[0,8)" [--server_ip=... --device_ip=...]
 
-Pure Python, no torch. Layouts and checks: check.py. A table is the parsed JSON, a dict; `read` also notes
+Pure Python, no torch. Layouts: servers.py; checks: validation.py. A table is the parsed JSON, a dict; `read` also notes
 the path, so that messages can name the file. The table names devices for HCCL; rendezvous still goes by MASTER_ADDR.
 """
 
@@ -18,15 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.rank_table.validation import (
-    RankTableError,
-    Server,
-    check,
-    ip_address,
-    launch_problems,
-    natural_key,
-    parse_servers,
-)
+from common.rank_table.servers import Server, ip_address, natural_key, parse_servers
+from common.rank_table.validation import RankTableError, check, launch_problems
 
 MASTER_PORT = 29500
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.hosts import address_towards
-from common.rank_table.validation import RankTableError, ip_address
+from common.rank_table.servers import ip_address
+from common.rank_table.validation import RankTableError
 
 HCCN_CONF = Path("/etc/hccn.conf")
 _TOOL_TIMEOUT_S = 30

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from common import rank_table
 from common.rank_table import RankTable
-from common.rank_table.validation import RankTableError, parse_servers, warnings
+from common.rank_table.servers import parse_servers
+from common.rank_table.validation import RankTableError, warnings
 
 _OUTPUT_NAME = re.compile(r"hccl_[0-9]+s_[0-9]+p\.json")
 

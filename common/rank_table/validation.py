@@ -1,29 +1,34 @@
-"""Everything that can be wrong with a rank table, found at once. Pure Python, no torch; see rank_table.py.
-
-Layouts: version 1.0, version 1.2 (super pods: `super_device_id`, `super_pod_list`) and ModelArts' `jobstart_hccl.json`
-(`group_list`, ranks implied by order). 1.2 and ModelArts follow published examples; neither was run on Ascend hardware.
+"""Everything that can be wrong with a rank table, found at once. Pure Python, no torch; layouts: see servers.py.
 
 What HCCL accepts is read from its source (cann-hccl, topoinfo_ranktableConcise.cc) and its guide (hcclug, rank table):
 `server_id` is any name of its own, with the address in `host_ip`; ranks go to the devices of a server in any order (a
-ring: 0, 1, 3, 2); `device_ip` may be absent on one server, and must be there, each once, between servers. MindCluster's
-hccl.json has the pod's address as `server_ip` or `container_ip`, which is where the processes are.
+ring: 0, 1, 3, 2); `device_ip` may be absent on one server, and must be there, each once, between servers.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+from common.rank_table.servers import (
+    ADDRESS_KEYS,
+    Report,
+    Server,
+    check_count,
+    ignore,
+    ip_address,
+    is_host,
+    number_of,
+    parse_servers,
+    rows_of,
+    text_of,
+)
+
 DEVICES_PER_SERVER = {"1.0": 8, "1.2": 16}
-ADDRESS_KEYS = ("server_ip", "container_ip", "host_ip")  # in the order of preference
 _PLACEHOLDER = re.compile(r"[xX*]+(\.[xX*]+)+|<.*>")
-_HOST_NAME = re.compile(r"(?!\d+(\.\d+)*$)(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
-Report = Callable[[str, str], None]  # (place and value, remedy)
 
 
 class RankTableError(ValueError):
@@ -32,38 +37,6 @@ class RankTableError(ValueError):
     def __init__(self, problems: Sequence[str]):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
-
-
-@dataclass
-class Device:
-    """One row of a table; what is missing or unreadable is None (and was reported)."""
-
-    place: str
-    row: dict[str, Any]
-    device_id: int | None
-    rank_id: int | None
-    device_ip: str | None
-
-
-@dataclass
-class Server:
-    """One machine of a table with its devices, in the order of the file."""
-
-    place: str
-    row: dict[str, Any]
-    server_id: str | None
-    devices: list[Device]
-
-    @property
-    def address(self) -> str | None:
-        """Where its processes are reached: the pod's address, the host's, or what server_id says."""
-        return next((self.row[key] for key in ADDRESS_KEYS if ip_address(self.row.get(key))), self.server_id)
-
-    @property
-    def label(self) -> str:
-        """The name for messages; what is no host name is quoted, so that it can be printed whatever it holds."""
-        name = self.server_id
-        return self.place if name is None else name if is_host(name) else reprlib.repr(name)
 
 
 def check(table: Any, devices_per_server: int | None = None) -> list[str]:
@@ -75,7 +48,7 @@ def check(table: Any, devices_per_server: int | None = None) -> list[str]:
     """
     problems = launch_problems(table, devices_per_server)
     found, report = _reporter(table)
-    _check_equal_device_ips(parse_servers(table, _ignore), report)
+    _check_equal_device_ips(parse_servers(table, ignore), report)
     path = getattr(table, "path", None)
     if path is not None and path.is_symlink():
         report(f"the file is a symbolic link to {path.resolve()}", "torch_npu refuses links, give the file itself")
@@ -85,7 +58,7 @@ def check(table: Any, devices_per_server: int | None = None) -> list[str]:
 def warnings(table: Any) -> list[str]:
     """What works but deserves a look: unequal servers, a loopback address."""
     found, report = _reporter(table)
-    servers = parse_servers(table, _ignore)
+    servers = parse_servers(table, ignore)
     counts = [len(server.devices) for server in servers]
     if len(set(counts)) > 1:
         report(
@@ -122,139 +95,15 @@ def launch_problems(table: Any, devices_per_server: int | None = None) -> list[s
     return found
 
 
-def parse_servers(table: Any, report: Report) -> list[Server]:
-    """The servers of any layout; rows that are no rows are reported and left out."""
-    if not isinstance(table, dict):
-        return []
-    if "group_list" in table:
-        return _parse_modelarts(table, report)
-    servers = []
-    for place, row in _rows(table, "server_list", "", report):
-        devices = []
-        for device_place, device in _rows(row, "device", place, report):
-            rank = _number(device, "rank_id", device_place, report)
-            devices.append(_device(device_place, device, rank, report))
-        servers.append(Server(place, row, _text(row, "server_id", place, report), devices))
-    return servers
-
-
-def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """Sort key by which `host2` and `10.0.0.2` come before `host10` and `10.0.0.10`."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", text)
-    numbers = [part.lstrip("0") if part[0] in "0123456789" else None for part in parts]
-    return [(1, 0, part) if n is None else (0, len(n), n) for part, n in zip(parts, numbers, strict=True)]
-
-
-def ip_address(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """`text` as an address, None when it is not one."""
-    try:
-        return ipaddress.ip_address(text) if isinstance(text, str) else None
-    except ValueError:
-        return None
-
-
-def is_host(text: str) -> bool:
-    """Whether `text` can name a machine: an IP address or a host name (four numbers must be an address)."""
-    return ip_address(text) is not None or _HOST_NAME.fullmatch(text) is not None
-
-
 def _reporter(table: Any) -> tuple[list[str], Report]:
     path = getattr(table, "path", None)
     found: list[str] = []
     return found, lambda what, remedy: found.append(f"{path}: {what}; {remedy}" if path else f"{what}; {remedy}")
 
 
-def _ignore(what: str, remedy: str) -> None:
-    pass
-
-
-def _parse_modelarts(table: dict[str, Any], report: Report) -> list[Server]:
-    """Ranks count through the groups in order of the file, and in each through the pods by number of their name."""
-    servers = []
-    ranks = iter(range(1_000_000))
-    for place, group in _rows(table, "group_list", "", report):
-        instances = _rows(group, "instance_list", place, report)
-        instances.sort(key=lambda item: natural_key(_name(item[1].get("pod_name"))))
-        for instance_place, row in instances:
-            rows = _rows(row, "devices", instance_place, report)
-            devices = [_device(device_place, device, next(ranks), report) for device_place, device in rows]
-            servers.append(Server(instance_place, row, _text(row, "server_id", instance_place, report), devices))
-        _check_count(group, "instance_count", "instance_list", place, report)
-        if "device_count" in group:
-            listed = sum(len(row["devices"]) for _, row in instances if isinstance(row.get("devices"), list))
-            if _integer(group["device_count"]) != listed:
-                value = reprlib.repr(group["device_count"])
-                report(f"{place}: device_count is {value} but {listed} devices are listed", "correct one of them")
-    return servers
-
-
-def _device(place: str, row: dict[str, Any], rank: int | None, report: Report) -> Device:
-    device_ip = row.get("device_ip")
-    if device_ip is not None and not isinstance(device_ip, str):
-        report(f"{place}: device_ip {reprlib.repr(device_ip)} is not an IP address", "write it as text")
-    known_ip = device_ip if isinstance(device_ip, str) and device_ip else None
-    return Device(place, row, _number(row, "device_id", place, report), rank, known_ip)
-
-
-def _rows(parent: dict[str, Any], key: str, place: str, report: Report) -> list[tuple[str, dict[str, Any]]]:
-    """(place, row) of each object in the list `parent[key]`."""
-    where = f"{place}.{key}" if place else key
-    rows = parent.get(key)
-    if key not in parent:
-        report(f"{place}: missing {key}" if place else f"missing {key}", "generate the table anew")
-    elif not isinstance(rows, list):
-        report(f"{where} must be a list, got {type(rows).__name__}", "generate the table anew")
-    elif not rows:
-        report(f"{where} is empty", "generate the table anew")
-    if not isinstance(rows, list):
-        return []
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            report(f"{where}[{index}] must be a JSON object, got {type(row).__name__}", "remove or correct it")
-    return [(f"{where}[{index}]", row) for index, row in enumerate(rows) if isinstance(row, dict)]
-
-
-def _number(row: dict[str, Any], key: str, place: str, report: Report) -> int | None:
-    if key not in row:
-        report(f"{place}: missing {key}", "every device needs one")
-        return None
-    number = _integer(row[key])
-    if number is None:
-        report(f"{place}: {key} {reprlib.repr(row[key])} is not a number", "write a whole number from 0")
-    return number
-
-
-def _text(row: dict[str, Any], key: str, place: str, report: Report) -> str | None:
-    if key not in row:
-        report(f"{place}: missing {key}", "write the server's address")
-        return None
-    if not isinstance(row[key], str) or not row[key]:
-        report(f"{place}: {key} {reprlib.repr(row[key])} is not an address", "write the server's address")
-        return None
-    return row[key]
-
-
-def _name(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
 def _version(table: dict[str, Any]) -> str:
     version = table.get("version")
     return str(version) if isinstance(version, (str, float)) else reprlib.repr(version)
-
-
-def _integer(value: Any) -> int | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if 0 <= value < 10**9 else None
-    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else None
-
-
-def _check_count(row: dict[str, Any], key: str, list_key: str, place: str, report: Report) -> None:
-    entries = row.get(list_key)
-    if key in row and isinstance(entries, list) and _integer(row[key]) != len(entries):
-        where = f"{place}: " if place else ""
-        text = f"{where}{key} is {_plain(row[key])} but {list_key} has {len(entries)} entries"
-        report(text, f"set {key} to {len(entries)} or complete the list")
 
 
 def _check_header(table: dict[str, Any], report: Report) -> None:
@@ -264,7 +113,7 @@ def _check_header(table: dict[str, Any], report: Report) -> None:
         value = reprlib.repr(table["status"])
         report(f"status is {value}, expected 'completed' (table not ready)", "wait for the table or generate it anew")
     if "group_list" in table:
-        _check_count(table, "group_count", "group_list", "", report)
+        check_count(table, "group_count", "group_list", "", report)
         return
     if "version" not in table:
         report("missing version", "write '1.0', or '1.2' with super pods")
@@ -272,7 +121,7 @@ def _check_header(table: dict[str, Any], report: Report) -> None:
         report(f"version {reprlib.repr(table['version'])} is unknown", "known are '1.0' and '1.2'")
     if "server_count" not in table:
         report("missing server_count", "write the number of servers")
-    _check_count(table, "server_count", "server_list", "", report)
+    check_count(table, "server_count", "server_list", "", report)
 
 
 def _check_server_ids(servers: list[Server], report: Report) -> None:
@@ -361,10 +210,10 @@ def _check_equal_device_ips(servers: list[Server], report: Report) -> None:
 def _check_super_pods(table: dict[str, Any], servers: list[Server], report: Report) -> None:
     pod_of: dict[str, str] = {}
     members = []
-    for place, pod in _rows(table, "super_pod_list", "", report):
-        name = _text(pod, "super_pod_id", place, report)
-        for server_place, row in _rows(pod, "server_list", place, report):
-            server_id = _text(row, "server_id", server_place, report)
+    for place, pod in rows_of(table, "super_pod_list", "", report):
+        name = text_of(pod, "super_pod_id", place, report)
+        for server_place, row in rows_of(pod, "server_list", place, report):
+            server_id = text_of(row, "server_id", server_place, report)
             members.append((server_id, server_place))
             if server_id is not None and name is not None:
                 pod_of[server_id] = reprlib.repr(name)
@@ -383,7 +232,7 @@ def _check_super_pods(table: dict[str, Any], servers: list[Server], report: Repo
     numbers = []
     for server in servers:
         for device in server.devices:
-            number = _number(device.row, "super_device_id", device.place, report)
+            number = number_of(device.row, "super_device_id", device.place, report)
             if number is not None:
                 numbers.append(((pod_of.get(server.server_id or ""), number), device.place))
     for (pod, number), places in _repeated(numbers):
@@ -402,10 +251,6 @@ def _repeated(items: Iterable[tuple[Hashable, str]]) -> list[tuple[Any, str]]:
 def _is_loopback(server_id: str | None) -> bool:
     address = ip_address(server_id)
     return address is not None and address.is_loopback
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) and value.isdigit() else reprlib.repr(value)
 
 
 def _some(numbers: list[int]) -> str:

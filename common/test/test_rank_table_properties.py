@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.rank_table import RankTableError, check, generate, merge, read, torchrun_lines, world
-from common.rank_table.validation import natural_key, warnings
+from common.rank_table.servers import natural_key
+from common.rank_table.validation import warnings
 
 GOLDEN = Path(__file__).parent / "golden" / "ranktable" / "valid"
 FUZZED_TABLES = 10_000
