@@ -5,8 +5,8 @@
     check(paths)                                     # before training: UsageError that lists the broken ones
 
 One policy. Broken, cut short or larger than `MAX_PIXELS` (environment variable PICTURE_MAX_PIXELS): BrokenPicture.
-16-bit grey is scaled to 8 bits. EXIF orientation is followed where the reference does (`turn`); transparency is dropped
-or laid on white as the reference does (`on_white`).
+16-bit grey is scaled to 8 bits, transparency dropped, EXIF orientation not followed. What a project's reference does
+otherwise is said by its call: `turn`, `on_white`, `clip_16_bit` as Pillow does.
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ def _find(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
             yield from _find(os.path.join(folder, name), (*above, place))
 
 
-def read(path: str | Path, turn: bool = False, on_white: bool = False) -> Image.Image:
+def read(path: str | Path, turn: bool = False, on_white: bool = False, clip_16_bit: bool = False) -> Image.Image:
     """A picture file of any format and mode as RGB.
 
     Args:
         turn: as its EXIF orientation says; damaged EXIF counts as none.
         on_white: transparency is laid on white; else it is dropped.
+        clip_16_bit: values above 255 of 16-bit grey become white; else they are scaled.
 
     Raises:
         BrokenPicture: naming the file and the reason.
@@ -84,10 +85,12 @@ def read(path: str | Path, turn: bool = False, on_white: bool = False) -> Image.
         data = Path(path).read_bytes()
     except OSError as error:
         raise BrokenPicture(f"{path}: {error.strerror}") from error
-    return decode(data, os.fspath(path), turn, on_white)
+    return decode(data, os.fspath(path), turn, on_white, clip_16_bit)
 
 
-def decode(data: bytes, name: str, turn: bool = False, on_white: bool = False) -> Image.Image:
+def decode(
+    data: bytes, name: str, turn: bool = False, on_white: bool = False, clip_16_bit: bool = False
+) -> Image.Image:
     """As `read`, from a file's bytes; `name` is for the message.
 
     JPEG goes through simplejpeg with the exact DCT and chroma upsampling, which gives Pillow's pixels; what it does not
@@ -104,7 +107,7 @@ def decode(data: bytes, name: str, turn: bool = False, on_white: bool = False) -
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels, over PICTURE_MAX_PIXELS={MAX_PIXELS}")
                 image.load()
-                return to_rgb(upright(image) if turn else image, on_white)
+                return to_rgb(upright(image) if turn else image, on_white, clip_16_bit)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBomb...
         reason = str(error).split("<_io.BytesIO")[0].strip()  # Pillow names the buffer it was given
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
@@ -136,11 +139,11 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
-    """A picture of any mode as RGB; 16-bit grey is scaled to 8 bits, where Pillow's own conversion makes it white."""
+def to_rgb(image: Image.Image, on_white: bool = False, clip_16_bit: bool = False) -> Image.Image:
+    """A picture of any mode as RGB, see `read`."""
     if image.mode == "RGB":
         return image
-    if image.mode in _SIXTEEN_BIT:
+    if image.mode in _SIXTEEN_BIT and not clip_16_bit:
         grey = (np.asarray(image).clip(0, 65535).astype(np.uint32) * 255 + 32767) // 65535  # [H, W]
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common import pictures
 from common.distributed import broadcast_object, rank
 from common.errors import UsageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+EXTENSIONS = pictures.SUFFIXES
 CACHE = ".beit2_pictures"
 CACHED_FROM = 10_000  # pictures: fewer are listed in no time
 _TRAINING = {"train", "training", "train2014", "train2017"}
@@ -178,7 +179,7 @@ def _walk(root: Path, split: bool) -> tuple[bytes, dict[str, int], list[str]]:
         above.append(place)
         with os.scandir(where) as entries:
             found = sorted((entry.name, entry.is_dir()) for entry in entries)
-        found = [(name, is_dir) for name, is_dir in found if not name.startswith(".") and name != "__MACOSX"]
+        found = [(name, is_dir) for name, is_dir in found if not pictures.is_litter(name)]
         kept = _without_held_out(folder, [name for name, is_dir in found if is_dir], left_out) if split else None
         names.extend(
             os.path.join(folder, name) for name, is_dir in found if not is_dir and name.lower().endswith(EXTENSIONS)

@@ -7,20 +7,18 @@ on the device (`normalise_pixels` of evaluation/encoder.py).
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-# Pillow's limit guards against decompression bombs; beyond it Pillow raises and the picture counts as unreadable.
+from common import pictures
+
 _JPEG_MAGIC = b"\xff\xd8\xff"
 
 
-class ImageError(ValueError):
-    """A picture that cannot be read; the message names it."""
+ImageError = pictures.BrokenPicture  # a picture that cannot be read; the message names it
 
 
 def load_image(path: str | Path, size: int, exif_transpose: bool = False) -> torch.Tensor:
@@ -30,7 +28,7 @@ def load_image(path: str | Path, size: int, exif_transpose: bool = False) -> tor
         exif_transpose: turn the picture as its EXIF orientation says. Off: as transformers, open_clip, the reference.
 
     Raises:
-        ImageError: missing, truncated or not a picture.
+        ImageError: missing, truncated, too large or not a picture.
     """
     try:
         data = Path(path).read_bytes()
@@ -41,49 +39,9 @@ def load_image(path: str | Path, size: int, exif_transpose: bool = False) -> tor
 
 def decode_image(data: bytes, size: int, name: str, exif_transpose: bool = False) -> torch.Tensor:
     """As `load_image`, from the bytes of the file; `name` is for the error message."""
-    photograph = None if exif_transpose else _decode_jpeg(data)
-    if photograph is not None:
-        image = resize_only_the_crop(photograph, size)
-    else:
-        image = resize_and_crop(_decode_any(data, name, exif_transpose), size)
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))  # [3, S, S]
-
-
-def _decode_jpeg(data: bytes) -> Image.Image | None:
-    """libjpeg-turbo without Pillow's copies: the same bits, 20 % sooner. None where Pillow has to look at it."""
-    if not data.startswith(_JPEG_MAGIC):
-        return None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        # CMYK needs Pillow (Adobe inverts it), and so does the check against decompression bombs
-        if colours not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
-            return None
-        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
-    except ValueError:
-        return None  # strict: it refuses what Pillow only warns about; Pillow decides
-
-
-def _decode_any(data: bytes, name: str, exif_transpose: bool) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not a picture in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ImageError(f"{name}: {reason}") from None
-    if exif_transpose:
-        image = ImageOps.exif_transpose(image)
-    return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; alpha and transparent palette entries are composited on white, as transformers 5 does."""
-    if image.mode == "RGB":
-        return image
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image = pictures.decode(data, name, turn=exif_transpose, on_white=True, clip_16_bit=True)
+    resize = resize_only_the_crop if data.startswith(_JPEG_MAGIC) and not exif_transpose else resize_and_crop
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(resize(image, size)).transpose(2, 0, 1)))  # [3, S, S]
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
