@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import folder_lock
+
 KEYS = (
     "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime ActualLoss E2ETrainingTime TrainAccuracy"
 ).split()
@@ -19,6 +21,7 @@ OF_A_RUN = (
     "profile*",
     "loss.png",
     "log.txt",
+    "replay.json",
     "train_*_loss.txt",
     "checkpoint*",
     "*_acc.log",
@@ -97,8 +100,26 @@ def replace(path: Path, values: dict[str, Any]) -> None:
 
 def read(path: str | Path) -> dict[str, str]:
     """The `Key = value` lines of a result file."""
-    pairs = (line.split(" = ", 1) for line in Path(path).read_text(encoding="utf-8").splitlines() if " = " in line)
+    pairs = (line.split(" = ", 1) for line in Path(path).read_text("utf-8", "replace").splitlines() if " = " in line)
     return dict(pairs)
+
+
+def end_stale(folder: Path) -> list[Path]:
+    """A result that says RUNNING while nobody runs in the folder becomes FAILED: its run was killed with all around it.
+
+    Not that of a living training or evaluation, by their locks. The owner of the folder calls it before it writes.
+
+    Returns:
+        The files that were changed.
+    """
+    ended = []
+    for path in [*folder.glob("*_acc.log"), *folder.glob("*_perf.log")]:
+        values = read(path)
+        if values.get("Status") == "RUNNING" and folder_lock.living_owner(folder, f".{path.stem}.lock") is None:
+            error = "the run ended without a word (killed, or its host lost); found by the next start"
+            replace(path, values | {"Status": "FAILED", "Error": error})
+            ended.append(path)
+    return ended
 
 
 def keep_aside(folder: Path, patterns: Sequence[str] = OF_A_RUN) -> Path | None:

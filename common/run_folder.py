@@ -75,12 +75,7 @@ def tidy(folder: str | Path) -> list[str]:
         elif (old and path.is_dir()) or _LEFTOVER.fullmatch(path.name) or _is_stale_lock(path):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             done.append(f"{path}: half-written by an earlier run, removed")
-    for path in [*folder.glob("*_acc.log"), *folder.glob("*_perf.log")]:
-        values = result_file.read(path)
-        if values.get("Status") == "RUNNING" and folder_lock.living_owner(folder, f".{path.stem}.lock") is None:
-            error = "the run ended without a word (killed, or its host lost); found by the next start"
-            result_file.replace(path, values | {"Status": "FAILED", "Error": error})
-            done.append(f"{path}: said RUNNING, its run is gone: FAILED")
+    done += [f"{path}: said RUNNING, its run is gone: FAILED" for path in result_file.end_stale(folder)]
     return done
 
 

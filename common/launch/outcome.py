@@ -134,14 +134,9 @@ def conclude(case: Case, status: str, error: str | None, keep_own_words: bool = 
 
 
 def tidy(folder: str) -> None:
-    """A result file that says RUNNING while nobody runs there is of a run that was killed with all that watched it."""
-    for path in [*Path(folder).glob("*_acc.log"), *Path(folder).glob("*_perf.log")]:
-        values = result_file.read(path)
-        if values.get("Status") != "RUNNING":
-            continue
-        if not any(folder_lock.living_owner(folder, name) for name in (folder_lock.NAME, f".{path.stem}.lock")):
-            error = "the run ended without a word (killed, or its host lost); found by the next start"
-            result_file.replace(path, values | {"Status": "FAILED", "Error": error})
+    """What a killed run left saying RUNNING, unless a run lives in the folder."""
+    if folder_lock.living_owner(folder) is None:
+        for path in result_file.end_stale(Path(folder)):
             print(f"note: {path} said RUNNING, its run is gone: FAILED", flush=True)
 
 
