@@ -281,9 +281,12 @@ class RunLog:
         self._tell(self._profiler.step() if self._profiler else None)
 
     def record(self, step: int, kind: str, **scalars: Any) -> None:
-        """Writes one line of another kind than training, e.g. `record(step, "eval", top1=81.2)`."""
+        """Writes one line of another kind than training, e.g. `record(step, "eval", top1=81.2)`.
+
+        The line also has `cpu_s`, the CPU seconds this process has used: the quality over them is time to quality.
+        """
         values = {k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in scalars.items()}
-        self._write_metrics({"kind": kind, "step": step, **values})
+        self._write_metrics({"kind": kind, "step": step, **values, "cpu_s": round(time.process_time(), 1)})
         if self.world.is_main:
             self._tensorboard.write(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
         self.info(f"[{kind}] step {step} " + " ".join(f"{k} {_short(v)}" for k, v in values.items()))
