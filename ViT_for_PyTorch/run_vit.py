@@ -173,7 +173,8 @@ def run(options: argparse.Namespace, config: Config) -> None:
 
 
 def predict(options: argparse.Namespace, config: Config) -> None:
-    """Prints the best labels of each picture and writes them to predictions.json in the output folder."""
+    """Prints the best labels of each picture and writes them to predictions.json and .png in the output folder."""
+    from vit import prediction_grid
     from vit.image_folder import IMAGE_SUFFIXES
     from vit.predictor import pipeline
 
@@ -200,9 +201,10 @@ def predict(options: argparse.Namespace, config: Config) -> None:
             print(f"{picture}: " + ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in labels), flush=True)
     target = Path(config.output_dir) / "predictions.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    keep_aside(target.parent, [target.name])
+    keep_aside(target.parent, [target.name, "predictions.png"])
     target.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {target}")
+    prediction_grid.draw(results, classify.labels, target.with_suffix(".png"))
+    print(f"written to {target} and, the first {prediction_grid.MOST}, to {target.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

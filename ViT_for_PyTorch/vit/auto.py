@@ -10,6 +10,7 @@ from common import checkpoint_file
 from common.shards import PROGRESS
 from vit import download
 from vit.checkpoint import folder_of, newest
+from vit.conv_stem import patch_size_of
 from vit.model import PRESETS, create_model
 from vit.weights import load_weights, read_state_dict
 
@@ -27,6 +28,7 @@ class ViTConfig:
     num_heads: int = 12
     mlp_ratio: int = MLP_RATIO
     global_pool: str = "avg"
+    stem: str = "patch"
     drop_path_rate: float = 0.1
     batch_size: int = RECIPE_BATCH_SIZE  # of the training recipe, per device
     image_size: int = 224
@@ -89,6 +91,7 @@ class AutoModel:
             num_heads=config.num_heads,
             global_pool=config.global_pool,
             drop_path=config.drop_path_rate,
+            stem=config.stem,
         )
 
     @staticmethod
@@ -143,7 +146,9 @@ def _config_of_file(path: Path, changes: dict[str, Any]) -> ViTConfig:
     }
     try:
         shapes["embed_dim"] = state["pos_embed"].shape[-1]
-        shapes["patch_size"] = state["patch_embed.proj.weight"].shape[-1]
+        shapes["stem"] = "patch" if "patch_embed.proj.weight" in state else "conv"
+        is_plain = shapes["stem"] == "patch"
+        shapes["patch_size"] = state["patch_embed.proj.weight"].shape[-1] if is_plain else patch_size_of(state)
         shapes["image_size"] = round((state["pos_embed"].shape[1] - 1) ** 0.5) * shapes["patch_size"]
         shapes["depth"] = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     except (KeyError, ValueError, IndexError):

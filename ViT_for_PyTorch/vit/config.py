@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.apex_options import BACKENDS
 from common.device import DEVICES, PRECISIONS
 from common.errors import UsageError
-from vit.model import model_names
+from vit.model import INITIALISATIONS, model_names
 
 
 @dataclass
@@ -29,6 +29,7 @@ class ModelConfig:
     num_classes: int = 0
     global_pool: str = "avg"
     drop_path: float = 0.1
+    init: str = "timm"  # starting weights; width or mimetic for narrow models from scratch (initialisation.py)
     gradient_checkpointing: bool = False
     compile: bool = False
 
@@ -171,6 +172,7 @@ def _check(config: Config) -> None:
     choices = {
         "model.name": (config.model.name, model_names()),
         "model.global_pool": (config.model.global_pool, ("avg", "token")),
+        "model.init": (config.model.init, tuple(INITIALISATIONS)),
         "device": (config.device, DEVICES),
         "precision": (config.precision, PRECISIONS),
         "case_kind": (config.case_kind, ("acc", "perf")),

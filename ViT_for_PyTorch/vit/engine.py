@@ -368,6 +368,7 @@ def build(config: Config, num_classes: int, world: World, head: HeadPolicy) -> V
         num_classes,
         global_pool=config.model.global_pool,
         drop_path=config.model.drop_path,
+        init=config.model.init,
         **overrides,
     )
     if config.load_checkpoint:

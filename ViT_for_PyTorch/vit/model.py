@@ -5,17 +5,26 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from common.cpu import cpu_kernels
+from vit.conv_stem import ConvStem
+from vit.initialisation import mimic_trained_attention, scale_with_width
 
 HEAD_INIT_STD = 2e-5  # main_finetune.py; a fresh head starts at uniform predictions and does not disturb the encoder
 
-# img_size, patch_size, embed_dim, depth, num_heads
-PRESETS: dict[str, dict[str, int]] = {
+INITIALISATIONS: dict[str, Callable[[VisionTransformer], None]] = {
+    "timm": lambda model: None,
+    "width": scale_with_width,
+    "mimetic": mimic_trained_attention,
+}
+STEMS: dict[str, type[PatchEmbed]] = {"patch": PatchEmbed, "conv": ConvStem}
+# arguments of build_model
+PRESETS: dict[str, dict[str, Any]] = {
     "vit_demo": dict(img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3),
+    "vit_demo_conv": dict(img_size=48, patch_size=8, embed_dim=64, depth=4, num_heads=4, stem="conv"),
     "vit_small_p16": dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
     "vit_base_p16": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
     "vit_large_p16": dict(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
@@ -66,6 +75,8 @@ def build_model(
     num_classes: int,
     global_pool: Literal["avg", "token"] = "avg",
     drop_path: float = 0.0,
+    init: Literal["timm", "width", "mimetic"] = "timm",
+    stem: Literal["patch", "conv"] = "patch",
 ) -> VisionTransformer:
     """A ViT classifier [B, 3, img_size, img_size] -> logits [B, num_classes] with MAE's parameter names.
 
@@ -81,6 +92,10 @@ def build_model(
         raise ValueError(f"num_classes must be 1 or more, not {num_classes}")
     if global_pool not in ("avg", "token"):
         raise ValueError(f"global_pool must be 'avg' or 'token', not {global_pool!r}")
+    if stem not in STEMS:
+        raise ValueError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}")
+    if init not in INITIALISATIONS:
+        raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, not {init!r}")
     model = VisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
@@ -94,7 +109,9 @@ def build_model(
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         act_layer=nn.GELU,
         block_fn=VitBlock,
+        embed_layer=STEMS[stem],
     )
+    INITIALISATIONS[init](model)
     reset_head(model)
     return model
 
