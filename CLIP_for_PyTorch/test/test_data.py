@@ -24,6 +24,20 @@ def message(error) -> str:
     return error.value.message
 
 
+def test_pairs_that_share_a_picture_or_a_caption_are_kept_apart():
+    captions = ["A bell", "a bell ", "bell off", "star", "heart", "moon", "sun", "sea"]
+    pairs = Pairs("train", [ImageRef(str(i)) for i in range(7)], captions, [0, 1, 2, 3, 3, 4, 5, 6])
+    keys = pairs.keys()
+    for epoch in range(20):
+        sampler = GlobalBatchSampler(8, 4, seed=1, rank=0, world=1, drop_last=True, keys=keys)
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert sorted(sum(batches, [])) == list(range(8))
+        assert not {0, 1} <= set(batches[0]) and not {3, 4} <= set(batches[0]), "the last takes what is left"
+    same = GlobalBatchSampler(6, 3, seed=1, rank=0, world=1, drop_last=True, keys=np.zeros((6, 1), dtype=int))
+    assert sorted(sum(same, [])) == list(range(6)), "where all are equal nothing is left out"
+
+
 def test_the_zips_are_unpacked_once_beside_themselves(coco_zips):
     train = coco.read_split(coco_zips, "train")
     assert (len(train.images), len(train)) == (24, 48)

@@ -31,6 +31,15 @@ def test_equal_scores_do_not_count_as_higher():
     assert result["image_to_text_R@1"] == result["text_to_image_R@1"] == 1.0
 
 
+def test_with_ties_counted_half_a_collapsed_model_gets_what_guessing_gets():
+    same = torch.nn.functional.normalize(torch.ones(40, 4), dim=1)
+    owner = torch.arange(20).repeat_interleave(2)
+    result = recall_at_k(same[:20], same, owner, tie_share=0.5)
+    assert result["text_to_image_R@1"] == result["image_to_text_R@10"] == 0.0
+    assert result["text_to_image_median_rank"] == result["text_to_image_mean_rank"] - 0.5 == 10.0
+    assert result["image_to_text_mean_rank"] == 20.0  # half of the 38 captions of others
+
+
 def test_a_picture_without_captions_is_a_distractor():
     image = torch.eye(3)
     result = recall_at_k(image, image[:2], torch.tensor([0, 1]))

@@ -6,6 +6,7 @@ like depends on its index alone, so the number of loader workers and a resume ch
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,12 @@ class Pairs:
     def head(self, count: int | None) -> Pairs:
         """The first `count` captions and the pictures they describe; all of them when count is None or larger."""
         return self if count is None or count >= len(self) else self.take(np.arange(count))
+
+    def keys(self) -> np.ndarray:
+        """Int [captions, 2]: which picture, and which text (the same for captions that differ in case only)."""
+        texts: dict[str, int] = {}
+        same = [texts.setdefault(caption.strip().lower(), len(texts)) for caption in self.captions]
+        return np.stack([self.image_of_caption, len(self.images) + np.array(same, dtype=np.int64)], axis=1)
 
     def take(self, captions: np.ndarray) -> Pairs:
         """The captions of the given positions, in that order, with only their pictures."""
@@ -149,10 +156,23 @@ class GlobalBatchSampler(Sampler):
     The order is a permutation drawn from (seed, epoch). Rank r takes the r-th share of every global batch, so that the
     same pairs meet in a step on any number of ranks. Without `drop_last` a ragged last global batch is shared out
     evenly, which leaves out fewer than `world` pairs.
+
+    `keys` int [pairs, K]: pairs that share a key (the picture, the caption) are no negatives of each other, so they are
+    kept out of one global batch for as long as there are others to take.
     """
 
-    def __init__(self, pairs: int, batch: int, seed: int, rank: int, world: int, drop_last: bool):
+    def __init__(
+        self,
+        pairs: int,
+        batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+        drop_last: bool,
+        keys: np.ndarray | None = None,
+    ):
         self.pairs, self.batch, self.seed, self.rank, self.world = pairs, batch, seed, rank, world
+        self.keys = keys
         tail = pairs % (batch * world) // world
         self.tail = 0 if drop_last else tail
         self.epoch = 0
@@ -165,11 +185,45 @@ class GlobalBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng(mix_seed(self.seed, self.epoch)).permutation(self.pairs)
+        if self.keys is not None:
+            order = apart(order, self.keys, self.batch * self.world)
         whole = self.pairs // (self.batch * self.world)
         for step in range(len(self)):
             share = self.batch if step < whole else self.tail
             start = step * self.batch * self.world + self.rank * share
             yield order[start : start + share].tolist()
+
+
+def apart(order: np.ndarray, keys: np.ndarray, batch: int) -> np.ndarray:
+    """`order` changed so that, in each run of `batch` pairs, none shares a key with another.
+
+    A pair that would clash waits for the next run. Towards the end, where only clashing pairs are left, they stay.
+
+    Args:
+        order: int [pairs], a permutation.
+        keys: int [pairs, K]; no value of one column occurs in another.
+    """
+    result: list[int] = []
+    waiting, coming = [], iter(order.tolist())
+    rows = keys.tolist()
+    while len(result) < len(order):
+        met: set[int] = set()
+        still_waiting = []
+        chosen = 0
+        for pair in itertools.chain(waiting, coming):
+            if met.isdisjoint(rows[pair]):
+                met.update(rows[pair])
+                result.append(pair)
+                chosen += 1
+            else:
+                still_waiting.append(pair)
+            if chosen == batch:
+                break
+        else:  # nothing more is coming: what clashes fills the rest
+            return np.array(result + still_waiting)
+        untouched = waiting[chosen + len(still_waiting) :]
+        waiting = still_waiting + untouched
+    return np.array(result)
 
 
 class EpochLoader(DataLoader):

@@ -134,7 +134,7 @@ def evaluate_split(
         "batch_size": batch_size,
         "samples": len(pairs),
         "images": len(pairs.images),
-        **recall_at_k(image, text, owner),
+        **recall_at_k(image, text, owner, tie_share=0.5),
         "logit_scale": float(encoder.model.logit_scale.exp()),
     }
     return metrics, image, text

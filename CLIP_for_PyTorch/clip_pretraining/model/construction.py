@@ -25,6 +25,7 @@ from common.errors import UsageError
 # width, depth, heads, MLP of both towers; picture, patch; projection; words of a tokenizer trained for it
 SIZES = {
     "tiny": {"width": 64, "depth": 2, "heads": 4, "image": 32, "patch": 8, "projection": 64, "words": 1000},
+    "mini": {"width": 96, "depth": 3, "heads": 3, "image": 48, "patch": 8, "projection": 96, "words": 2000},
     "base": {"width": 768, "depth": 12, "heads": 12, "image": 224, "patch": 32, "projection": 512, "words": 50265},
 }
 
@@ -86,16 +87,20 @@ def from_scratch(
 
 
 def read_captions(path: Path) -> list[str]:
-    """Captions of a text file (one a line) or of a COCO captions json."""
+    """Captions of a text file (one a line), a COCO captions .json or a table .jsonl with a column `caption`."""
     try:
         text = path.read_text(encoding="utf-8")
-        captions = (
-            [a["caption"] for a in json.loads(text)["annotations"]] if path.suffix == ".json" else text.splitlines()
-        )
+        captions = text.splitlines()
+        if path.suffix == ".json":
+            captions = [annotation["caption"] for annotation in json.loads(text)["annotations"]]
+        elif path.suffix == ".jsonl":
+            captions = [json.loads(line)["caption"] for line in captions if line.strip()]
     except OSError as error:
         raise UsageError(f"--captions {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--captions {path}: neither text nor a COCO captions json ({error})") from None
+        raise UsageError(
+            f"--captions {path}: neither text, a COCO captions .json nor a .jsonl with captions ({error})"
+        ) from None
     captions = [caption.strip() for caption in captions if caption.strip()]
     if not captions:
         raise UsageError(f"--captions {path}: no captions in it")

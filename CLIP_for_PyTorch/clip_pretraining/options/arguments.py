@@ -95,6 +95,10 @@ class ClipTrainingArguments(TrainingArguments):
             "choices": ["global", "local"],
         },
     )
+    distinct_pairs: bool = field(
+        default=False,
+        metadata={"help": "No picture and no caption twice in a batch: equal ones are no negatives of each other."},
+    )
     clamp_logit_scale: bool = field(default=True, metadata={"help": "Keep logit_scale at or below ln 100."})
     zero_shot_dir: str | None = field(default=None, metadata={"help": "Folder of class folders: zero-shot accuracy."})
     class_names: str | None = field(

@@ -174,6 +174,7 @@ def run_facts(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[s
         "drop_last": args.dataloader_drop_last,
         "loss": args.loss,
         "frozen": frozen_parts(setup.model),
+        "distinct_pairs": args.distinct_pairs,
     }
 
 

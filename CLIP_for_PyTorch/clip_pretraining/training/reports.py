@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from clip_pretraining.evaluation import retrieval_picture
 from clip_pretraining.options.arguments import ClipTrainingArguments
 from clip_pretraining.training.pipeline import Setup
 from clip_pretraining.training.trainer import ClipTrainer
@@ -58,8 +57,9 @@ def evaluate(trainer: ClipTrainer, log: RunLog, setup: Setup) -> dict[str, float
         trainer.save_metrics("eval", metrics)
         if trainer.args.retrieval_picture and log.world.is_main:
             path = Path(trainer.args.output_dir) / "retrieval.png"
-            draw_retrieval(setup, path)
-            log.info(f"queries and their best five answers: {path}")
+            image, text = (features.cpu() for features in setup.validation_features)
+            retrieval_picture.draw(image, text, setup.validation.pairs, setup.validation.images, path)
+            log.info(f"queries and their best answers: {path}")
     return metrics
 
 
@@ -79,31 +79,3 @@ def finish(log: RunLog, metrics: dict[str, float]) -> dict[str, Any]:
         **recall,
         **zero_shot,
     )
-
-
-def draw_retrieval(setup: Setup, path: Path, queries: int = 4, answers: int = 5) -> None:
-    """Captions evenly taken from the split, each with the pictures that score highest; the right one is framed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    image, text = (features.cpu() for features in setup.validation_features)
-    pairs = setup.validation.pairs
-    rows = torch.linspace(0, len(pairs) - 1, min(queries, len(pairs))).long().tolist()
-    answers = min(answers, len(image))
-    figure, axes = pyplot.subplots(
-        len(rows), answers, figsize=(2 * answers, 2.3 * len(rows)), layout="constrained", squeeze=False
-    )
-    for axes_row, row in zip(axes, rows, strict=True):
-        scores, found = (text[row] @ image.T).topk(answers)
-        for position, (axis, score, index) in enumerate(zip(axes_row, scores.tolist(), found.tolist(), strict=True)):
-            axis.imshow(setup.validation.images[index].permute(1, 2, 0).numpy())
-            right = index == int(pairs.image_of_caption[row])
-            for side in axis.spines.values():
-                side.set(color="tab:green" if right else "lightgrey", linewidth=4 if right else 1)
-            axis.set(xticks=[], yticks=[], xlabel=f"{score:.3f}")
-            if position == 0:
-                axis.set_title(pairs.captions[row][:60], loc="left", fontsize=9)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)

@@ -76,6 +76,7 @@ class ClipTrainer(Trainer):
             self.world.rank,
             self.world.size,
             args.dataloader_drop_last,
+            self.train_dataset.pairs.keys() if args.distinct_pairs else None,
         )
         return EpochLoader(
             self.train_dataset,
