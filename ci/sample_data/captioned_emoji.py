@@ -20,7 +20,7 @@ from ci.sample_data.icon_table import share_of
 
 PACKAGES = emoji_table.PACKAGES
 TONES = tuple(f"{tone} skin tone" for tone in ("medium-light", "medium-dark", "light", "dark", "medium"))
-COMBINATION_SHARE = 0.2  # of a figure's skin tones
+COMBINATION_SHARE = 0.2  # of a figure's skin tones: one of five
 _LEAST_TONES = 3  # of a figure, for one of them to be held out
 
 

@@ -59,9 +59,20 @@ def test_the_band_is_one_sided(tmp_path, project):
 
 
 def test_the_limit_follows_spread_and_what_was_learned():
-    assert outcomes.limit_of([49.0, 50.0, 51.0], 18.0) == pytest.approx(50 - 3)
-    assert outcomes.limit_of([50.0, 50.0, 50.0], 18.0) == pytest.approx(50 - 3 * 0.02 * 50)
-    assert outcomes.limit_of([1.0, 5.0, 9.0], 0.0) == pytest.approx(1.25)  # noise never hides a collapse
+    assert outcomes.limit_of([79.0, 80.0, 81.0], 60.0) == pytest.approx(80 - 3 * 0.02 * 80)
+    assert outcomes.limit_of([70.0, 70.0, 70.0], 60.0) == pytest.approx(67.5), "a quarter of the gap"
+    assert outcomes.limit_of([61.0, 65.0, 69.0], 60.0) == pytest.approx(63.75), "noise never hides a loss"
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_losing_a_third_of_the_gap_fails(tmp_path, project):
+    """Of the gap between yardstick and stored mean, in every metric."""
+    stored = outcomes.load_stored(project, outcomes.STORED)["metrics"]
+    lost = {name: (stored[name]["mean"] - yardstick) / 3 for name, yardstick in outcomes.METRICS[project].items()}
+    assert all(gap > 0 for gap in lost.values())
+    worse = [{name: value - lost[name] for name, value in found.items()} for found in stored_numbers(project)]
+    write_runs(tmp_path, project, worse)
+    assert judged(tmp_path, project) == 1
 
 
 def test_a_run_that_failed_or_is_missing_fails(tmp_path, capsys):
@@ -78,10 +89,11 @@ def test_a_run_that_failed_or_is_missing_fails(tmp_path, capsys):
 
 def test_update_stores_a_reference_that_then_passes(tmp_path):
     project = "ViT_for_PyTorch"
-    write_runs(tmp_path / "runs", project, [{"top1": 40.0}, {"top1": 44.0}, {"top1": 42.0}])
+    write_runs(tmp_path / "runs", project, [{"top1": 70.0}, {"top1": 74.0}, {"top1": 72.0}])
     assert judged(tmp_path / "runs", project, "--update", "--stored", str(tmp_path / "stored")) == 0
     record = json.loads((tmp_path / "stored" / f"{project}.json").read_text())
-    assert record["metrics"]["top1"] == {"values": [40.0, 44.0, 42.0], "mean": 42.0, "spread": 2.0, "limit": 36.0}
+    limit = outcomes.limit_of([70.0, 74.0, 72.0], outcomes.METRICS[project]["top1"])
+    assert record["metrics"]["top1"] == {"values": [70.0, 74.0, 72.0], "mean": 72.0, "spread": 2.0, "limit": limit}
 
 
 def test_a_missing_reference_is_said_before_anything_runs(tmp_path, monkeypatch):
@@ -109,5 +121,6 @@ def test_a_real_run_that_cannot_learn_fails(tmp_path, sample_data, capsys):
     log = (tmp_path / "runs" / project / "seed-0" / "demo.txt").read_text()
     assert "Final Train Accuracy" in log, log
     assert judged(tmp_path / "runs", project, "--seeds", "0") == 1
-    row = capsys.readouterr().out.splitlines()[-2]
-    assert row.startswith("| ViT_for_PyTorch | top1 |") and "FAIL" in row
+    assert "error: top-1, held-out emoji families" in log and "does not beat 60" not in log, "a yardstick of its own"
+    row = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("| ViT_for_PyTorch | top1 |"))
+    assert "FAIL" in row
