@@ -14,8 +14,8 @@ untrained model (same seed) and for the checkpoint:
   of the predicted position; beside it, chance.
 
 On images (class folders in task.data/<train_subset> and <valid_subset>) a linear probe (ridge regression) and the
-nearest neighbour go from the student's patches, averaged, to the picture's class; beside them the same from raw pixels
-(12 x 12), and always guessing the largest class. The cloze retrieval is over masked patches.
+nearest neighbour go from the student's patches, averaged in 3 x 3 cells, to the picture's class; beside them the same
+from raw pixels (12 x 12), and always guessing the largest class. The cloze retrieval is over masked patches.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
@@ -15,6 +16,7 @@ from data2vec.data.epochs import BrokenSample, EpochBatches
 from data2vec.data.image_data import MaskedImages, Normalize, read_picture, to_uint8
 
 BATCH = 128
+GRID = 3  # cells a side in which patches are averaged
 SIDE = 12  # pixels of the raw-pixel yardstick
 
 
@@ -22,7 +24,10 @@ SIDE = 12  # pixels of the raw-pixel yardstick
 def collect_pictures(
     model: torch.nn.Module, folder: Path, classes: list[str], config: DictConfig, device: torch.device, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features fp32 [N, C], class indices [N]) of the class folders' pictures, centre-cropped, none masked.
+    """(features fp32 [N, GRID * GRID * C], class indices [N]) of the class folders' pictures.
+
+    They are centre-cropped, and no patch is masked. The patches' states are averaged in a grid of cells, so that what
+    stands where is not lost.
 
     Raises:
         UsageError: a picture in no class folder, or one that cannot be read.
@@ -43,8 +48,15 @@ def collect_pictures(
             raise UsageError(str(error)) from None
         with devices.autocast(device, precision):
             hidden = model.encode(normalize(images))[:, 1:]  # [B, P, C]
-        features.append(hidden.float().mean(dim=1).cpu())
+        features.append(pool(hidden.float()).cpu())
     return torch.cat(features), torch.tensor([classes.index(name) for name in names])
+
+
+def pool(hidden: torch.Tensor) -> torch.Tensor:
+    """Patch states [B, P, C], averaged in GRID x GRID cells: [B, GRID * GRID * C]."""
+    side = round(hidden.shape[1] ** 0.5)
+    cells = F.adaptive_avg_pool2d(hidden.transpose(1, 2).unflatten(2, (side, side)), GRID)  # [B, C, GRID, GRID]
+    return cells.flatten(1)
 
 
 def collect_pixels(folder: Path, config: DictConfig) -> torch.Tensor:

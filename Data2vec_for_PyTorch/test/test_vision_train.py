@@ -254,3 +254,14 @@ def test_published_configurations_are_the_base_model():
         assert (config.model.embed_dim, config.model.depth, config.model.num_heads) == (768, 12, 12)
         assert config.model.num_mask_patches == patches and config.optimization.lr == [rate]
         assert config.dataset.batch_size * config.distributed_training.distributed_world_size == 2048
+
+
+def test_cloze_figure_fills_masked_patches_alone(pictures, tmp_path, whole):
+    import draw_cloze
+    from data2vec.cloze_figure import cut, paste
+
+    images = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8)
+    assert torch.equal(paste(cut(images, 4)), images) and torch.equal(cut(images, 4)[1, 1], images[1, :, :4, 4:])
+    run(draw_cloze.main, pictures, tmp_path, f"common_eval.path={whole / 'checkpoints' / 'checkpoint_last.pt'}")
+    with Image.open(tmp_path / "cloze.png") as figure:
+        assert figure.width > 500

@@ -1,0 +1,98 @@
+"""A figure of what a text model expects at hidden tokens, and of which tokens it holds to be alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data2vec.data.dictionary import MASK
+from data2vec.data.pretraining_data import PretrainingData
+from data2vec.text_probe import collect
+
+TRAIN_TOKENS, LEAST_SEEN = 30_000, 10
+BLOCKS, WORDS, NEIGHBOURS = 8, 12, 4
+SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # byte-level BPE's sign for a space in front
+
+
+def spellings(data: PretrainingData, encoder_json: Path) -> list[str]:
+    """How every id of the vocabulary is written; dict.txt holds the numbers that encoder.json gives to tokens."""
+    written = {str(number): token.replace(SPACE, "_") for token, number in json.loads(encoder_json.read_text()).items()}
+    return [written.get(symbol, symbol) for symbol in data.vocab.symbols]
+
+
+class Expectations:
+    """The mean of the teacher's targets for every token that was hidden often; what a prediction is compared to."""
+
+    def __init__(self, model: torch.nn.Module, data: PretrainingData):
+        found = collect(model, data.train_batches(epoch=1), TRAIN_TOKENS, data, torch.device("cpu"), "fp32")
+        counts = torch.bincount(found["token"])
+        sums = torch.zeros(len(counts), found["target"].shape[1]).index_add(0, found["token"], found["target"])
+        often = counts >= LEAST_SEEN
+        self.ids = often.nonzero().squeeze(1)[counts[often].argsort(descending=True)]  # the commonest first
+        means = sums[self.ids] / counts[self.ids, None]
+        self.centre = means.mean(dim=0)
+        self.directions = F.normalize(means - self.centre, dim=1)  # [K, C]
+
+    def nearest(self, pred: Tensor) -> Tensor:
+        """int64 [N]: the token whose mean target is nearest to each prediction [N, C]."""
+        scores = F.normalize(pred - pred.mean(dim=0), dim=1) @ self.directions.T
+        return self.ids[scores.argmax(dim=1)]
+
+    def alike(self, spelled: list[str]) -> list[tuple[str, list[str]]]:
+        """The commonest whole words of three letters or more, and the tokens nearest to each."""
+        words = [i for i, token in enumerate(self.ids.tolist()) if len(spelled[token]) > 3 and spelled[token][0] == "_"]
+        near = (self.directions @ self.directions.T).argsort(dim=1, descending=True)[:, 1 : NEIGHBOURS + 1]
+        return [(spelled[self.ids[i]], [spelled[self.ids[k]] for k in near[i].tolist()]) for i in words[:WORDS]]
+
+
+@torch.no_grad()
+def filled_blocks(model, data: PretrainingData, known: Expectations, spelled: list[str]) -> list[list[tuple[str, str]]]:
+    """Of some held-out blocks every token as it is written and what the model expects, "" where it was not hidden."""
+    batch = data.valid_batches(data.config.dataset.valid_subset)[0]
+    pred = model(batch.src_tokens, batch.target_tokens, data.vocab.index(MASK), batch.plan)["pred"]
+    expected = torch.full(batch.src_tokens.shape, -1).flatten()
+    expected[batch.plan.rows.flat] = known.nearest(pred.float())
+    expected = expected.view_as(batch.src_tokens)
+    tokens = torch.where(expected >= 0, batch.target_tokens, batch.src_tokens)
+    pad = data.vocab.pad_index
+    full = [i for i in range(len(tokens)) if not (tokens[i] == pad).any()][:BLOCKS]
+    return [
+        [
+            (spelled[t], spelled[e] if e >= 0 else "")
+            for t, e in zip(tokens[i].tolist(), expected[i].tolist(), strict=True)
+        ]
+        for i in full
+    ]
+
+
+def draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]], path: Path) -> None:
+    """Blocks of text with hidden tokens in colour (expected over true), and below the words with their neighbours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = 2 * len(blocks) + len(alike) + 4
+    figure, axis = pyplot.subplots(figsize=(13, 0.27 * rows))
+    axis.set(xlim=(0, max(map(len, blocks)) if blocks else 1), ylim=(rows, 0))
+    axis.axis("off")
+    font = {"family": "monospace", "fontsize": 9}
+    axis.text(0, 0.6, "hidden tokens: expected (green: right) over true; _ is a space", fontsize=10, weight="bold")
+    for y, block in enumerate(blocks):
+        for x, (true, expected) in enumerate(block):
+            if expected:
+                axis.text(
+                    x, 2 * y + 1.7, expected, color="green" if expected == true else "firebrick", weight="bold", **font
+                )
+            axis.text(x, 2 * y + 2.5, true, color="0.6" if expected else "black", **font)
+    top = 2 * len(blocks) + 2.6
+    axis.text(0, top, "tokens whose targets are nearest to those of the commonest words", fontsize=10, weight="bold")
+    for y, (word, neighbours) in enumerate(alike):
+        axis.text(0, top + 1 + y, f"{word:<10} {'  '.join(neighbours)}", **font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
