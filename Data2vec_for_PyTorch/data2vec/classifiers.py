@@ -42,20 +42,35 @@ def logistic_probe(
     train_x: torch.Tensor, train_y: torch.Tensor, valid_x: torch.Tensor, valid_y: torch.Tensor, classes: int = 100
 ) -> tuple[float, float]:
     """As `linear_probe`, fitted by cross-entropy: for many classes and tens of thousands of examples."""
-    labels = commonest(train_y, classes)
-    x, y = _prepared(train_x, train_y, labels, train_x)
-    weights = torch.zeros(x.shape[1], len(labels), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    fitted = LogisticRegression(train_x, train_y, classes)
+    kept = torch.isin(valid_y, fitted.labels)
+    guesses = fitted.predict(valid_x[kept])
+    return _percent(guesses == valid_y[kept]), _percent(valid_y[kept] == fitted.labels[0])
 
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(x @ weights, y) + DECAY * weights.square().sum()
-        value.backward()
-        return value
 
-    optimizer.step(loss)
-    x, y = _prepared(valid_x, valid_y, labels, train_x)
-    return _percent((x @ weights.detach()).argmax(dim=1) == y), _percent(y == 0)
+class LogisticRegression:
+    """A linear classifier of the commonest `classes` labels, fitted to x [N, D] and labels y [N] by cross-entropy."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, classes: int):
+        self.labels = commonest(y, classes)
+        self.examples = x
+        x, y = _prepared(x, y, self.labels, x)
+        weights = torch.zeros(x.shape[1], len(self.labels), requires_grad=True)
+        optimizer = torch.optim.LBFGS([weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(x @ weights, y) + DECAY * weights.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        self.weights = weights.detach()  # [D + 1, K]
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """int64 [N]: the likeliest label of each row."""
+        x, _ = _prepared(x, self.labels[:1].expand(len(x)), self.labels, self.examples)
+        return self.labels[(x @ self.weights).argmax(dim=1)]
 
 
 def nearest_neighbour(

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from data2vec.data.dictionary import MASK
+from data2vec.classifiers import LogisticRegression
 from data2vec.data.pretraining_data import PretrainingData
-from data2vec.text_probe import collect
+from data2vec.text_probe import collect, top_states
 
-TRAIN_TOKENS, LEAST_SEEN = 30_000, 10
+TRAIN_TOKENS, LEAST_SEEN, CLASSES = 30_000, 10, 100
 BLOCKS, WORDS, NEIGHBOURS = 8, 12, 4
 SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # byte-level BPE's sign for a space in front
 
@@ -25,22 +24,17 @@ def spellings(data: PretrainingData, encoder_json: Path) -> list[str]:
 
 
 class Expectations:
-    """The mean of the teacher's targets for every token that was hidden often; what a prediction is compared to."""
+    """What the student's states say of hidden tokens, by a linear probe; and every token's mean target."""
 
     def __init__(self, model: torch.nn.Module, data: PretrainingData):
         found = collect(model, data.train_batches(epoch=1), TRAIN_TOKENS, data, torch.device("cpu"), "fp32")
+        self.probe = LogisticRegression(found["student"], found["token"], CLASSES)
         counts = torch.bincount(found["token"])
         sums = torch.zeros(len(counts), found["target"].shape[1]).index_add(0, found["token"], found["target"])
         often = counts >= LEAST_SEEN
         self.ids = often.nonzero().squeeze(1)[counts[often].argsort(descending=True)]  # the commonest first
         means = sums[self.ids] / counts[self.ids, None]
-        self.centre = means.mean(dim=0)
-        self.directions = F.normalize(means - self.centre, dim=1)  # [K, C]
-
-    def nearest(self, pred: Tensor) -> Tensor:
-        """int64 [N]: the token whose mean target is nearest to each prediction [N, C]."""
-        scores = F.normalize(pred - pred.mean(dim=0), dim=1) @ self.directions.T
-        return self.ids[scores.argmax(dim=1)]
+        self.directions = F.normalize(means - means.mean(dim=0), dim=1)  # [K, C]
 
     def alike(self, spelled: list[str]) -> list[tuple[str, list[str]]]:
         """The commonest whole words of three letters or more, and the tokens nearest to each."""
@@ -53,11 +47,12 @@ class Expectations:
 def filled_blocks(model, data: PretrainingData, known: Expectations, spelled: list[str]) -> list[list[tuple[str, str]]]:
     """Of some held-out blocks every token as it is written and what the model expects, "" where it was not hidden."""
     batch = data.valid_batches(data.config.dataset.valid_subset)[0]
-    pred = model(batch.src_tokens, batch.target_tokens, data.vocab.index(MASK), batch.plan)["pred"]
+    states = top_states(model.encoder.student, batch.src_tokens, batch.plan.has_padding, batch.plan.rows)
     expected = torch.full(batch.src_tokens.shape, -1).flatten()
-    expected[batch.plan.rows.flat] = known.nearest(pred.float())
+    expected[batch.plan.rows.flat] = known.probe.predict(states)
     expected = expected.view_as(batch.src_tokens)
     tokens = torch.where(expected >= 0, batch.target_tokens, batch.src_tokens)
+    expected = torch.where(tokens < data.vocab.nspecial, -1, expected)  # a hidden <s> is no question
     pad = data.vocab.pad_index
     full = [i for i in range(len(tokens)) if not (tokens[i] == pad).any()][:BLOCKS]
     return [
@@ -81,7 +76,13 @@ def draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]]
     axis.set(xlim=(0, max(map(len, blocks)) if blocks else 1), ylim=(rows, 0))
     axis.axis("off")
     font = {"family": "monospace", "fontsize": 9}
-    axis.text(0, 0.6, "hidden tokens: expected (green: right) over true; _ is a space", fontsize=10, weight="bold")
+    axis.text(
+        0,
+        0.6,
+        "hidden tokens: expected, of the 100 commonest (green: right), over true; _ is a space",
+        fontsize=10,
+        weight="bold",
+    )
     for y, block in enumerate(blocks):
         for x, (true, expected) in enumerate(block):
             if expected:
