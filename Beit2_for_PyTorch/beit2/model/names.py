@@ -1,4 +1,4 @@
-"""The reference's model names, and `tiny` and `small` ones for people with little data."""
+"""The reference's model names, and `nano`, `tiny` and `small` ones for people with little data."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _SIZES = {
 }
 _HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}
 _5B = {"embed_dim": 4096, "depth": 21, "num_heads": 16}
+# for pictures of 48 pixels on a CPU; a narrow model needs larger initial weights than 768 values do
+_NANO = {"embed_dim": 96, "depth": 4, "num_heads": 4, "patch_size": 8, "img_size": 48, "init_std": 0.08}
 _EARLY_LAYERS = {"tiny": 9, "small": 9, "base": 9, "24x544": 21, "large": 21}
 
 
@@ -34,6 +36,7 @@ def _pretraining_models() -> dict[str, dict[str, Any]]:
     for size in (192, 256):
         models[f"beit_base_patch16_{size}_8k_vocab"] = _SIZES["base"] | {"img_size": size, "cls_pt": False}
     models["beit_huge_patch14_224_8k_vocab"] = _HUGE | {"cls_pt": False}
+    models["beit_nano_patch8_48_8k_vocab_cls_pt"] = _NANO | {"cls_pt": True, "early_layers": 3, "head_layers": 1}
     models["beit_huge_5B_cls_pt"] = _5B | {"cls_pt": True, "early_layers": 6}
     return models
 
@@ -45,7 +48,7 @@ def _finetuning_models() -> dict[str, dict[str, Any]]:
         for size, resolutions in sizes.items()
         for pixels in resolutions
     }
-    return models | {"beit_huge_patch14_224": dict(_HUGE)}
+    return models | {"beit_huge_patch14_224": dict(_HUGE), "beit_nano_patch8_48": dict(_NANO)}
 
 
 PRETRAINING_MODELS = _pretraining_models()
@@ -64,6 +67,10 @@ for _size, _shape in (
     for _teacher, _out in (("clip", 512), ("dino", 384)):
         _name = f"vqkd_encoder_{_size}_decoder_1x{_shape['dim']}x{_shape['heads']}_{_teacher}"
         TOKENIZERS[_name] = _shape | {"decoder_depth": 1, "decoder_out_dim": _out}
+
+TOKENIZERS["vqkd_encoder_nano_decoder_1x96x4_dino"] = {
+    "dim": 96, "depth": 2, "heads": 4, "patch_size": 8, "img_size": 48, "decoder_depth": 1, "decoder_out_dim": 192,
+}  # fmt: skip
 
 TOKENIZER_URL = (
     "https://conversationhub.blob.core.windows.net/beit-share-public/beitv2/"

@@ -1,0 +1,44 @@
+"""The end of demo.sh: accuracy from a tenth of the labels, beside what trains nothing; arguments: PICTURES OUTPUT."""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT.parent))
+
+from ci.yardsticks import pixels  # noqa: E402
+from ci.yardsticks.report import Line, conclude, cpu_seconds_of, promises  # noqa: E402
+
+TENTHS = range(3)
+
+
+def accuracies(output: Path, start: str) -> list[float]:
+    """Percent of the held-out pictures, a value a tenth of the labels."""
+    files = [output / f"{start}-{number}" / "Beit2_for_PyTorch_bs25_1p_acc.log" for number in TENTHS]
+    return [float(re.search(r"^TrainAccuracy = (.*)$", file.read_text(), re.M)[1]) for file in files]
+
+
+def main(pictures: Path, output: Path) -> int:
+    values = {start: accuracies(output, start) for start in ("pretrained", "scratch")}
+    for start, measured in values.items():
+        print(f"{start}: {', '.join(f'{value:.1f}' for value in measured)} % of held-out pictures right, a tenth each")
+    means = {start: statistics.mean(measured) for start, measured in values.items()}
+    without = [pixels.nearest_class(output / f"labels-{number}", pictures / "val") for number in TENTHS]
+    nearest = statistics.mean(row["nearest_pixels"] for row in without)
+    beside = {"guessing": without[0]["guessing"], "nearest pixels": nearest, "scratch": means["scratch"]}
+    lines = [
+        Line("pretrained", "top-1, a tenth of the labels, %", means["pretrained"], beside),
+        Line("finetune_gain", "points above scratch", means["pretrained"] - means["scratch"], {"scratch": 0.0}),
+    ]
+    spent = cpu_seconds_of(output / "times.txt")
+    code = conclude(
+        lines, output / "demo.json", promises(PROJECT / "test" / "demo.sh"), spent, scratch=means["scratch"]
+    )
+    print(f"loss plot: {output}/pretraining/loss.png; masked, predicted and true tokens: {output}/predictions.png")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(Path, sys.argv[1:3])))
