@@ -12,6 +12,7 @@ import torch
 
 from beit2 import pretraining_options as setup
 from beit2.image_data import Normalizer, collate
+from beit2.options import mean_and_std
 from beit2.prediction_figure import draw, prediction_rows
 from beit2.training.checkpoints import load_model
 from beit2.weights.files import read_checkpoint
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = setup.build_dataset(trained, model.window_size)
     apart = range(0, len(dataset), max(1, len(dataset) // options.count))
     batch = collate([dataset[(0, index)] for index in list(apart)[: options.count]])
-    normalizer = Normalizer(*setup.mean_and_std(trained), torch.device("cpu"))
+    normalizer = Normalizer(*mean_and_std(trained), torch.device("cpu"))
     normalized, visual = normalizer.views(batch)
     draw(
         prediction_rows(model, tokenizer, normalizer.unit(batch.views), normalized, visual, batch.mask), options.output

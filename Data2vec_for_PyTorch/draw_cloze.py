@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from common import device as devices
-from common.checkpoint_file import CheckpointError, load
+from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
-from data2vec.command_line import parse
+from data2vec.command_line import parse_evaluation
 from data2vec.modality import build, is_vision, open_data
-from data2vec.training.checkpoint import load_weights
+from data2vec.weights.pretrained import load_weights
 
 PICTURES = 8
 
@@ -28,35 +28,33 @@ def main(argv: list[str] | None = None) -> Path:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--encoder-json", type=Path)
     spelling, rest = own.parse_known_args(argv)
-    options, config, _ = parse(rest, __doc__.splitlines()[0])
-    path = config.common_eval.path
-    if not path:
-        raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
+    options, config, notes, checkpoint = parse_evaluation(rest, __doc__.splitlines()[0])
+    print("\n".join(notes))
     output = Path(options.output_dir) / "cloze.png"
     data = open_data(config)
     if is_vision(config):
-        draw_pictures(config, data, path, output)
+        draw_pictures(config, data, checkpoint, output)
     elif spelling.encoder_json is None or not spelling.encoder_json.is_file():
         raise UsageError(f"--encoder-json {spelling.encoder_json}: give the file that bpe_encode.py used or wrote")
     else:
-        draw_text(config, data, path, output, spelling.encoder_json)
+        draw_text(config, data, checkpoint, output, spelling.encoder_json)
     print(f"drawn: {output}")
     return output
 
 
-def load_model(config, data, path: str | None) -> torch.nn.Module:
-    """The untrained model of the run's seed, with the weights of `path` where given."""
+def load_model(config, data, checkpoint: dict | None) -> torch.nn.Module:
+    """The untrained model of the run's seed, with the checkpoint's weights where given."""
     devices.seed_everything(config.common.seed)
     model = build(config, data)
     try:
-        if path:
-            load_weights(model, load(path), path)
+        if checkpoint:
+            load_weights(model, checkpoint, config.common_eval.path)
     except CheckpointError as error:
         raise UsageError(str(error)) from None
     return model.eval()
 
 
-def draw_pictures(config, data, path: str, output: Path) -> None:
+def draw_pictures(config, data, checkpoint: dict, output: Path) -> None:
     """Held-out pictures, evenly from the sorted list, filled by the untrained model and by the trained one."""
     from data2vec.cloze_figure import PatchPool, draw, fill_masked  # torchvision: text does without
     from data2vec.data.image_data import Normalize
@@ -67,17 +65,17 @@ def draw_pictures(config, data, path: str, output: Path) -> None:
     batch = samples.collate(apart.numpy(), epoch=1)
     training, _ = data.split(config.dataset.train_subset, training=True)
     filled = []
-    for weights in (None, path):
+    for weights in (None, checkpoint):
         model = load_model(config, data, weights)
         filled.append(fill_masked(model, batch, PatchPool(model, training, normalize), normalize))
     draw(batch, filled, output)
 
 
-def draw_text(config, data, path: str, output: Path, encoder_json: Path) -> None:
+def draw_text(config, data, checkpoint: dict, output: Path, encoder_json: Path) -> None:
     """The first whole blocks of the validation split, and the commonest words' neighbours."""
     from data2vec.token_figure import Expectations, draw, filled_blocks, spellings
 
-    model = load_model(config, data, path)
+    model = load_model(config, data, checkpoint)
     known, spelled = Expectations(model, data), spellings(data, encoder_json)
     draw(filled_blocks(model, data, known, spelled), known.alike(spelled), output)
 

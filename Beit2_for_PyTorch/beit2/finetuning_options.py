@@ -94,6 +94,7 @@ def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--smoothing", type=float, default=0.1)
     group.add_argument("--train_interpolation", default="bicubic", choices=("bilinear", "bicubic", "random"))
     group.add_argument("--crop_pct", type=float, default=None)
+    group.add_argument("--min_crop_scale", type=float, default=0.08, help="least share of the picture that a crop has")
     group.add_argument("--reprob", type=float, default=0.25)
     group.add_argument("--remode", default="pixel")
     group.add_argument("--recount", type=int, default=1)
@@ -206,13 +207,14 @@ def _training_transform(options: argparse.Namespace):
     """timm's recipe, on fp32; or with `--aa none` and no erasing a crop and a flip, as uint8."""
     if options.aa == "none" and options.reprob == 0:
         jitter = options.color_jitter
-        return CropAndFlip(options.input_size, 0.08, options.train_interpolation, jitter)
+        return CropAndFlip(options.input_size, options.min_crop_scale, options.train_interpolation, jitter)
     mean, std = mean_and_std(options)
     repair_posterize()
     try:
         transform = create_transform(
             options.input_size,
             is_training=True,
+            scale=(options.min_crop_scale, 1.0),
             color_jitter=options.color_jitter,
             auto_augment=None if options.aa == "none" else options.aa,
             interpolation=options.train_interpolation,

@@ -48,7 +48,7 @@ scratch=$!
 trap 'kill $scratch 2>/dev/null || true' EXIT
 
 echo "1. tokenizer: 128 visual tokens that let a decoder rebuild every patch"
-python3 test/pixel_teacher.py "$output/teacher.pth" 8 48
+python3 test/pixel_teacher.py "$output/teacher.pth"
 python3 run_vqkd_training.py "${common[@]}" --seed "$first_seed" --model $tokenizer --batch_size 32 --epochs 5 --disable_eval \
   --teacher_weight "$output/teacher.pth" --data_path "$pictures/train" --codebook_n_emd 128 --codebook_emd_dim 16 \
   --quantize_kmeans_init --ema_decay 0.9 --lr 2e-3 --warmup_epochs 1 --opt_betas 0.9 0.99 --min_crop_scale 0.4 \

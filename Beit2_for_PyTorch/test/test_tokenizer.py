@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import beit2
@@ -228,3 +229,25 @@ def test_own_classifier_is_a_teacher(tmp_path):
     with torch.no_grad():
         expected = classifier.forward_features(images, return_patch_tokens=True)
         torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pixel_teacher_knows_the_pixels_and_nothing_else(tmp_path):
+    """The demo's teacher: it was trained on nothing, so no label can reach the tokenizer."""
+    from pixel_teacher import pixel_teacher
+
+    torch.save(pixel_teacher(8, 48), tmp_path / "teacher.pth")
+    teacher = load_teacher(tmp_path / "teacher.pth", "dino")
+    images = torch.rand(2, 3, 48, 48)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (teacher.mean, teacher.std))
+    features = teacher((images - mean) / std)  # [2, 36, 96]
+    small = F.avg_pool2d(images[1, :, 8:16, 40:48], 2).flatten()  # second row, last column
+    expected = F.layer_norm(torch.cat((small, 1 - small)), (96,))
+    torch.testing.assert_close(features[1, 11], expected, rtol=0, atol=1e-3)
+    white, black, blue = (
+        (torch.tensor(c).view(1, 3, 1, 1) - mean) / std for c in ((1.0,) * 3, (0.0,) * 3, (0, 0, 1.0))
+    )
+    kinds = torch.stack([teacher(colour.expand(1, 3, 48, 48))[0, 0] for colour in (white, black, blue)])
+    alike = F.cosine_similarity(kinds[:, None], kinds[None], dim=2)
+    torch.testing.assert_close(
+        alike, torch.tensor([[1, -1, -1 / 3], [-1, 1, 1 / 3], [-1 / 3, 1 / 3, 1]]), atol=1e-3, rtol=0
+    )

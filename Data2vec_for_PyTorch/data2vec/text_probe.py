@@ -37,7 +37,8 @@ def collect(
             for name, encoder in (("student", model.encoder.student), ("teacher", model.encoder.teacher)):
                 found[name] = top_states(encoder, batch.src_tokens, batch.plan.has_padding, batch.plan.rows)
         tokens = batch.target_tokens.flatten()[batch.plan.rows.flat]
-        left, right = (_neighbours(batch.src_tokens, side, mask_idx, data.vocab.nspecial) for side in (-1, 1))
+        hidden = (mask_idx, data.vocab.bos_index, data.vocab.pad_index)
+        left, right = (_neighbours(batch.src_tokens, side, hidden) for side in (-1, 1))
         found |= {"token": tokens, "left": left[batch.plan.rows.flat], "right": right[batch.plan.rows.flat]}
         kept = tokens >= data.vocab.nspecial
         for name, value in found.items():
@@ -59,11 +60,11 @@ def top_states(encoder: SentenceEncoder, tokens: torch.Tensor, has_padding: bool
     return torch.cat(states[-TOP_LAYERS:], dim=1)
 
 
-def _neighbours(source: torch.Tensor, side: int, mask_idx: int, specials: int) -> torch.Tensor:
-    """int64 [B * T]: the visible id on that side (-1 or 1) of every position, NOT_VISIBLE at edges and masks."""
+def _neighbours(source: torch.Tensor, side: int, hidden: tuple[int, ...]) -> torch.Tensor:
+    """int64 [B * T]: the id on that side (-1 or 1) of every position, NOT_VISIBLE at edges and for the `hidden` ids."""
     beside = source.roll(-side, dims=1)  # [B, T]
     beside[:, -1 if side == 1 else 0] = NOT_VISIBLE
-    return beside.masked_fill((beside == mask_idx) | (beside < specials), NOT_VISIBLE).flatten()
+    return beside.masked_fill(torch.isin(beside, beside.new_tensor(hidden)), NOT_VISIBLE).flatten()
 
 
 def counting_accuracy(corpus: np.ndarray, common: torch.Tensor, asked: dict[str, torch.Tensor]) -> float:

@@ -166,12 +166,12 @@ def test_count_table_knows_the_neighbours_and_nothing_more():
     assert table.guess(11, 21) == 2  # seen once only: from both neighbours apart
 
 
-def test_neighbours_that_are_hidden_or_special_are_not_visible():
+def test_neighbours_that_are_hidden_or_outside_the_block_are_not_visible():
     from data2vec.text_probe import NOT_VISIBLE, _neighbours
 
-    source = torch.tensor([[0, 7, 99, 8, 9]])  # <s>, ids, one masked
-    assert _neighbours(source, -1, 99, 4).tolist() == [NOT_VISIBLE, NOT_VISIBLE, 7, NOT_VISIBLE, 8]
-    assert _neighbours(source, 1, 99, 4).tolist() == [7, NOT_VISIBLE, 8, 9, NOT_VISIBLE]
+    source = torch.tensor([[0, 7, 99, 2, 9]])  # <s>, ids, one of them masked and one </s>
+    assert _neighbours(source, -1, (99, 0, 1)).tolist() == [NOT_VISIBLE, NOT_VISIBLE, 7, NOT_VISIBLE, 2]
+    assert _neighbours(source, 1, (99, 0, 1)).tolist() == [7, NOT_VISIBLE, 2, 9, NOT_VISIBLE]
 
 
 def test_probe_runs_on_a_checkpoint(golden, capsys):
