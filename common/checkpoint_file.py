@@ -144,6 +144,18 @@ def load(path: str | Path, map_location: Any = "cpu", allow: Sequence[type] = ()
         raise CheckpointError(f"{path}: not a readable checkpoint, maybe cut short ({reason})") from error
 
 
+def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file. CheckpointError: missing, damaged, or no such file at all."""
+    from safetensors.torch import load_file
+
+    if problem := _damage_of_file(Path(path)):
+        raise CheckpointError(f"{path}: {problem}")
+    try:
+        return load_file(path)
+    except Exception as error:  # SafetensorError, and what its header's JSON may raise
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
 def damage(path: str | Path) -> str | None:
     """What is wrong with a checkpoint file or sealed folder, in words; None where its digests are right.
 

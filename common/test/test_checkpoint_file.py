@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
@@ -137,6 +138,20 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, content, words):
     (tmp_path / "w.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=f"w.pt: .*{words}"):
         checkpoint_file.load(tmp_path / "w.pt")
+
+
+def test_safetensors_that_are_none_are_called_what_they_are(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    assert checkpoint_file.load_safetensors(path)["w"].tolist() == [1, 1]
+    for content, words in (
+        (path.read_bytes()[:-1], "not a readable"),
+        (b"<html>", "a web page"),
+        (b"{}", "not a read"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"model.safetensors: {words}"):
+            checkpoint_file.load_safetensors(path)
 
 
 def test_a_foreign_file_and_a_half_folder_are_passed_over(tmp_path):
