@@ -123,6 +123,39 @@ def test_a_different_run_is_not_resumed(pairs_table, tiny_model, tmp_path, capsy
         assert name in kept  # nothing was lost
 
 
+def test_what_may_change_in_a_resumed_run_takes_effect(pairs_table, tiny_model, tmp_path):
+    """A finished run of 4 steps made longer, with another rate: from its first step on it follows the new schedule."""
+    output = tmp_path / "out"
+    run(output, tiny_model, *train_options(pairs_table, "--max_steps", "4", "--save_every", "2"))
+    more = ["--max_steps", "8", "--save_every", "4", "--learning_rate", "4e-3", "--weight_decay", "0.3"]
+    run(output, tiny_model, *train_options(pairs_table, *more))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["lr"] for line in lines if line["kind"] == "train"}
+    assert [rates[step] for step in range(5, 9)] == pytest.approx([4e-3 * (1 - step / 8) for step in range(4, 8)])
+    groups = torch.load(output / "checkpoint-8/optimizer.pt", weights_only=True)["param_groups"]
+    assert groups[0]["weight_decay"] == 0.3 and groups[0]["initial_lr"] == 4e-3
+
+
+@pytest.mark.parametrize(
+    "options, fact",
+    [
+        (["--train_file", "OTHER"], "captions was"),
+        (["--freeze_vision_model", "True"], "frozen was [], is ['vision_model']"),
+        (["--optim", "sgd"], "optim was adamw_torch, is sgd"),
+        (["--precision", "bf16"], "precision was fp32, is bf16"),
+    ],
+)
+def test_what_changes_the_mathematics_is_refused(options, fact, pairs_table, tiny_model, tmp_path, capsys):
+    run(tmp_path / "out", tiny_model, *train_options(pairs_table, "--max_steps", "1", "--save_every", "1"))
+    other = pairs_table.with_name("other.csv")
+    rows = pairs_table.read_text().splitlines()
+    other.write_text("\n".join([*rows[:-1], rows[-1].replace("box", "square")]))
+    options = [str(other) if word == "OTHER" else word for word in options]
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", tiny_model, *train_options(pairs_table, "--max_steps", "2", *options))
+    assert fact in capsys.readouterr().err
+
+
 def test_accumulated_chunks_train_as_the_large_batch(pairs_table, model_without_dropout, tmp_path):
     small = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--max_steps", "4"]
     result = run(

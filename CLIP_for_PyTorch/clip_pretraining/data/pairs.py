@@ -7,6 +7,8 @@ like depends on its index alone, so the number of loader workers and a resume ch
 from __future__ import annotations
 
 import itertools
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +36,14 @@ class ImageRef:
     @property
     def name(self) -> str:
         return self.path if self.length < 0 else f"{self.path}@{self.offset}"
+
+    def size(self) -> int:
+        """Its bytes; -1 when the file is not there."""
+        if self.length >= 0:
+            return self.length
+        with contextlib.suppress(OSError):
+            return os.stat(self.path).st_size
+        return -1
 
     def read(self) -> bytes:
         """The picture's bytes.
@@ -89,6 +99,15 @@ class Pairs:
             position,
             [self.image_keys[i] for i in used],
         )
+
+    def identity(self) -> dict[str, int | str]:
+        """What the split is, by content: the same wherever it lies, another when a caption or picture is another."""
+        captions, pictures = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+        for text, image in zip(self.captions, self.image_of_caption.tolist(), strict=True):
+            captions.update(f"{image} {text}\n".encode("utf-8", "surrogatepass"))
+        for key, image in zip(self.image_keys, self.images, strict=True):
+            pictures.update(f"{key} {image.size()}\n".encode("utf-8", "surrogatepass"))
+        return {"pairs": len(self), "captions": captions.hexdigest(), "pictures": pictures.hexdigest()}
 
     def without_images(self, bad: Sequence[int]) -> Pairs:
         """Without these pictures and their captions."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +40,7 @@ class Setup:
     settings: ImageSettings
     processor: CLIPProcessor | DualEncoderProcessor
     collate: Collate
+    cleaned: bool  # captions went through OpenAI's cleaning
     train: PairDataset | None = None
     validation: PairDataset | None = None
     zero_shot: zeroshot.Task | None = None
@@ -61,7 +64,12 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
     longest = min(data.max_seq_length, loading.max_caption_tokens(model.config))
 
     setup = Setup(
-        model, tokenizer, settings, processor_of(model, tokenizer, settings), Collate(tokenizer.pad_token_id, longest)
+        model,
+        tokenizer,
+        settings,
+        processor_of(model, tokenizer, settings),
+        Collate(tokenizer.pad_token_id, longest),
+        data.clean_captions,
     )
     if args.do_train:
         setup.train = _dataset(_pairs("train", model_args, data, args, world), setup, data)
@@ -166,16 +174,38 @@ def total_steps(setup: Setup, args: ClipTrainingArguments, world: World) -> int:
 
 
 def run_facts(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[str, Any]:
-    """What decides which pairs meet in which step; a resumed run must agree. The number of ranks does not matter."""
+    """What decides what a step computes; a resumed run must agree. The number of ranks does not matter.
+
+    Rates, decay, clipping and the length of the run may change on purpose.
+    """
+    data = setup.train.pairs.identity() if setup.train and world.is_main else None
     return {
         "global_batch": args.per_device_train_batch_size * world.size,
-        "pairs": len(setup.train) if setup.train else 0,
+        **(distributed.broadcast_object(data) or {"pairs": 0}),
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "drop_last": args.dataloader_drop_last,
         "loss": args.loss,
+        "contrastive_scope": args.contrastive_scope,
+        "precision": args.precision,
+        "optim": args.optim.removesuffix("_fused"),
         "frozen": frozen_parts(setup.model),
         "distinct_pairs": args.distinct_pairs,
+        "model": _digest(json.dumps(_architecture(setup.model.config.to_dict()), sort_keys=True, default=str)),
+        "tokenizer": _digest(json.dumps(setup.tokenizer.get_vocab(), sort_keys=True)),
+        "max_seq_length": setup.collate.max_length,
+        "clean_captions": setup.cleaned,
     }
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration without where it came from and who wrote it."""
+    about = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    parts = {key: value for key, value in config.items() if key not in about}
+    return {key: _architecture(value) if isinstance(value, dict) else value for key, value in parts.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def frozen_parts(model: PreTrainedModel) -> list[str]:

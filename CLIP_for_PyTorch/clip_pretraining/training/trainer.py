@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from clip_pretraining import resume
@@ -211,6 +212,25 @@ class ClipTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint and (Path(checkpoint) / SCALE_FILE).is_file():
             self.scale.load_state_dict(checkpoint_file.load(Path(checkpoint) / SCALE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `Trainer`; but rates, decay and betas are what this command says, and so is the schedule's length.
+
+        The state that is loaded has those of the command that wrote it.
+        """
+        ours = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, options in zip(self.optimizer.param_groups, ours, strict=True):
+            group.update(options)
+        schedule = self.lr_scheduler
+        if checkpoint and isinstance(schedule, LambdaLR):
+            schedule.base_lrs = [options["initial_lr"] for options in ours]
+            rates = [
+                base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            schedule._last_lr = rates
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     # -- evaluation and checkpoints ----------------------------------------------------------------------------------
 
