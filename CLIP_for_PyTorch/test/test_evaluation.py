@@ -13,6 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 import export_vision_tower
 import run_clip
 import save_clip_roberta
+from clip_pretraining import contrastive_loss, siglip_loss
 from clip_pretraining.data.images import load_image
 from clip_pretraining.data.pairs import DecodedImages, ImageRef
 from clip_pretraining.data.tokenization import PackedCaptions, load_tokenizer
@@ -126,6 +127,18 @@ def test_transformers_loads_the_exported_tower(tiny_model, pairs_table, tmp_path
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
     with pytest.raises(SystemExit):
         export_vision_tower.main(["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "vision")])
+
+
+def test_open_clip_s_own_losses_agree():
+    pytest.importorskip("open_clip", reason="the library itself: pip install -r requirements-dev.txt")
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    draw = torch.Generator().manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(40, 16, generator=draw), dim=1) for _ in range(2))
+    scale, bias = torch.tensor(3.0), torch.tensor(-4.0)
+    assert contrastive_loss(image, text, scale).item() == pytest.approx(ClipLoss()(image, text, scale.exp()).item())
+    theirs = SigLipLoss()(image, text, scale.exp(), bias)
+    assert siglip_loss(image, text, scale, bias).item() == pytest.approx(theirs.item())
 
 
 def test_open_clip_loads_the_exported_tower(tiny_clip, tmp_path):

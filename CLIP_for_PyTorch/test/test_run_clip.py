@@ -168,6 +168,17 @@ def test_accumulated_chunks_train_as_the_large_batch(pairs_table, model_without_
     assert result["BatchSize"] == 2
 
 
+def test_equal_captions_are_masked_when_asked_to(pairs_table, tiny_model, tmp_path):
+    """Every caption twice in a batch of eight: the first loss is that of four, ln 4 for what knows nothing."""
+    rows = pairs_table.read_text().splitlines()
+    twice = pairs_table.with_name("twice.csv")
+    twice.write_text("\n".join([rows[0], *(row for row in rows[1:5] for _ in range(2))]))
+    for name, options in (("masked", ["--mask_equal_captions", "True"]), ("not", [])):
+        more = train_options(twice, "--max_steps", "1", "--learning_rate", "1e-9", *options)
+        run(tmp_path / name, tiny_model, *more)
+    assert losses(tmp_path / "not")[0] - losses(tmp_path / "masked")[0] == pytest.approx(math.log(2), abs=0.15)
+
+
 def test_checkpointed_activations_change_nothing(pairs_table, tiny_model, tmp_path):
     """With dropout, which the second forward pass of a layer repeats."""
     for checkpointing in ("False", "True"):

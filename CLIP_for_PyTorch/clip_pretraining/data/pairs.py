@@ -156,17 +156,25 @@ class PairDataset(Dataset):
 
 @dataclass(frozen=True)
 class Collate:
-    """Items to a batch: pixel_values uint8 [B, 3, S, S], input_ids and attention_mask int64 [B, L]."""
+    """Items to a batch: pixel_values uint8 [B, 3, S, S], input_ids and attention_mask int64 [B, L].
+
+    With `caption_ids` also those, int64 [B]: equal where captions are, whatever the padding of their batch.
+    """
 
     pad_token_id: int
     max_length: int
+    caption_ids: bool = False
 
     def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
-        pixels = torch.stack([item["pixel_values"] for item in items])
-        return {
-            "pixel_values": pixels,
-            **pad_captions([i["tokens"] for i in items], self.pad_token_id, self.max_length),
+        rows = [item["tokens"] for item in items]
+        batch = {
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+            **pad_captions(rows, self.pad_token_id, self.max_length),
         }
+        if self.caption_ids:
+            digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+            batch["caption_ids"] = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
+        return batch
 
 
 class GlobalBatchSampler(Sampler):

@@ -99,6 +99,9 @@ class ClipTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "No picture and no caption twice in a batch: equal ones are no negatives of each other."},
     )
+    mask_equal_captions: bool = field(
+        default=False, metadata={"help": "A caption that comes twice in a batch is no negative of its other picture."}
+    )
     clamp_logit_scale: bool = field(default=True, metadata={"help": "Keep logit_scale at or below ln 100."})
     zero_shot_dir: str | None = field(default=None, metadata={"help": "Folder of class folders: zero-shot accuracy."})
     class_names: str | None = field(

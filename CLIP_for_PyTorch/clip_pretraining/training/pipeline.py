@@ -68,7 +68,7 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
         tokenizer,
         settings,
         processor_of(model, tokenizer, settings),
-        Collate(tokenizer.pad_token_id, longest),
+        Collate(tokenizer.pad_token_id, longest, args.mask_equal_captions),
         data.clean_captions,
     )
     if args.do_train:
@@ -186,6 +186,7 @@ def run_facts(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[s
         "drop_last": args.dataloader_drop_last,
         "loss": args.loss,
         "contrastive_scope": args.contrastive_scope,
+        "mask_equal_captions": args.mask_equal_captions,
         "precision": args.precision,
         "optim": args.optim.removesuffix("_fused"),
         "frozen": frozen_parts(setup.model),

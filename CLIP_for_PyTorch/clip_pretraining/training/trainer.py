@@ -65,6 +65,7 @@ class ClipTrainer(Trainer):
         self.last_loss = torch.zeros(())
         self.last_lr = 0.0
         self.last_samples = 0
+        self._caption_ids: torch.Tensor | None = None  # of the step's batch, with --mask_equal_captions
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
@@ -111,6 +112,8 @@ class ClipTrainer(Trainer):
         model.train()
         self.last_samples = len(inputs["input_ids"]) * self.world.size
         micro = self.args.micro_batch_size
+        ids = inputs.pop("caption_ids", None)
+        self._caption_ids = None if ids is None else ids.to(self.args.device, non_blocking=True)
         if len(inputs["input_ids"]) > micro:
             loss = self._chunked_step(model, inputs, micro)
         else:
@@ -157,8 +160,8 @@ class ClipTrainer(Trainer):
     def _objective(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         scale, scope = self.model.logit_scale, self.args.contrastive_scope
         if self.args.loss == "siglip":
-            return losses.siglip_loss(image, text, scale, self.model.logit_bias, scope)
-        return losses.contrastive_loss(image, text, scale, scope)
+            return losses.siglip_loss(image, text, scale, self.model.logit_bias, scope, self._caption_ids)
+        return losses.contrastive_loss(image, text, scale, scope, self._caption_ids)
 
     def create_optimizer(self, model: nn.Module | None = None) -> GuardedOptimizer:
         """As `Trainer`; the step is the house's (common/update.py), which also clips."""
