@@ -13,7 +13,7 @@ from functools import partial
 
 from clip_pretraining import cpu_patches, npu_patches, resume
 from clip_pretraining.options import arguments, legacy
-from clip_pretraining.training import pipeline, reports
+from clip_pretraining.training import identity, pipeline, reports
 from clip_pretraining.training.trainer import ClipTrainer, RunLogCallback
 from common import device, distributed
 from common.errors import print_usage_errors
@@ -36,16 +36,18 @@ def main(argv: list[str] | None = None) -> dict:
         npu_patches.apply(setup.model, world.device)
         evaluator = partial(pipeline.evaluate, setup, args, world)
 
-        facts = pipeline.run_facts(setup, args, world)
         total_steps = pipeline.total_steps(setup, args, world) if args.do_train else None
-        checkpoint = None
+        facts = identity.facts(setup, data_args, args, world, total_steps or 0)
+        checkpoint, changed = None, None
         if args.do_train:
-            checkpoint = resume.agree(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, facts)
-        if world.is_main:
-            resume.prepare_folder(args.output_dir, checkpoint, args.do_train)
-        distributed.barrier()
+            wanted, afresh = args.resume_from_checkpoint, args.overwrite_output_dir
+            checkpoint, changed = resume.agree(args.output_dir, wanted, afresh, facts, args.accept_changes, world)
 
         with reports.open_log(args, world, total_steps, resumed=checkpoint is not None) as log:
+            if world.is_main:
+                resume.prepare_folder(args.output_dir, checkpoint, args.do_train)
+            if changed:
+                log.info(changed)
             log.info(pipeline.start_line(setup, args, world))
             callback = RunLogCallback()
             trainer = callback.trainer = ClipTrainer(

@@ -1,28 +1,27 @@
 """Which checkpoint to go on from, whether it is whole, whether this run is the same one; the best model so far.
 
-A checkpoint is written into `.saving/`, reaches the disk, is marked and only then gets its name: under that name there
-is never half of one, and an older one goes when the newer one is there.
+A checkpoint is written into `.checkpoint.saving/`, reaches the disk, is sealed with the digests of its files and only
+then gets its name: under that name there is never half of one, and an older one goes when the newer one is there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from common import distributed
+from common import checkpoint_file, folder_lock, result_file, run_folder
+from common.distributed import World, broadcast_object
 from common.errors import UsageError
 
-STAGING = ".saving"  # in the output folder
-MARK = "complete.json"  # written last into a checkpoint folder
+STAGING = ".checkpoint.saving"  # in the output folder; run_folder.tidy removes what a killed run left there
+CHECKPOINTS = "checkpoint-[0-9]*"
+MARK = "complete.json"  # of what the checkpoint is
+# named when they change, but a user changes them on purpose
+MAY_CHANGE = ("schedule", "ranks")
 # what `Trainer` and evaluation write beside the log's files
 OF_EVALUATION = ("eval_results.json", "retrieval.png")
 OF_TRAINING = (
@@ -33,133 +32,73 @@ OF_TRAINING = (
 )
 
 
-def publish(output_dir: Path, step: int, facts: dict[str, Any], keep: int | None) -> None:
+def publish(output_dir: Path, step: int, facts: Mapping[str, Any], keep: int | None) -> None:
     """Gives the checkpoint in the staging folder its name, then removes all but the newest `keep`."""
     staged = output_dir / STAGING / f"checkpoint-{step}"
     mark_complete(staged, facts)
     folder = output_dir / staged.name
-    earlier = output_dir / STAGING / f"earlier-{step}"
     if folder.exists():  # of this step: damaged, or of a run that was resumed from before it
-        folder.rename(earlier)
-    staged.rename(folder)
-    _sync(output_dir)
-    remove_leftovers(output_dir)
-    for _, old in numbered(output_dir)[:-keep] if keep else ():
-        shutil.rmtree(old)
+        os.replace(folder, output_dir / STAGING / f"earlier-{step}")
+    os.replace(staged, folder)
+    checkpoint_file.sync(output_dir)
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+    checkpoint_file.keep_newest(output_dir, keep or 0, CHECKPOINTS)
 
 
-def remove_leftovers(output_dir: str | Path) -> None:
-    """What a run left that was killed while it saved; nothing else has that name."""
-    shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
-
-
-def mark_complete(folder: Path, facts: dict[str, Any]) -> None:
-    """Everything in the folder reaches the disk, then the mark does."""
-    for path in folder.iterdir():
-        _sync(path)
-    partial = folder / f".{MARK}"
-    partial.write_text(json.dumps(facts))
-    _sync(partial)
-    os.replace(partial, folder / MARK)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None. Damaged ones are passed over with a warning."""
-    for _, folder in reversed(numbered(output_dir)):
-        problem = damage(folder)
-        if problem is None:
-            return folder
-        warnings.warn(f"{folder}: {problem}; an older checkpoint is used", stacklevel=2)
-    return None
-
-
-def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of all checkpoints, the newest last."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in Path(output_dir).glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match)
+def mark_complete(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes what the checkpoint is of, then seals the folder."""
+    (folder / MARK).write_text(json.dumps(facts), encoding="utf-8")
+    checkpoint_file.seal(folder)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, None when it can be resumed from."""
     if not (folder / "trainer_state.json").is_file():
         return "not a training checkpoint (no trainer_state.json)"
-    if not (folder / MARK).is_file():
-        return "cut short while it was being written"
-    try:
-        with safe_open(folder / "model.safetensors", "pt") as weights:
-            weights.keys()
-    except (OSError, SafetensorError) as error:
-        return f"model.safetensors cannot be read ({error})"
-    return None if (folder / "optimizer.pt").is_file() else "optimizer.pt is missing"
+    missing = [n for n in (MARK, "optimizer.pt", "scheduler.pt") if not (folder / n).is_file()]
+    return checkpoint_file.damage(folder) or (f"{missing[0]} is missing" if missing else None)
 
 
-def agree(output_dir: str | Path, wanted: str | None, overwrite: bool, facts: dict[str, Any]) -> Path | None:
-    """As `choose`, on every rank: the main one looks, and all of them must see what it chose.
-
-    Raises:
-        UsageError: on all ranks; also when a rank does not see the checkpoint, which is on another host's disk then.
-    """
-    answer: tuple[Path | None, str | None] = (None, None)
-    if distributed.rank() == 0:
-        try:
-            answer = choose(output_dir, wanted, overwrite, facts), None
-        except UsageError as error:
-            answer = None, error.message
-    folder, problem = distributed.broadcast_object(answer)
-    if problem:
-        raise UsageError(problem)
-    if folder is not None:
-        blind = [rank for rank, sees in enumerate(distributed.gather_objects((folder / MARK).is_file())) if not sees]
-        if blind:
-            raise UsageError(
-                f"{folder}: rank {', '.join(map(str, blind))} does not see this checkpoint: --output_dir must be on a "
-                "disk that all hosts share"
-            )
-    return folder
-
-
-def choose(output_dir: str | Path, wanted: str | None, overwrite: bool, facts: dict[str, Any]) -> Path | None:
-    """The checkpoint to resume from: `wanted`, or with "auto" or nothing the newest of `output_dir`.
+def agree(
+    output_dir: str | Path, wanted: str | None, overwrite: bool, facts: Mapping[str, Any], accepted: str, world: World
+) -> tuple[Path | None, str | None]:
+    """(the checkpoint to go on from or None, what has changed on purpose in words), the same on all ranks.
 
     Args:
-        wanted: a folder, "auto", or None.
-        overwrite: start afresh whatever `output_dir` holds (the old files are kept in `earlier/`).
-        facts: of this run, see `check_same_run`.
+        wanted: a folder, "auto", or None: the newest whole one of `output_dir`.
+        overwrite: with None, start afresh whatever `output_dir` holds (the old files are kept in `earlier/`).
+        facts: of this run.
+        accepted: names of facts that may differ all the same, of --accept_changes.
 
     Raises:
-        UsageError: `wanted` cannot be resumed from, or belongs to a different run.
+        UsageError: on all ranks: `wanted` cannot be resumed from, or belongs to another run, or a host lacks it.
     """
+    folder, changed, problem = None, None, None
+    if world.is_main:
+        try:
+            folder = choose(output_dir, wanted, overwrite)
+            if folder is not None:
+                saved = json.loads((folder / MARK).read_text(encoding="utf-8"))
+                changed = run_folder.compare(folder, saved, facts, may_change=MAY_CHANGE, accepted=accepted)
+        except UsageError as error:
+            problem = error.message
+    problem, changed = broadcast_object((problem, changed))
+    if problem:
+        raise UsageError(problem)
+    return run_folder.agree_on(folder, world), changed
+
+
+def choose(output_dir: str | Path, wanted: str | None, overwrite: bool) -> Path | None:
+    """See `agree`. Damaged checkpoints are passed over with a warning; one that is asked for by name is an error."""
     if wanted in (None, "auto"):
-        folder = None if overwrite and wanted is None else newest_checkpoint(output_dir)
-    else:
-        folder = Path(wanted)
-        problem = damage(folder) if folder.is_dir() else "no such folder"
-        if problem:
-            raise UsageError(f"--resume {folder}: {problem}")
-    if folder is not None:
-        check_same_run(folder, facts)
+        if overwrite and wanted is None:
+            return None
+        return checkpoint_file.newest(output_dir, CHECKPOINTS)
+    folder = Path(wanted)
+    problem = damage(folder) if folder.is_dir() else "no such folder"
+    if problem:
+        raise UsageError(f"--resume {folder}: {problem}")
     return folder
-
-
-def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
-    """Refuses a run whose batches would be others than those the checkpoint counted."""
-    stored = json.loads((folder / MARK).read_text())
-    different = {key: (stored[key], facts[key]) for key in facts if key in stored and stored[key] != facts[key]}
-    if different:
-        listed = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in different.items())
-        raise UsageError(
-            f"{folder}: cannot be resumed exactly: {listed}. Use the same values, or start anew from its weights with "
-            f"--model_name_or_path {folder} --overwrite_output_dir"
-        )
 
 
 def keep_best(trainer, eval_loss: float) -> None:
@@ -177,22 +116,12 @@ def keep_best(trainer, eval_loss: float) -> None:
 
 
 def prepare_folder(output_dir: str | Path, checkpoint: Path | None, trains: bool) -> None:
-    """Before the first file is written: leftovers go, and an earlier run's files aside unless it is continued."""
-    if trains:
-        remove_leftovers(output_dir)
-    if checkpoint is None:
-        set_aside(output_dir, OF_TRAINING if trains else OF_EVALUATION)
+    """Files of an earlier run go aside unless they are continued. The folder must be this run's already.
 
-
-def set_aside(output_dir: str | Path, names: Sequence[str]) -> None:
-    """Moves these files of an earlier run to `earlier/<time>/`: a fresh run must not overwrite them."""
-    output_dir = Path(output_dir)
-    found = [path for name in names for path in output_dir.glob(name)]
-    if not found:
-        return
-    aside = output_dir / "earlier" / time.strftime("%Y%m%d-%H%M%S")
-    while aside.exists():
-        aside = aside.with_name(aside.name + "x")
-    aside.mkdir(parents=True)
-    for path in found:
-        path.rename(aside / path.name)
+    Beside a training that lives an evaluation moves nothing. Of checkpoints those newer than the one that is gone on
+    from go aside: they are of a future that will be different.
+    """
+    if trains and checkpoint is not None and checkpoint.parent == Path(output_dir):
+        checkpoint_file.set_aside_newer(checkpoint, CHECKPOINTS)
+    if checkpoint is None and (trains or folder_lock.living_owner(output_dir) is None):
+        result_file.keep_aside(Path(output_dir), OF_TRAINING if trains else OF_EVALUATION)

@@ -111,6 +111,9 @@ class ClipTrainingArguments(TrainingArguments):
     retrieval_picture: bool = field(default=True, metadata={"help": "Draw queries and their answers after evaluation."})
     skip_steps: int = field(default=10, metadata={"help": "First steps that do not count in FPS."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew; old results move to earlier/."})
+    accept_changes: str = field(
+        default="", metadata={"help": "Resume although these differ from the checkpoint's: names with commas, or all."}
+    )
     loss_scale: float | None = field(
         default=None, metadata={"help": "fp16: a constant scale of the loss up to 65536; a larger one begins there."}
     )

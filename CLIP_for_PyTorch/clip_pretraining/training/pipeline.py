@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +37,6 @@ class Setup:
     settings: ImageSettings
     processor: CLIPProcessor | DualEncoderProcessor
     collate: Collate
-    cleaned: bool  # captions went through OpenAI's cleaning
     train: PairDataset | None = None
     validation: PairDataset | None = None
     zero_shot: zeroshot.Task | None = None
@@ -69,7 +65,6 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
         settings,
         processor_of(model, tokenizer, settings),
         Collate(tokenizer.pad_token_id, longest, args.mask_equal_captions),
-        data.clean_captions,
     )
     if args.do_train:
         setup.train = _dataset(_pairs("train", model_args, data, args, world), setup, data)
@@ -171,47 +166,6 @@ def total_steps(setup: Setup, args: ClipTrainingArguments, world: World) -> int:
     if args.max_steps > 0:
         return args.max_steps
     return math.ceil(args.num_train_epochs * _steps_per_epoch(setup, args, world))
-
-
-def run_facts(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[str, Any]:
-    """What decides what a step computes; a resumed run must agree. The number of ranks does not matter.
-
-    Rates, decay, clipping and the length of the run may change on purpose.
-    """
-    data = setup.train.pairs.identity() if setup.train and world.is_main else None
-    return {
-        "global_batch": args.per_device_train_batch_size * world.size,
-        **(distributed.broadcast_object(data) or {"pairs": 0}),
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-        "drop_last": args.dataloader_drop_last,
-        "loss": args.loss,
-        "contrastive_scope": args.contrastive_scope,
-        "mask_equal_captions": args.mask_equal_captions,
-        "precision": args.precision,
-        "optim": args.optim.removesuffix("_fused"),
-        "frozen": frozen_parts(setup.model),
-        "distinct_pairs": args.distinct_pairs,
-        "model": _digest(json.dumps(_architecture(setup.model.config.to_dict()), sort_keys=True, default=str)),
-        "tokenizer": _digest(json.dumps(setup.tokenizer.get_vocab(), sort_keys=True)),
-        "max_seq_length": setup.collate.max_length,
-        "clean_captions": setup.cleaned,
-    }
-
-
-def _architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """A model's configuration without where it came from and who wrote it."""
-    about = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-    parts = {key: value for key, value in config.items() if key not in about}
-    return {key: _architecture(value) if isinstance(value, dict) else value for key, value in parts.items()}
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def frozen_parts(model: PreTrainedModel) -> list[str]:
-    """Names of the parts that are not trained: an optimizer's state belongs to those that are."""
-    return [name for name, part in model.named_children() if not any(p.requires_grad for p in part.parameters())]
 
 
 def start_line(setup: Setup, args: ClipTrainingArguments, world: World) -> str:

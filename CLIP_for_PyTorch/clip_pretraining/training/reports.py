@@ -42,6 +42,8 @@ def train(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> None:
         nothing_left = ": nothing is left to train" if done >= log.total_steps else ""
         log.info(f"resuming from {checkpoint}, {done} steps of {log.total_steps}{nothing_left}")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stopped_at is not None:
+        raise log.stopped(trainer.stopped_at)
     with log.pause("save"):
         trainer.save_model()
         trainer.save_state()

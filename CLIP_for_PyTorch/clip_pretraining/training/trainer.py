@@ -65,6 +65,7 @@ class ClipTrainer(Trainer):
         self.last_loss = torch.zeros(())
         self.last_lr = 0.0
         self.last_samples = 0
+        self.stopped_at: int | None = None  # the step after which a signal ended the training
         self._caption_ids: torch.Tensor | None = None  # of the step's batch, with --mask_equal_captions
 
     # -- batches -----------------------------------------------------------------------------------------------------
@@ -287,6 +288,10 @@ class RunLogCallback(TrainerCallback):
             logit_scale=model.logit_scale.detach().exp(),
             **extra,
         )
+        if trainer.run_log.preempted():
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+            trainer.stopped_at = state.global_step
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         self.trainer.run_log.record(state.global_step, "eval", **metrics)
