@@ -80,7 +80,7 @@ def test_coco_captions_that_say_nothing(tmp_path, capsys):
     (tmp_path / "c.json").write_text(json.dumps(content))
     pairs = coco.read_captions(tmp_path / "c.json", tmp_path, "val")
     assert len(pairs) == 198 and pairs.captions[3] == "of 4" and pairs.image_of_caption[3] == 0
-    assert "2 captions of 200 are empty or missing (first: 1.jpg): skipped" in capsys.readouterr().out
+    assert "2 of 200 samples left out: 2 x caption empty or missing (first: 1.jpg)" in capsys.readouterr().out
     annotations[5]["caption"] = -1  # as the data set script has them for the test split
     (tmp_path / "c.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match="c.json: the caption of annotation 5 is not text but -1"):
@@ -149,8 +149,18 @@ def test_a_bad_annotation_file_is_named(coco_zips, text, reason):
         coco.read_split(coco_zips, "val")
     assert str(file) in message(error) and reason in message(error)
     file.unlink()
+    (coco_zips / "annotations_trainval2017.zip").rename(coco_zips / "elsewhere.zip")
     with pytest.raises(UsageError, match="missing"):
         coco.read_split(coco_zips, "val")
+
+
+def test_annotations_of_the_test_split_may_lie_there_first(coco_zips):
+    """image_info_test2017.zip unpacks to annotations/, too."""
+    (coco_zips / "annotations").mkdir()
+    (coco_zips / "annotations/image_info_test2017.json").write_text("{}")
+    assert len(coco.read_split(coco_zips, "val")) == 16
+    assert (coco_zips / "annotations/image_info_test2017.json").read_text() == "{}"
+    assert len(coco.read_split(coco_zips, "train")) == 48
 
 
 def many_pictures(folder: Path, count: int) -> Pairs:
@@ -172,10 +182,10 @@ def test_unreadable_pictures_are_skipped_below_one_percent_and_stop_the_run_abov
     kept = tables.drop_unreadable(pairs, bad)
     assert (len(kept.images), len(kept)) == (198, 396)
     assert kept.captions[6] == draw(4)[1] and kept.images[kept.image_of_caption[6]].path.endswith("/4.jpg")
-    assert "2 pictures of 200 cannot be read" in capsys.readouterr().out
+    assert "2 of 200 samples left out: 2 x picture cannot be read" in capsys.readouterr().out
 
     (tmp_path / "pictures/9.jpg").unlink()
-    with pytest.raises(UsageError, match="above 1%"):
+    with pytest.raises(UsageError, match="More than 1.000%"):
         tables.drop_unreadable(pairs, tables.check_images(pairs, 0, tmp_path / "cache"))
 
 
@@ -192,6 +202,7 @@ def test_the_check_is_kept_until_a_file_changes(tmp_path, monkeypatch):
 TABLES = {
     "t.csv": 'image_path,caption\na.jpg,None\na.jpg,null\n"sub/b, c.jpg","NA, ""quoted"""\n',
     "t.tsv": 'image_path\tcaption\na.jpg\tNone\na.jpg\tnull\nsub/b, c.jpg\tNA, "quoted"\n',
+    "t.txt": 'image_path|caption\na.jpg|None\na.jpg|null\nsub/b, c.jpg|NA, ""quoted""\n',
     "t.jsonl": "".join(
         json.dumps({"image_path": image, "caption": caption}) + "\n"
         for image, caption in [("a.jpg", "None"), ("a.jpg", "null"), ("sub/b, c.jpg", 'NA, "quoted"')]
@@ -202,7 +213,8 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_words_that_look_like_nothing_are_captions(name, tmp_path):
     (tmp_path / name).write_text(TABLES[name])
-    pairs = tables.read_table(tmp_path / name, "image_path", "caption")
+    delimiter = "|" if name == "t.txt" else None
+    pairs = tables.read_table(tmp_path / name, "image_path", "caption", delimiter=delimiter)
     assert pairs.captions[:2] == ["None", "null"] and pairs.captions[2].startswith("NA, ")
     assert pairs.image_of_caption.tolist() == [0, 0, 1]
     assert pairs.images[1].path == str(tmp_path / "sub/b, c.jpg")
@@ -213,16 +225,20 @@ def test_words_that_look_like_nothing_are_captions(name, tmp_path):
     [
         ("t.csv", "image,caption\na.jpg,b\n", "t.csv:2: no column 'image_path' (there are: image, caption)"),
         ("t.csv", "image_path,caption\n", "no rows"),
-        ("t.csv", "image_path,caption\na.jpg,\n", "1 captions of 1 are empty"),
+        ("t.csv", "image_path,caption\na.jpg,\n", "1 of 1 samples left out: 1 x caption empty"),
         ("t.csv", "image_path,caption\n,text\n", "t.csv:2: column 'image_path' holds no file name"),
-        ("t.jsonl", '{"image_path": "a.jpg", "caption": null}\n', "1 captions of 1 are empty"),
+        (
+            "t.jsonl",
+            '{"image_path": "a.jpg", "caption": null}\n',
+            "1 of 1 samples left out: 1 x caption empty or missing",
+        ),
         ("t.jsonl", '{"image_path": "a.jpg", "caption": 3}\n', "the caption is not text but 3"),
         ("t.jsonl", '{"image_path": "a.jpg"\n', "not valid JSON"),
         ("t.jsonl", '["a.jpg", "b"]\n', "t.jsonl:1: not an object of columns but"),
         ("t.json", '{"rows": []}', "neither a list of rows nor"),
         ("t.json", "3", "neither a list of rows nor"),
-        ("t.parquet", "", "give a .csv, .tsv, .json or .jsonl"),
-        ("t.csv", "image_path,caption\na.jpg,caf\xe9\n", "UTF-8"),
+        ("t.parquet", "", "give a .csv, .tsv, .txt, .json or .jsonl"),
+        ("t.csv", "image_path,caption\na.jpg,caf\xe9\n", "1 x caption not UTF-8 (first: a.jpg)"),
     ],
 )
 def test_a_bad_table_is_explained(name, text, reason, tmp_path):

@@ -86,7 +86,7 @@ def test_what_is_wrong_with_the_zero_shot_folder_shows_before_training(
     (class_folders / "class_1/1.jpg").write_bytes(b"cut")
     with pytest.raises(SystemExit):
         run_clip.main(command)
-    assert "zero_shot: 1 pictures of 12 cannot be read" in capsys.readouterr().err
+    assert "zero_shot: 1 of 12 samples left out: 1 x picture cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel, HfArgumentParser, VisionTextDualEncoderModel
 
 import run_clip
+from clip_pretraining import resume
 from clip_pretraining.options import arguments, legacy
+from clip_pretraining.training.trainer import ClipTrainer
+from common.errors import PREEMPTED
 from common.result_file import read as read_result
 
 # the options of test/train_clip_full_1p.sh in the reference, as typed there
@@ -83,6 +88,47 @@ def test_a_resumed_run_is_the_uninterrupted_one(pairs_table, tiny_model, tmp_pat
     again = load_file(tmp_path / "stopped/model.safetensors")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     assert len(losses(tmp_path / "stopped")) == 8  # no step twice
+
+
+def test_a_bit_that_flips_in_any_file_of_a_checkpoint_is_noticed(pairs_table, tiny_model, tmp_path):
+    """The one before it is gone on from; with one kept there is always a whole one."""
+    options = train_options(pairs_table, "--max_steps", "3", "--save_every", "1", "--save_total_limit", "2")
+    run(tmp_path, tiny_model, *options)
+    newest, before = tmp_path / "checkpoint-3", tmp_path / "checkpoint-2"
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [before.name, newest.name]
+    assert resume.choose(tmp_path, None, False) == newest
+    files = [path for path in newest.iterdir() if path.is_file()]
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {path.name for path in files}
+    for path in files:
+        whole = path.read_bytes()
+        at = len(whole) // 3
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        with pytest.warns(UserWarning, match="checkpoint-3: "):
+            assert resume.choose(tmp_path, "auto", False) == before, path
+        with pytest.raises(SystemExit):
+            resume.choose(tmp_path, str(newest), False)
+        path.write_bytes(whole)
+    assert resume.choose(tmp_path, None, False) == newest
+
+
+def test_a_signal_ends_the_step_and_the_same_command_goes_on(pairs_table, tiny_model, tmp_path, monkeypatch):
+    options = train_options(pairs_table, "--max_steps", "4", "--lr_scheduler_type", "constant")
+    run(tmp_path / "whole", tiny_model, *options)
+
+    def ask(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, *args, **kwargs)
+
+    training_step = ClipTrainer.training_step
+    monkeypatch.setattr(ClipTrainer, "training_step", ask)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "part", tiny_model, *options)
+    monkeypatch.undo()
+    assert stopped.value.code == PREEMPTED and (tmp_path / "part/checkpoint-3").is_dir()
+    assert read_result(tmp_path / "part/CLIP_for_PyTorch_bs8_1p_acc.log")["Status"] == "PREEMPTED"
+    run(tmp_path / "part", tiny_model, *options)
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
 
 
 def test_a_loss_scale_of_apex_stays_and_one_beyond_fp16_adapts(pairs_table, tiny_model, tmp_path):

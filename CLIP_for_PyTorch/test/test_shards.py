@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import json
 import os
 import re
 import tarfile
@@ -34,10 +35,10 @@ def test_bad_tars_are_named(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
         shards.read_shards(f"{tmp_path}/s-{{0000..0001}}.tar")
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(UsageError, match="bad.tar: not a readable"):
+    with pytest.raises(UsageError, match="1 x tar cut short or damaged .first: .*bad.tar"):
         shards.read_shards(str(tmp_path / "bad.tar"))
     write_shard(tmp_path / "empty.tar", range(2), caption_of=lambda i: " ")
-    with pytest.raises(UsageError, match="are empty"):
+    with pytest.raises(UsageError, match="2 x caption empty or missing"):
         shards.read_shards(str(tmp_path / "empty.tar"))
 
 
@@ -45,7 +46,7 @@ def test_a_picture_without_caption_is_told_and_a_second_picture_of_a_key_is_no_s
     write_shard(tmp_path / "s.tar", range(100), caption_of=lambda i: None if i in (3,) else f"of {i}")
     pairs = shards.read_shards(str(tmp_path / "s.tar"))
     assert len(pairs) == len(pairs.images) == 99 and pairs.captions[3] == "of 4"
-    assert "1 captions of 100 are empty or missing (first: part.one/00003)" in capsys.readouterr().out
+    assert "1 of 100 samples left out: 1 x caption empty or missing (first: part.one/00003)" in capsys.readouterr().out
     with tarfile.open(tmp_path / "two.tar", "w") as tar:
         for suffix, data in (("jpg", draw(0)[0]), ("txt", b"of 0"), ("png", draw(1)[0])):
             member = tarfile.TarInfo(f"a.{suffix}")
@@ -53,8 +54,86 @@ def test_a_picture_without_caption_is_told_and_a_second_picture_of_a_key_is_no_s
             tar.addfile(member, io.BytesIO(data))
     assert len(shards.read_shards(str(tmp_path / "two.tar"))) == 1
     write_shard(tmp_path / "s.tar", range(5), caption_of=lambda i: None if i == 4 else f"of {i}")
-    with pytest.raises(UsageError, match="1 captions of 5 are empty or missing"):
+    with pytest.raises(UsageError, match="1 of 5 samples left out: 1 x caption empty or missing"):
         shards.read_shards(str(tmp_path / "s.tar"))
+
+
+FAULTS = ("not UTF-8", "no caption", "unknown kind", "broken", "bad json", "no picture", "cut")
+
+
+def write_web_tars(folder: Path, tars: int, samples: int) -> str:
+    """Tars of `samples` each; 2 % of all have one fault of each kind in turn, and the last tar is cut in its last."""
+    number = 0
+    for shard in range(tars):
+        with tarfile.open(folder / f"w-{shard:03d}.tar", "w") as tar:
+            for i in range(samples):
+                number += 1
+                fault = FAULTS[number // 50 % 6] if number % 50 == 0 else None
+                members = {"jpg": draw(i)[0], "json": json.dumps({"caption": draw(i)[1], "width": 64}).encode()}
+                if fault == "not UTF-8":
+                    members["json"] = b'{"caption": "caf\xe9"}'
+                elif fault == "no caption":
+                    members["json"] = b'{"width": 64}'
+                elif fault == "unknown kind":
+                    members = {"heic": members["jpg"], "json": members["json"]}
+                elif fault == "broken":
+                    members["jpg"] = members["jpg"][:200]
+                elif fault == "bad json":
+                    members["json"] = b"{"
+                elif fault == "no picture":
+                    del members["jpg"]
+                for suffix, data in members.items():
+                    member = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    last = folder / f"w-{tars - 1:03d}.tar"
+    with tarfile.open(last) as tar:
+        end = tar.getmembers()[-2].offset_data + 100
+    last.write_bytes(last.read_bytes()[:end])
+    return f"{folder}/w-{{000..{tars - 1:03d}}}.tar"
+
+
+def test_a_set_from_the_web_with_every_fault_trains_to_its_end(tiny_model, tmp_path, capsys):
+    """30 tars of 20 samples in img2dataset's layout; what is left out is counted by cause and listed."""
+    pattern = write_web_tars(tmp_path, 30, 20)
+    options = ["--do_train", "--train_shards", pattern, "--caption_key", "json:caption", "--max_steps", "2"]
+    options += ["--per_device_train_batch_size", "8", "--save_every", "0", "--device", "cpu", "--skip_steps", "1"]
+    options += ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "out")]
+    options += ["--cache_dir", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit):
+        run_clip.main(options)
+    assert "--max_bad_share raises the limit" in capsys.readouterr().err
+    assert run_clip.main([*options, "--max_bad_share", "0.04"])["Status"] == "OK"
+    printed = capsys.readouterr().out
+    for cause in (
+        "1 x caption not UTF-8",  # the other lies behind the cut
+        "2 x caption empty or missing",
+        "2 x picture of an unknown kind (.heic)",
+        "2 x picture cannot be read",
+        "2 x caption's JSON cannot be read",
+        "2 x no picture",
+        "1 x tar cut short or damaged",
+    ):
+        assert cause in printed, cause
+    listed = [line.split("\t") for line in (tmp_path / "out/left_out_shards.tsv").read_text().splitlines()]
+    assert len(listed) == 12 and all(len(row) == 2 for row in listed)
+
+
+def test_lists_braces_and_wildcards_name_tars(tmp_path):
+    for name in ("a-0", "a-1", "b-0", "c"):
+        write_shard(tmp_path / f"{name}.tar", range(1))
+    (tmp_path / "list.txt").write_text(f"# two of them\n{tmp_path}/a-1.tar\n\n{tmp_path}/[bc]*.tar\n")
+
+    def names(pattern: str) -> list[str]:
+        return [Path(shard).stem for shard in shards.expand_shards(pattern)]
+
+    assert names(f"{tmp_path}/{{a,b}}-0.tar") == ["a-0", "b-0"]
+    assert names(f"{tmp_path}/{{a-{{0..1}},c}}.tar") == ["a-0", "c", "a-1", "c"]
+    assert names(f"@{tmp_path}/list.txt::{tmp_path}/c.tar") == ["a-1", "b-0", "c", "c"]
+    with pytest.raises(UsageError, match="more than 1,000,000 tars"):
+        names("x-{0..99999999999}.tar")
+    with pytest.raises(UsageError, match="not a list of tars"):
+        names(f"@{tmp_path}/absent.txt")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +231,7 @@ def test_what_a_network_does_is_tried_again_and_what_is_wrong_is_named(server, t
     with pytest.raises(UsageError, match="give --cache_dir"):
         shards.read_shards(url)
     (tmp_path / "far/s-1.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(UsageError, match="s-1.tar: not a readable"):
+    with pytest.raises(UsageError, match="1 x tar cut short or damaged .first: .*s-1.tar"):
         shards.read_shards(f"{server.url}/s-1.tar", index_dir=tmp_path)
     server.ranges = False
     remote.version.cache_clear()

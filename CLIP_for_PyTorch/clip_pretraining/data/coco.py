@@ -18,19 +18,23 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from clip_pretraining.data import left_out
 from clip_pretraining.data.pairs import ImageRef, Pairs
-from clip_pretraining.data.tables import drop_empty_captions
+from clip_pretraining.data.tables import drop_bad_captions
 from common.errors import UsageError
 
 ANNOTATIONS = "annotations_trainval2017"
 
 
-def read_split(data_dir: str | Path, split: str, cache_dir: str | Path | None = None) -> Pairs:
+def read_split(
+    data_dir: str | Path, split: str, cache_dir: str | Path | None = None, limit: float = left_out.LIMIT
+) -> Pairs:
     """The pairs of "train" or "val": one per annotation, in the order of the json, each picture listed once.
 
     Args:
         data_dir: folder with the zips or the unpacked folders.
         cache_dir: where zips are unpacked; default beside them.
+        limit: the largest share of captions that may say nothing.
 
     Raises:
         UsageError: something is missing, truncated or not what COCO publishes. The message names the file.
@@ -39,11 +43,11 @@ def read_split(data_dir: str | Path, split: str, cache_dir: str | Path | None = 
     if not data_dir.is_dir():
         raise UsageError(f"--data_dir {data_dir}: no such folder")
     images = locate(data_dir, f"{split}2017", f"{split}2017", cache_dir)
-    annotations = locate(data_dir, ANNOTATIONS, "annotations", cache_dir)
-    return read_captions(annotations / f"captions_{split}2017.json", images, split)
+    annotations = locate(data_dir, ANNOTATIONS, "annotations", cache_dir, f"captions_{split}2017.json")
+    return read_captions(annotations / f"captions_{split}2017.json", images, split, limit)
 
 
-def read_captions(json_file: Path, image_dir: Path, name: str) -> Pairs:
+def read_captions(json_file: Path, image_dir: Path, name: str, limit: float = left_out.LIMIT) -> Pairs:
     """Pairs from one COCO captions file."""
     try:
         content = json.loads(json_file.read_text(encoding="utf-8"))
@@ -60,7 +64,7 @@ def read_captions(json_file: Path, image_dir: Path, name: str) -> Pairs:
     except ValueError as error:
         raise UsageError(f"{json_file}: {error}") from None
     pairs = Pairs(name, [ImageRef(os.path.join(image_dir, n)) for n in names], captions, owner, names)
-    return drop_empty_captions(pairs, str(json_file))
+    return drop_bad_captions(pairs, str(json_file), limit)
 
 
 def _caption(annotation: dict) -> str:
@@ -70,13 +74,18 @@ def _caption(annotation: dict) -> str:
     return caption or ""
 
 
-def locate(data_dir: Path, archive: str, folder: str, cache_dir: str | Path | None) -> Path:
-    """The unpacked `folder` of `archive`.zip, unpacking it first when there is only the zip."""
+def locate(data_dir: Path, archive: str, folder: str, cache_dir: str | Path | None, holds: str = "*") -> Path:
+    """The unpacked `folder` of `archive`.zip, unpacking it first when there is only the zip.
+
+    holds: pattern of a file by which the folder is known: image_info_test2017.zip, too, unpacks to annotations/.
+    """
     for candidate in (data_dir / folder, data_dir / archive / folder):
-        if candidate.is_dir() and any(candidate.iterdir()):
+        if candidate.is_dir() and any(candidate.glob(holds)):
             return candidate
     packed = data_dir / f"{archive}.zip"
     if not packed.is_file():
+        if (data_dir / folder).is_dir() and holds != "*":
+            raise UsageError(f"{data_dir / folder / holds}: missing; it is in {packed.name}")
         raise UsageError(
             f"{data_dir}: neither {folder}/ nor {archive}/{folder}/ nor {archive}.zip is there "
             f"(found: {', '.join(sorted(p.name for p in data_dir.iterdir())[:8]) or 'nothing'})"
@@ -85,7 +94,7 @@ def locate(data_dir: Path, archive: str, folder: str, cache_dir: str | Path | No
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _lock(target / f".{archive}.lock"):
-            if not (target / folder).is_dir():  # another process may have been first
+            if not any((target / folder).glob(holds)):  # another process may have been first
                 unpack(packed, folder, target)
     except PermissionError:
         raise UsageError(
@@ -115,7 +124,11 @@ def unpack(packed: Path, folder: str, target: Path) -> None:
                 raise UsageError(f"{packed}: unpacking needs {needed >> 20} MiB in {target}: give another --cache_dir")
             print(f"unpacking {packed} to {target / folder} ({needed >> 20} MiB)", flush=True)
             archive.extractall(staging, wanted)  # checks each member's CRC
-        (staging / folder).rename(target / folder)
+        if (target / folder).is_dir():  # of another zip with the same folder
+            for path in (staging / folder).iterdir():
+                os.replace(path, target / folder / path.name)
+        else:
+            (staging / folder).rename(target / folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, unknown method
         raise UsageError(f"{packed}: truncated or damaged ({error}); copy it again") from None
     except OSError as error:

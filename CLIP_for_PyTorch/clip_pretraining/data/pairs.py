@@ -10,7 +10,8 @@ import itertools
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_pretraining.data import remote
 from clip_pretraining.data.images import ImageError, decode_image
+from clip_pretraining.data.left_out import Fault
 from clip_pretraining.data.tokenization import PackedCaptions, pad_captions
 from common.device import mix_seed
 
@@ -70,6 +72,7 @@ class Pairs:
     captions: list[str]
     image_of_caption: np.ndarray  # int64 [captions]
     image_keys: list[str] = field(default_factory=list)  # short names for reports; defaults to the file names
+    left_out: list[Fault] = field(default_factory=list)  # samples of the source that are none of these
 
     def __post_init__(self):
         self.image_of_caption = np.asarray(self.image_of_caption, dtype=np.int64)
@@ -98,6 +101,7 @@ class Pairs:
             [self.captions[i] for i in captions],
             position,
             [self.image_keys[i] for i in used],
+            self.left_out,
         )
 
     def identity(self) -> dict[str, int | str]:
@@ -265,25 +269,39 @@ def one_thread(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def unreadable_images(images: Sequence[ImageRef], workers: int) -> dict[int, str]:
+def unreadable_images(
+    images: Sequence[ImageRef], workers: int, rank: int = 0, ranks: int = 1, say: Callable[[str], None] = print
+) -> dict[int, str]:
     """Decodes every picture once and says what is wrong with which; a header alone does not show a truncated file.
 
+    Args:
+        rank, ranks: each of `ranks` processes looks at its share.
+        say: told of the progress, every half a minute.
+
     Returns:
-        {position: reason} of those that cannot be read.
+        {position: reason} of those of the share that cannot be read.
     """
-    loader = DataLoader(_Check(images), batch_size=None, num_workers=workers, worker_init_fn=one_thread)
-    return {index: reason for index, reason in enumerate(loader) if reason}
+    mine = range(rank, len(images), ranks)
+    loader = DataLoader(_Check(images, mine), batch_size=None, num_workers=workers, worker_init_fn=one_thread)
+    bad, last = {}, time.monotonic()
+    for done, (index, reason) in enumerate(zip(mine, loader, strict=True), 1):
+        if reason:
+            bad[index] = reason
+        if time.monotonic() - last > 30:
+            last = time.monotonic()
+            say(f"checking pictures: {done:,} of {len(mine):,}, {len(bad)} cannot be read")
+    return bad
 
 
 class _Check(Dataset):
-    def __init__(self, images: Sequence[ImageRef]):
-        self.images = images
+    def __init__(self, images: Sequence[ImageRef], mine: Sequence[int]):
+        self.images, self.mine = images, mine
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.mine)
 
     def __getitem__(self, index: int) -> str:
-        ref = self.images[index]
+        ref = self.images[self.mine[index]]
         try:
             decode_image(ref.read(), 8, ref.name)
         except ImageError as error:

@@ -52,12 +52,19 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "COCO folder, or where a table's pictures lie."})
     image_column: str = field(default="image_path", metadata={"help": "Column of a table with the picture's file."})
     caption_column: str = field(default="caption", metadata={"help": "Column of a table with the caption."})
-    train_file: str | None = field(default=None, metadata={"help": ".csv, .tsv, .json or .jsonl of pairs."})
+    train_file: str | None = field(default=None, metadata={"help": ".csv, .tsv, .txt, .json or .jsonl of pairs."})
     validation_file: str | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
     train_shards: str | None = field(
-        default=None, metadata={"help": "WebDataset tars, files or http(s) URLs: a-{0000..0100}.tar::b.tar"}
+        default=None, metadata={"help": "WebDataset tars, files or http(s) URLs: a-{0000..0100}.tar::b-*.tar, or @LIST"}
     )
     validation_shards: str | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
+    caption_key: str = field(
+        default="txt", metadata={"help": "In tars: suffix of the captions, or json:NAME for a value of KEY.json."}
+    )
+    delimiter: str | None = field(default=None, metadata={"help": "Between a table's columns; default by its suffix."})
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "Captions and pictures that may be missing or broken; they are left out."}
+    )
     max_seq_length: int = field(default=128, metadata={"help": "Longest caption in tokens; more is cut off."})
     clean_captions: bool = field(
         default=False, metadata={"help": "OpenAI's cleaning before tokenising: broken Unicode, HTML entities, case."}

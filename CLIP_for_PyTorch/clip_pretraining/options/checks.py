@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "per_device_eval_batch_size": (1, _LARGEST, True),
     "dataloader_num_workers": (0, 4096, True),
     "dataloader_prefetch_factor": (1, 4096, True),
+    "max_bad_share": (0, 1, True),
     "max_train_samples": (1, _LARGEST, True),
     "max_eval_samples": (1, _LARGEST, True),
     "max_seq_length": (3, 65536, True),
@@ -101,6 +102,10 @@ def _check_data(data: DataArguments, training: ClipTrainingArguments) -> None:
             raise UsageError(f"--{split}_file and --{split}_shards: give one of them")
         if needed and not (file or shards or data.data_dir):
             raise UsageError(f"no {split} pairs: give --data_dir (COCO), --{split}_file or --{split}_shards")
+    if data.delimiter is not None:
+        data.delimiter = data.delimiter.replace("\\t", "\t")  # as a shell passes it
+        if len(data.delimiter) != 1:
+            raise UsageError(f"--delimiter {data.delimiter!r}: must be one character")
     for path in (data.train_file, data.validation_file, training.class_names, training.templates):
         if path and not os.path.isfile(path):
             raise UsageError(f"{path}: no such file")

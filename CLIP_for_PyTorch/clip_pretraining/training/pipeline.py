@@ -23,7 +23,6 @@ from clip_pretraining.model import layers, loading
 from clip_pretraining.model.loading import ImageSettings
 from clip_pretraining.options.arguments import ClipTrainingArguments, DataArguments, ModelArguments
 from common import device as devices
-from common import distributed
 from common.distributed import World
 from common.errors import UsageError
 
@@ -106,14 +105,17 @@ def _pairs(
 ) -> Pairs:
     long_name = {"train": "train", "val": "validation"}[split]
     table, shards = getattr(data, f"{long_name}_file"), getattr(data, f"{long_name}_shards")
+    listing = Path(args.output_dir) / f"left_out_{split}.tsv"
     if table:
-        pairs = tables.read_table(table, data.image_column, data.caption_column, data.data_dir)
+        columns = data.image_column, data.caption_column
+        pairs = tables.read_table(table, *columns, data.data_dir, data.delimiter, data.max_bad_share, listing)
         cache = Path(model_args.cache_dir or Path(table).parent / ".clip_cache")
     elif shards:
-        pairs = read_shards(shards, index_dir=Path(model_args.cache_dir) if model_args.cache_dir else None)
+        index_dir = Path(model_args.cache_dir) if model_args.cache_dir else None
+        pairs = read_shards(shards, data.caption_key, index_dir, data.max_bad_share, listing)
         cache = Path(model_args.cache_dir or Path(pairs.images[0].path).parent / ".clip_cache")
     else:
-        pairs = coco.read_split(data.data_dir, split, model_args.cache_dir)
+        pairs = coco.read_split(data.data_dir, split, model_args.cache_dir, data.max_bad_share)
         cache = Path(model_args.cache_dir or Path(data.data_dir) / ".clip_cache")
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
     return _readable(pairs.head(limit), cache, data, args, world)
@@ -121,8 +123,9 @@ def _pairs(
 
 def _readable(pairs: Pairs, cache: Path, data: DataArguments, args: ClipTrainingArguments, world: World) -> Pairs:
     if data.check_images:
-        bad = tables.check_images(pairs, args.dataloader_num_workers, cache) if world.is_main else None
-        pairs = tables.drop_unreadable(pairs, distributed.broadcast_object(bad))
+        bad = tables.check_images(pairs, args.dataloader_num_workers, cache)
+        listing = Path(args.output_dir) / f"left_out_{pairs.name}.tsv"
+        pairs = tables.drop_unreadable(pairs, bad, data.max_bad_share, listing)
     return pairs
 
 
