@@ -6,9 +6,9 @@ like depends on its index alone, so the number of loader workers and a resume ch
 
 from __future__ import annotations
 
-import itertools
 import contextlib
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
