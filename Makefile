@@ -8,7 +8,7 @@ PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install doctor first-run npu-contract npu-stub demo test counters counters-accept perf perf-run peers outcomes lint format sample_data clean
+.PHONY: help install doctor first-run npu-contract npu-stub demo test counters counters-accept perf perf-run peers outcomes faults lint format sample_data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ demo: sample_data ## train a small model on real pictures and show the result; P
 
 test: sample_data ## run every test of the repo, two files at a time (JOBS=0: one); PYTEST_ARGS="-k resume" for some
 	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+faults: $(STAMP) ## end runs at random moments in every way, and go on: what is tried and what holds, an hour; FAULTS_ARGS="--trials 1 --kind TERM"
+	python -m ci.faults $(FAULTS_ARGS)
 
 peers: $(STAMP) ## benchmarks against other implementations, an hour or more on one core; PEERS_ARGS="--only vit --quick" for some
 	python -m ci.peers $(PEERS_ARGS)

@@ -165,7 +165,8 @@ class Run:
         if not self.several or self.forced or (self.elastic and not self.asked) or not self.preempted:
             return
         self.forced = True
-        self.process.terminate()
+        # told politely, torchrun leaves a meeting open for the nodes that stay
+        self.process.send_signal(signal.SIGKILL if int(self.plan["nnodes"]) == 1 else signal.SIGTERM)
         self.deadline = time.monotonic() + _COLLECT_S
 
     @property
