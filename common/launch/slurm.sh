@@ -30,7 +30,8 @@ code=0
 srun --ntasks-per-node=1 --wait=60 --label bash -c \
   'exec bash "$script" --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --master_addr="$master_addr" \
     --master_port="$master_port" "$@"' slurm "$@" || code=$?
-if ((code == 75)); then # stopped with a checkpoint: the same job again, which goes on from it
+# stopped with a checkpoint: the same job again, which goes on from it, unless it was cancelled
+if ((code == 75)) && [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

@@ -48,6 +48,7 @@ class Streams:
         self._shown: deque[bytes] = deque(maxlen=500)
         self._torchrun: deque[bytes] = deque(maxlen=500)
         self._muted: set[str] = set()
+        self._ends = False
 
     @property
     def torchrun(self) -> int:
@@ -76,7 +77,11 @@ class Streams:
         return bool(text) and text.encode("utf-8", "surrogateescape") in b"".join(self._shown)
 
     def said_by_torchrun(self) -> str:
-        return b"".join(self._torchrun).decode("utf-8", "replace")
+        """All of its words, also its last, which then go to its log: asked where it failed by itself."""
+        text = b"".join(self._torchrun)
+        if self._ends:
+            self._append(self._folder / "torchrun.log", text)
+        return text.decode("utf-8", "replace")
 
     def serve(self, timeout: float) -> None:
         """Waits for something to come, or a signal, and passes it on."""
@@ -119,7 +124,9 @@ class Streams:
         line = line.rstrip(b"\r\n").rpartition(b"\r")[2] + b"\n"
         if name == "torchrun":
             self._torchrun.append(line)
-            self._append(self._folder / "torchrun.log", line)
+            self._ends |= line.startswith(b"Traceback (most recent call last):")
+            if not self._ends:  # its last word on a rank that failed, which that rank's log says better
+                self._append(self._folder / "torchrun.log", line)
             return
         self._shown.append(line)
         if self._log is None:

@@ -172,6 +172,7 @@ def test_two_nodes_of_one_and_two_ranks_meet(project, folder):
 
 def test_the_slurm_script_starts_every_node_with_its_rank(folder):
     stand_ins = {
+        "squeue": "cat state",
         "scontrol": '[[ $1 == requeue ]] && echo "$*" || { echo "node7"; echo "node9"; }',
         # two nodes of one task each, as srun would start them
         "srun": 'while [[ $1 == -* ]]; do shift; done; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
@@ -188,8 +189,10 @@ def test_the_slurm_script_starts_every_node_with_its_rank(folder):
         flags = f"--nnodes=2 --node_rank={node} --master_addr=node7 --master_port=23456 --data_path=my data"
         assert f"ARGS {flags}\n" in done.stdout
     (folder / "node.sh").write_text("exit 75\n")  # stopped with a checkpoint
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder, **variables))
-    assert done.returncode == 75 and "requeue 123456" in done.stdout
+    for state in ("RUNNING", "COMPLETING"):  # the latter: somebody has cancelled the job
+        (folder / "state").write_text(state)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder, **variables))
+        assert done.returncode == 75 and ("requeue 123456" in done.stdout) == (state == "RUNNING"), done.stderr
 
 
 def test_the_volcano_job_starts_all_pods_and_names_a_script_and_flags_that_exist(tmp_path):
