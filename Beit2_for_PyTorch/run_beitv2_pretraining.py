@@ -18,6 +18,7 @@ from beit2.data.images import collate
 from beit2.data.normalizer import Normalizer
 from beit2.options import mean_and_std, pick_precision, schedules
 from beit2.training.checkpoints import append_epoch_log
+from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.memory_plan import plan_memory
 from beit2.training.parallel import new_replica
 from beit2.training.pretraining_loss import token_loss
@@ -52,7 +53,9 @@ def train(options: argparse.Namespace, world: World) -> dict:
     rates, decays = schedules(options, steps)
     replica = new_replica(model, world, options, precision)
     groups = parameter_groups(replica.model, options.weight_decay)
-    run = new_run(options, world, precision, replica, groups, steps, rates, decays)
+    codes = tensors_digest([tokenizer.quantize.embedding.weight, *tokenizer.encode_task_layer.parameters()])
+    identity = run_identity(options, world, precision, dataset.paths, tokenizer=codes)
+    run = new_run(options, world, precision, replica, groups, steps, rates, decays, identity=identity)
     normalizer = Normalizer(*mean_and_std(options), world.device)
     loss_of = functools.partial(token_loss, replica.wrapped, tokenizer, normalizer, precision)
 

@@ -23,6 +23,7 @@ from beit2.data.normalizer import Normalizer
 from beit2.data.reading import check_images
 from beit2.options import mean_and_std, pick_precision, schedules
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log, plain_options
+from beit2.training.identity import run_identity
 from beit2.training.parallel import Replica
 from beit2.training.run import Done, Run, new_run, training_steps
 from beit2.training.state import Scalars
@@ -58,7 +59,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     rates, decays = schedules(options, steps)
     replica, groups = Replica(model, world), setup.finetuning_groups(model, options)
     follow = functools.partial(setup.update_average, average, model, options.model_ema_decay) if average else None
-    run = new_run(options, world, precision, replica, groups, steps, rates, decays, after=follow)
+    identity = run_identity(options, world, precision, training.paths, training.labels, names)
+    run = new_run(options, world, precision, replica, groups, steps, rates, decays, after=follow, identity=identity)
     if average is not None and run.source is not None:
         load_model(average, run.kept.get("model_ema", model.state_dict()), run.source)
     best = float(run.kept.get("best_acc1", -1.0))  # below any accuracy

@@ -22,6 +22,7 @@ from beit2.data.normalizer import Normalizer
 from beit2.model.vision_transformer import VisionTransformer
 from beit2.options import mean_and_std, pick_precision
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
+from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.parallel import Replica
 from beit2.training.run import Run, due, new_run, training_steps
 from beit2.training.state import Scalars
@@ -70,7 +71,10 @@ def train(options: argparse.Namespace, world: World) -> dict:
     epochs = options.epochs  # the rate falls by epoch
     rates = [options.lr * 0.5 * (1 + math.cos(math.pi * (step // steps) / epochs)) for step in range(epochs * steps)]
     groups = [{"params": list(probe.parameters()), "weight_decay": options.weight_decay}]
-    run = new_run(options, world, "fp32", Replica(probe, world), groups, steps, rates)  # the probe itself is fp32
+    probed = tensors_digest(parameter.flatten()[:1024] for parameter in encoder.parameters())
+    identity = run_identity(options, world, precision, dataset.paths, dataset.labels, names, encoder=probed)
+    # the probe itself is fp32
+    run = new_run(options, world, "fp32", Replica(probe, world), groups, steps, rates, identity=identity)
     best = float(run.kept.get("best_acc1", 0.0))
     loss_of = functools.partial(probe_loss, run.replica.wrapped, encoder, normalizer, precision)
 

@@ -21,6 +21,7 @@ from beit2.data.normalizer import Normalizer
 from beit2.model.tokenizer import VQKD
 from beit2.options import pick_precision, schedule
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
+from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.parallel import Replica
 from beit2.training.run import Run, new_run, training_steps
 from beit2.training.state import Scalars
@@ -52,7 +53,9 @@ def train(options: argparse.Namespace, world: World) -> dict:
     steps = steps_per_epoch(len(dataset), options.batch_size, world.size, options.update_freq)
     options.lr *= options.batch_size * options.update_freq * world.size / 128  # linear scaling, as in the reference
     replica, groups = Replica(tokenizer, world), parameter_groups(tokenizer, options.weight_decay)
-    run = new_run(options, world, precision, replica, groups, steps, schedule(options, steps))
+    taught_by = tensors_digest(parameter.flatten()[:1024] for parameter in teacher.parameters())
+    identity = run_identity(options, world, precision, dataset.paths, teacher=taught_by)
+    run = new_run(options, world, precision, replica, groups, steps, schedule(options, steps), identity=identity)
     normalizer = Normalizer(HALF, HALF, world.device)
     loss_of = functools.partial(distillation_loss, replica.wrapped, normalizer, precision)
     if run.state.step % steps == 0:

@@ -26,7 +26,8 @@ from beit2.options import (
     parse,
 )
 from beit2.training.optimizers import layer_decay, parameter_groups
-from beit2.weights.files import local_file, read_checkpoint, read_state_dict
+from beit2.weights.download import local_file
+from beit2.weights.files import read_checkpoint, read_state_dict
 from common.errors import UsageError
 from common.posterize_repair import repair_posterize
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,7 @@ from beit2.data.masking import MaskingGenerator
 from beit2.data.reading import check_images
 from beit2.data.transforms import INTERPOLATIONS, TwoViewTransform
 from beit2.model.masked_image_model import MaskedImageModel
-from beit2.model.names import FINETUNING_MODELS, TOKENIZER_URL, create_model, create_tokenizer
+from beit2.model.names import FINETUNING_MODELS, create_model, create_tokenizer
 from beit2.model.tokenizer import VQKD, load_tokenizer_weights
 from beit2.options import (
     add_dead_options,
@@ -22,7 +23,9 @@ from beit2.options import (
     parse,
     truth,
 )
-from beit2.weights.files import local_file, saved_options
+from beit2.weights.download import find_tokenizer, local_file
+from beit2.weights.files import saved_options
+from beit2.weights.published import TOKENIZERS as PUBLISHED_TOKENIZERS
 from common.errors import UsageError
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,7 +67,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and tokenizer")
     group.add_argument("--model", default="beit_base_patch16_224_8k_vocab")
     group.add_argument("--tokenizer_model", default="vqkd_encoder_base_decoder_3x768x12_clip")
-    group.add_argument("--tokenizer_weight", default=None, help="file or URL")
+    group.add_argument("--tokenizer_weight", default=None, help="file, address, or the name of a published one")
     group.add_argument("--random_tokenizer", action="store_true", help="for speed measurements: no weights")
     group.add_argument("--rel_pos_bias", action="store_true", default=True)
     group.add_argument("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias")
@@ -132,7 +135,7 @@ def load_tokenizer(options: argparse.Namespace, precision: str, window: tuple[in
     """
     if options.random_tokenizer and options.tokenizer_weight:
         raise UsageError("--random_tokenizer and --tokenizer_weight: give one of the two")
-    path = None if options.random_tokenizer else local_file(options.tokenizer_weight or _published(options))
+    path = None if options.random_tokenizer else _tokenizer_file(options)
     tokenizer = create_tokenizer(
         options.tokenizer_model,
         img_size=options.second_input_size,
@@ -146,13 +149,20 @@ def load_tokenizer(options: argparse.Namespace, precision: str, window: tuple[in
     return tokenizer
 
 
-def _published(options: argparse.Namespace) -> str:
-    if options.tokenizer_model not in TOKENIZER_URL:  # its file name begins with it
+def _tokenizer_file(options: argparse.Namespace) -> Path:
+    """--tokenizer_weight; else what `tokenizer_model/` has here or in the project; else the published file."""
+    if options.tokenizer_weight:
+        return local_file(options.tokenizer_weight)
+    found = find_tokenizer(options.tokenizer_model, (Path.cwd(), Path(__file__).resolve().parents[1]))
+    if found is not None:
+        print(f"tokenizer: {found}", flush=True)
+        return found
+    if options.tokenizer_model not in PUBLISHED_TOKENIZERS:
         raise UsageError(
             f"--tokenizer_weight is missing, and nobody publishes {options.tokenizer_model}: train one with "
             "run_vqkd_training.py"
         )
-    return TOKENIZER_URL
+    return local_file(options.tokenizer_model)
 
 
 def _check_windows(options: argparse.Namespace, window: tuple[int, int], tokenizer: VQKD) -> None:

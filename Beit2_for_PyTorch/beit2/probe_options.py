@@ -11,7 +11,8 @@ from beit2.data.reading import check_images
 from beit2.model.names import FINETUNING_MODELS, create_model
 from beit2.model.vision_transformer import VisionTransformer
 from beit2.options import add_dead_options, add_optimizer_options, add_run_options, adopt, parse, truth
-from beit2.weights.files import local_file, read_checkpoint, read_state_dict
+from beit2.weights.download import local_file
+from beit2.weights.files import read_checkpoint, read_state_dict
 from common.errors import UsageError
 
 

@@ -16,7 +16,8 @@ from beit2.data.transforms import INTERPOLATIONS
 from beit2.model.names import TOKENIZERS, create_tokenizer
 from beit2.model.teachers import build_teacher, load_teacher
 from beit2.model.tokenizer import PROCESS_TYPES, VQKD
-from beit2.weights.files import local_file, read_checkpoint
+from beit2.weights.download import local_file
+from beit2.weights.files import read_checkpoint
 from common.errors import UsageError
 
 

@@ -26,7 +26,7 @@ def torchrun(ranks, *runs):
     for run in runs[1:]:
         command += ["--then", *run]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -17,7 +17,7 @@ def shell(script, *flags, cwd=PROJECT, **environment):
     command = ["bash", str(PROJECT / script), *flags]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the scripts call python3
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path} | environment
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=500)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=900)
 
 
 @pytest.mark.parametrize(

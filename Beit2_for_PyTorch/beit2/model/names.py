@@ -72,11 +72,6 @@ TOKENIZERS["vqkd_encoder_nano_decoder_1x96x4_dino"] = {
     "dim": 96, "depth": 2, "heads": 4, "patch_size": 8, "img_size": 48, "decoder_depth": 1, "decoder_out_dim": 192,
 }  # fmt: skip
 
-TOKENIZER_URL = (
-    "https://conversationhub.blob.core.windows.net/beit-share-public/beitv2/"
-    "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth"
-)
-
 
 def create_model(name: str, **overrides) -> nn.Module:
     """A pretraining or fine-tuning model by its reference name.

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from beit2.weights.files import local_file, read_checkpoint
+from beit2.weights.download import local_file
+from beit2.weights.files import read_checkpoint
 from common import distributed
 from common.distributed import World
 from common.errors import UsageError
@@ -159,7 +160,7 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Moments and steps of the file; how the update is computed (fused or not) stays this run's.
+    """Moments and steps of the file; what the update is (betas, decay, fused or not) stays this run's.
 
     Raises:
         UsageError: groups of other sizes, or another optimizer's.
@@ -170,7 +171,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
             other = [name for name in ("betas", "momentum", "alpha", "rho") if (name in group) != (name in own)]
             if other:
                 raise ValueError(f"it is another optimizer's ({', '.join(other)} is in one of the two only)")
-            kept = {k: own[k] for k in ("fused", "foreach", "capturable", "differentiable") if k in own}
+            kept = {name: value for name, value in own.items() if name != "params"}
             groups.append({**group, **kept, "lr": float(group["lr"])})
         if len(state["param_groups"]) != len(optimizer.param_groups):
             raise ValueError(f"{len(state['param_groups'])} groups, this run has {len(optimizer.param_groups)}")

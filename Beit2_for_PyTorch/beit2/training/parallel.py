@@ -85,7 +85,7 @@ class ShardedReplica(Replica):
 
     def save(self, options, optimizer, scale, progress, epoch, numbered, extra) -> None:
         folder = Path(options.output_dir)
-        rest = {"scaler": scale.state_dict(), **extra}
+        rest = {"scaler": scale.state_dict(), "args": checkpoints.plain_options(options), **extra}
         shards.save_shards(folder / checkpoints.SHARDED, progress | rest, optimizer, self.model)
         if numbered:
             state = shards.whole_state(self.model)  # on rank 0; empty elsewhere
@@ -98,13 +98,12 @@ class ShardedReplica(Replica):
             raise UsageError(f"{path} is not sharded: use --parallel ddp, or start anew with --no_auto_resume")
         try:
             progress = checkpoints.fit_progress(shards.load_progress(path), steps, path)
-            scaling = progress.pop("scaler", None)
-            if scaling:
-                scale.load_state_dict(scaling)
+            scale.load_state_dict(progress.pop("scaler", None) or {})
             shards.load_shards(path, optimizer, self.model)
         except CheckpointError as error:
             raise UsageError(str(error)) from error
-        return progress, {}
+        own = {name: progress[name] for name in ("step", "sums", "counts") if name in progress}
+        return own, {name: value for name, value in progress.items() if name not in own}
 
 
 def new_replica(model: MaskedImageModel, world: World, options: argparse.Namespace, precision: str) -> Replica:

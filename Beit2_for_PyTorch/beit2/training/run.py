@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from beit2.data.batches import RunBatches
 from beit2.training import checkpoints
+from beit2.training.identity import MAY_CHANGE
 from beit2.training.optimizers import create_optimizer, lr_range, set_step
 from beit2.training.parallel import Replica
 from beit2.training.state import Scalars, TrainState
 from common import device as devices
 from common.device import mix_seed
 from common.distributed import World
+from common.run_folder import agree_on, compare
 from common.run_log import RunLog
 from common.update import GuardedStep, LossScale, gradients_stay_local, loss_scale
 
@@ -43,6 +45,7 @@ class Run:
         decays: weight decay by step, for groups that have any.
         source: the checkpoint it goes on from, None for a new one.
         kept: what that checkpoint has beside weights, optimizer and progress, such as the best accuracy.
+        identity: what the run is of, which a run that goes on from its checkpoints must share.
     """
 
     options: argparse.Namespace
@@ -58,6 +61,7 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     source: Path | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last(self) -> int:
@@ -84,6 +88,7 @@ class Run:
             return
         with log.pause("save"):
             progress = self.state.plain() | checkpoints.run_shape(self.steps)
+            extra |= {"identity": self.identity}
             self.replica.save(self.options, self.optimizer, self.scale, progress, self.epoch, done.numbered, extra)
 
 
@@ -113,6 +118,7 @@ def new_run(
     rates: Sequence[float],
     decays: Sequence[float] | None = None,
     after: Callable[[], None] | None = None,
+    identity: dict[str, Any] | None = None,
 ) -> Run:
     """A run at its beginning, or where the checkpoint that the options lead to was written.
 
@@ -120,6 +126,7 @@ def new_run(
         groups: of parameters, for the optimizer.
         decays: by default --weight_decay in every step.
         after: called when the weights have changed.
+        identity: what the run is of (identity.py); a checkpoint of another one is refused.
 
     Raises:
         UsageError: options the optimizer refuses, or a checkpoint that does not fit.
@@ -131,12 +138,19 @@ def new_run(
     step = GuardedStep(optimizer, replica.model.parameters(), scale, clip_norm=options.clip_grad, after=after)
     if decays is None:
         decays = np.full(len(rates), options.weight_decay)
-    run = Run(options, world, precision, replica, optimizer, scale, step, steps, rates, decays)
-    run.source = checkpoints.find_checkpoint(options.resume, options.auto_resume, options.output_dir, replica.sharded)
+    run = Run(options, world, precision, replica, optimizer, scale, step, steps, rates, decays, identity=identity or {})
+    found = checkpoints.find_checkpoint(options.resume, options.auto_resume, options.output_dir, replica.sharded)
+    run.source = agree_on(found, world)
     progress = {"step": options.start_epoch * steps}
     if run.source is not None:
         restored, run.kept = replica.load(run.source, optimizer, scale, steps)
         progress |= restored
+        note = compare(
+            run.source, run.kept.get("identity"), run.identity,
+            may_change=MAY_CHANGE, accepted=options.accept_changes,
+        )  # fmt: skip
+        if note and world.is_main:
+            print(f"note: {note}", flush=True)
     run.state = TrainState(**progress)
     return run
 
@@ -146,6 +160,7 @@ def training_steps(run: Run, log: RunLog, batches: RunBatches, loss_of: LossFunc
 
     Raises:
         NonFiniteStep: on all ranks, before anything that is saved or evaluated has seen it.
+        Preempted: on all ranks, after the checkpoint of a run that was asked to stop.
     """
     options, state = run.options, run.state
     for step in range(state.step, run.last):
@@ -160,12 +175,15 @@ def training_steps(run: Run, log: RunLog, batches: RunBatches, loss_of: LossFunc
         state.add(scalars)
 
         epoch_ends, run_ends = state.step % run.steps == 0, state.step == run.last
-        due_to_save = epoch_ends or run_ends or due(state.step, options.save_every)
+        stops = log.preempted()
+        due_to_save = epoch_ends or run_ends or stops or due(state.step, options.save_every)
         if due_to_save or due(state.step, options.log_every):
             run.step.check()
         log.step(state.step, run.samples, epoch=state.step / run.steps, **scalars)
         numbered = epoch_ends and due(run.epoch + 1, getattr(options, "save_ckpt_freq", 0))
         yield Done(epoch_ends, run_ends, due_to_save and options.case_kind == "acc", numbered)
+        if stops and not run_ends:
+            raise log.stopped(state.step)
 
 
 def gradient_step(

@@ -1,15 +1,8 @@
-"""Reads weights from a path or a URL, whatever wrapping their writer used. Nothing here runs code from a file."""
+"""Reads weight files, whatever wrapping their writer used. Nothing here runs code from a file."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
-import re
-import shutil
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import checkpoint_file
+from common import checkpoint_file, shards
 from common.checkpoint_file import CheckpointError
 from common.errors import UsageError
 
@@ -35,12 +28,14 @@ _WRAPPERS = ("model", "module", "state_dict", "teacher", "model_state")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A whole checkpoint file of ours or of the reference.
+    """A whole checkpoint of ours or of the reference: a file, or a sharded one's folder with its tensors made whole.
 
     Raises:
         UsageError: missing, damaged, or not a dictionary.
     """
     try:
+        if (Path(path) / shards.PROGRESS).is_file():
+            return {**shards.load_progress(Path(path)), **shards.read_shards(path)}
         checkpoint = checkpoint_file.load(path, allow=NUMPY_SCALARS)
     except CheckpointError as error:
         if "TorchScript" in str(error):  # OpenAI publishes CLIP in this form
@@ -56,13 +51,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def saved_options(path: Path | None) -> argparse.Namespace | None:
     """The options that a training script kept in its checkpoint; None in any other weight file."""
-    if path is None or path.is_dir() or path.suffix == ".safetensors":
+    is_checkpoint = path is not None and (path.is_file() or (path / shards.PROGRESS).is_file())
+    if not is_checkpoint or path.suffix == ".safetensors":
         return None
     return read_checkpoint(path).get("args")
 
 
 def read_state_dict(path: str | Path, keys: tuple[str, ...] = _WRAPPERS) -> dict[str, Tensor]:
-    """The tensors of a weight file by name: `.safetensors`, a torch file, or a folder with one of them.
+    """The tensors of a weight file by name: `.safetensors`, a torch file, a folder with one of them, or a sharded one.
 
     Args:
         path: file or folder.
@@ -72,7 +68,7 @@ def read_state_dict(path: str | Path, keys: tuple[str, ...] = _WRAPPERS) -> dict
         UsageError: no such file, or no tensors in it.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not (path / shards.PROGRESS).is_file():
         found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
         if not found:
             raise UsageError(f"{path}: neither model.safetensors nor pytorch_model.bin in this folder")
@@ -94,53 +90,3 @@ def read_state_dict(path: str | Path, keys: tuple[str, ...] = _WRAPPERS) -> dict
     if not state:
         raise UsageError(f"{path}: no tensors in it")
     return state
-
-
-def local_file(location: str) -> Path:
-    """A path as it is; an http(s) URL as a file in torch's hub cache, downloaded when needed.
-
-    A name ending in `-<hash>.pth` (8 or more hex digits, as the reference's weights) must match the file's SHA-256.
-
-    Raises:
-        UsageError: unreachable, or the hash differs. The message has the command to fetch it by hand.
-    """
-    if not location.startswith(("http://", "https://")):
-        path = Path(location)
-        if not path.exists():
-            raise UsageError(f"{location}: no such weight file")
-        return path
-    name = Path(urllib.parse.urlparse(location).path).name
-    target = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{name}.{os.getpid()}.part")
-        try:
-            with urllib.request.urlopen(location, timeout=60) as response, open(partial, "wb") as file:
-                shutil.copyfileobj(response, file)
-            check_hash(partial, name)
-            partial.replace(target)
-        except (urllib.error.URLError, OSError) as error:
-            raise UsageError(f"cannot download: {error}. Fetch it by hand:  wget -O {name} '{location}'") from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return target
-
-
-def check_hash(path: Path, name: str) -> None:
-    """Compares a file with the hash in its name; nothing to do when there is none.
-
-    Raises:
-        UsageError: they differ.
-    """
-    stated = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    if stated is None:
-        return
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(stated.group(1)):
-        raise UsageError(
-            f"{name}: its SHA-256 starts with {digest.hexdigest()[:8]}, its name says {stated.group(1)}: "
-            "the download is damaged or not the published file"
-        )
