@@ -221,3 +221,28 @@ def test_adam_is_not_torch_adamw(golden, model_info):
         plain = plain - 1e-2 * (1 - 0.98**t) ** 0.5 / (1 - 0.9**t) * m / (v.sqrt() + 1e-2)
     torch.testing.assert_close(ours.detach().double(), plain, rtol=1e-6, atol=1e-7)
     assert (torchs.detach() - plain).abs().max() > 1e-3
+
+
+def test_activation_checkpointing_changes_memory_and_no_number(golden, model_info):
+    """With dropout, and with the CPU's kernels: the same loss and gradients, fewer bytes kept for backward."""
+    from data2vec import cpu_patches
+
+    batch = part(load_golden(golden, "base"), "batch0/")
+    found = {}
+    for on in (False, True):
+        config = dict(model_info["base"]["cfg_model"])
+        config["transformer"] = {**config["transformer"], "dropout": 0.1, "attention_dropout": 0.1}
+        config["transformer"]["checkpoint_activations"] = on
+        torch.manual_seed(0)
+        model = build_model(config, MASK + 1)
+        cpu_patches.apply_to_model(model, torch.device("cpu"))
+        model.encoder.make_teacher()
+        kept = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            out = model(batch["src_tokens"], batch["target_tokens"], MASK)
+        out["loss_sum"].backward()
+        found[on] = out["loss_sum"], [p.grad for p in model.parameters()], sum(kept)
+    assert torch.equal(found[True][0], found[False][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[True][1], found[False][1], strict=True))
+    assert found[True][2] < 0.5 * found[False][2]

@@ -278,7 +278,7 @@ _TEXT: dict[str, Option] = {
     "model.transformer.no_scale_embedding": Key(False),
     "model.transformer.max_source_positions": positive(512),
     "model.transformer.adaptive_input": Fixed(False),
-    "model.transformer.checkpoint_activations": Fixed(False),
+    "model.transformer.checkpoint_activations": Key(False),
     "model.transformer.no_token_positional_embeddings": Fixed(False),
     "model.transformer.encoder.embed_dim": positive(512),
     "model.transformer.encoder.ffn_embed_dim": positive(2048),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from data2vec.model.attention import attention, dropout_add
 
@@ -29,6 +30,7 @@ class EncoderConfig:
     activation_dropout: float = 0.0
     layernorm_embedding: bool = True
     no_scale_embedding: bool = True
+    checkpoint_activations: bool = False  # the student's layers run again in the backward pass: less memory, more time
     pad_index: int = 1
 
 
@@ -154,8 +156,13 @@ class SentenceEncoder(nn.Module):
         """Final hidden states: [B, T, C], or [N, C] of `rows` only (the last layer then works on those alone)."""
         x, key_mask = self.embed(tokens, has_padding)
         for layer in self.layers[:-1]:
-            x, _ = layer(x, key_mask)  # [B, T, C]
-        return self.layers[-1](x, key_mask, rows)[0]
+            x, _ = self._run(layer, x, key_mask)  # [B, T, C]
+        return self._run(self.layers[-1], x, key_mask, rows)[0]
+
+    def _run(self, layer: EncoderLayer, *inputs: torch.Tensor | Rows | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.training and self.config.checkpoint_activations:
+            return checkpoint(layer, *inputs, use_reentrant=False)  # with the same dropout
+        return layer(*inputs)
 
 
 def init_bert_weights(module: nn.Module, std: float = 0.02) -> None:

@@ -233,7 +233,6 @@ def _refuse_unsupported(transformer: dict[str, Any], encoder: dict[str, Any]) ->
     wanted = {
         "activation_fn": "gelu",
         "adaptive_input": False,
-        "checkpoint_activations": False,
         "no_token_positional_embeddings": False,
         "encoder.normalize_before": False,
         "encoder.learned_pos": True,
