@@ -154,13 +154,18 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | np.ndarray]:
-        return {"pixel_values": self.images[int(self.pairs.image_of_caption[index])], "tokens": self.tokens[index]}
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | np.ndarray | int]:
+        picture = self.images[int(self.pairs.image_of_caption[index])]
+        return {"pixel_values": picture, "tokens": self.tokens[index], "row": index}
+
+    def name(self, index: int) -> str:
+        """A pair in words, for messages: its picture, and how its caption begins."""
+        return f"{self.pairs.image_keys[self.pairs.image_of_caption[index]]} {self.pairs.captions[index][:40]!r}"
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Items to a batch: pixel_values uint8 [B, 3, S, S], input_ids and attention_mask int64 [B, L].
+    """Items to a batch: pixel_values uint8 [B, 3, S, S], input_ids and attention_mask int64 [B, L], rows of the split.
 
     With `caption_ids` also those, int64 [B]: equal where captions are, whatever the padding of their batch.
     """
@@ -174,6 +179,7 @@ class Collate:
         batch = {
             "pixel_values": torch.stack([item["pixel_values"] for item in items]),
             **pad_captions(rows, self.pad_token_id, self.max_length),
+            "rows": torch.tensor([item["row"] for item in items]),
         }
         if self.caption_ids:
             digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from clip_pretraining import resume
-from clip_pretraining.data.pairs import EpochLoader, GlobalBatchSampler, one_thread
+from clip_pretraining.data.pairs import EpochLoader, GlobalBatchSampler, PairDataset, one_thread
 from clip_pretraining.evaluation.encoder import normalise_pixels
 from clip_pretraining.model import loss as losses
 from clip_pretraining.model.layers import full_attention_mask
@@ -113,6 +113,9 @@ class ClipTrainer(Trainer):
         model.train()
         self.last_samples = len(inputs["input_ids"]) * self.world.size
         micro = self.args.micro_batch_size
+        if (rows := inputs.pop("rows", None)) is not None:
+            names = _Names(self.train_dataset, rows.tolist())
+            self.optimizer.guard.remember(self.state.global_step + 1, names)
         ids = inputs.pop("caption_ids", None)
         self._caption_ids = None if ids is None else ids.to(self.args.device, non_blocking=True)
         if len(inputs["input_ids"]) > micro:
@@ -261,6 +264,19 @@ class ClipTrainer(Trainer):
                 output_dir = Path(self.args.output_dir)
                 resume.publish(output_dir, self.state.global_step, self.run_facts, self.args.save_total_limit)
             distributed.barrier()
+
+
+class _Names(Sequence):
+    """The pairs of a batch, in words only when somebody asks."""
+
+    def __init__(self, dataset: PairDataset, rows: list[int]):
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> str:
+        return self.dataset.name(self.rows[position])
 
 
 class RunLogCallback(TrainerCallback):
