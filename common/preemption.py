@@ -58,7 +58,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         global _current
-        _current = self
+        self._outer, _current = _current, self  # an evaluation's log may be inside a training's
         self._before: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return self
@@ -75,7 +75,7 @@ class Watch:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         global _current
-        _current = None
+        _current = self._outer
         if kind in (None, Preempted) and dist.is_initialized():
             # Nobody leaves before the main rank has written everything: a launcher ends the others when the first goes.
             with contextlib.suppress(RuntimeError):  # of a rank that is gone, which is told elsewhere

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common import result_file
+from common import preemption, result_file
 from common.errors import PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +119,17 @@ def test_before_the_loop_asks_a_signal_ends_the_run_with_a_word(tmp_path):
     assert run.wait(timeout=600) == 128 + signal.SIGTERM
     values = result(tmp_path)
     assert values["Status"] == "FAILED" and values["Error"].endswith("ended by SIGTERM")
+
+
+def test_a_log_inside_a_log_gives_the_signals_back():
+    before = signal.getsignal(signal.SIGUSR1)
+    with preemption.Watch() as outer:
+        outer.agreed()
+        with preemption.Watch():
+            assert not preemption.asked()
+        signal.raise_signal(signal.SIGUSR1)
+        assert preemption.asked() and list(preemption.until_asked(range(3))) == [] and outer.agreed()
+    assert signal.getsignal(signal.SIGUSR1) is before and not preemption.asked()
 
 
 def test_a_signal_to_a_forked_worker_is_none_to_the_run(tmp_path):
