@@ -216,8 +216,9 @@ class Run:
         stopped = self.signal
         if self.preempted:
             outcome.conclude(self.case, "PREEMPTED", None, keep_own_words=True)
-            say(f"stopped with a checkpoint: start it again to go on (exit code {PREEMPTED})")
-            return 128 + stopped if stopped == signal.SIGINT else PREEMPTED
+            ends_with = 128 + stopped if stopped == signal.SIGINT else PREEMPTED  # Ctrl-C: nobody is to start it again
+            say(f"stopped with a checkpoint: start it again to go on (exit code {ends_with})")
+            return ends_with
         if stopped is not None and code != 0 and (first is None or first.code > 128):
             say(f"error: the run was ended by a signal, {stopped.name}; logs: {self.options.output_dir}/train_*.log")
             outcome.conclude(self.case, "FAILED", f"ended by {stopped.name}")
