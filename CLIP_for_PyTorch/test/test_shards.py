@@ -115,7 +115,7 @@ def test_a_set_from_the_web_with_every_fault_trains_to_its_end(tiny_model, tmp_p
         "1 x tar cut short or damaged",
     ):
         assert cause in printed, cause
-    listed = [line.split("\t") for line in (tmp_path / "out/left_out_shards.tsv").read_text().splitlines()]
+    listed = [line.split("\t") for line in (tmp_path / "cache/left_out_shards.tsv").read_text().splitlines()]
     assert len(listed) == 12 and all(len(row) == 2 for row in listed)
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 from clip_pretraining.data import coco, tables
 from clip_pretraining.data.crop_cache import CropCache
 from clip_pretraining.data.pairs import Collate, DecodedImages, GlobalBatchSampler, ImageSource, PairDataset, Pairs
-from clip_pretraining.data.shards import read_shards
+from clip_pretraining.data.shards import expand_shards, read_shards
 from clip_pretraining.data.tokenization import PackedCaptions, clean_caption, load_tokenizer
 from clip_pretraining.evaluation import zeroshot
 from clip_pretraining.evaluation.encoder import Encoder, evaluate_split
@@ -105,15 +105,15 @@ def _pairs(
 ) -> Pairs:
     long_name = {"train": "train", "val": "validation"}[split]
     table, shards = getattr(data, f"{long_name}_file"), getattr(data, f"{long_name}_shards")
-    listing = Path(args.output_dir) / f"left_out_{split}.tsv"
     if table:
-        columns = data.image_column, data.caption_column
+        cache, name = Path(model_args.cache_dir or Path(table).parent / ".clip_cache"), Path(table).stem
+        columns, listing = (data.image_column, data.caption_column), cache / f"left_out_{name}.tsv"
         pairs = tables.read_table(table, *columns, data.data_dir, data.delimiter, data.max_bad_share, listing)
-        cache = Path(model_args.cache_dir or Path(table).parent / ".clip_cache")
     elif shards:
         index_dir = Path(model_args.cache_dir) if model_args.cache_dir else None
+        cache = index_dir or Path(expand_shards(shards)[0]).parent / ".clip_cache"
+        listing = cache / "left_out_shards.tsv"
         pairs = read_shards(shards, data.caption_key, index_dir, data.max_bad_share, listing)
-        cache = Path(model_args.cache_dir or Path(pairs.images[0].path).parent / ".clip_cache")
     else:
         pairs = coco.read_split(data.data_dir, split, model_args.cache_dir, data.max_bad_share)
         cache = Path(model_args.cache_dir or Path(data.data_dir) / ".clip_cache")
@@ -124,7 +124,7 @@ def _pairs(
 def _readable(pairs: Pairs, cache: Path, data: DataArguments, args: ClipTrainingArguments, world: World) -> Pairs:
     if data.check_images:
         bad = tables.check_images(pairs, args.dataloader_num_workers, cache)
-        listing = Path(args.output_dir) / f"left_out_{pairs.name}.tsv"
+        listing = cache / f"left_out_{pairs.name}.tsv"
         pairs = tables.drop_unreadable(pairs, bad, data.max_bad_share, listing)
     return pairs
 
