@@ -47,21 +47,9 @@ def mask_tokens(
             raise ValueError("mask_tokens needs mask_idx, or a vocab with <mask>")
         mask_idx = vocab.index(MASK)
     tokens = np.asarray(item)
-    size = len(tokens)
     # float modulo as in fairseq; a hash of a tuple of ints is the same in every process
     rng = np.random.default_rng(int(hash((int(seed), int(epoch), int(index))) % 1e6))
-
-    count = int(mask_prob * size / float(mask_multiple_length) + rng.random())
-    begin = rng.choice(size, count, replace=False)
-    if mask_stdev > 0.0:
-        lengths = [max(0, int(round(x))) for x in rng.normal(mask_multiple_length, mask_stdev, size=count)]
-        spans = [np.arange(b, b + n) for b, n in zip(begin, lengths, strict=True)]
-        positions = np.concatenate([np.zeros(0, np.int64), *spans])
-    else:
-        positions = (begin[None, :] + np.arange(mask_multiple_length)[:, None]).ravel()
-    mask = np.zeros(size, dtype=bool)
-    mask[positions[positions < size]] = True
-
+    mask = _span_mask(rng, len(tokens), mask_prob, mask_multiple_length, mask_stdev)
     target = np.where(mask, tokens, pad_idx)
     masked, random = _leave_or_replace(rng, mask, leave_unmasked_prob, random_token_prob)
     source = np.where(masked, mask_idx, tokens)
@@ -71,6 +59,21 @@ def mask_tokens(
     if isinstance(item, torch.Tensor):
         return torch.from_numpy(source), torch.from_numpy(target)
     return source, target
+
+
+def _span_mask(rng, size: int, prob: float, length: int, stdev: float) -> np.ndarray:
+    """bool [size], True in the spans; those that reach beyond the end are cut off."""
+    count = int(prob * size / float(length) + rng.random())
+    begin = rng.choice(size, count, replace=False)
+    if stdev > 0.0:
+        lengths = [max(0, int(round(x))) for x in rng.normal(length, stdev, size=count)]
+        spans = [np.arange(b, b + n) for b, n in zip(begin, lengths, strict=True)]
+        positions = np.concatenate([np.zeros(0, np.int64), *spans])
+    else:
+        positions = (begin[None, :] + np.arange(length)[:, None]).ravel()
+    mask = np.zeros(size, dtype=bool)
+    mask[positions[positions < size]] = True
+    return mask
 
 
 def _leave_or_replace(rng, mask: np.ndarray, leave: float, replace: float) -> tuple[np.ndarray, np.ndarray | None]:
