@@ -304,7 +304,9 @@ def test_two_ranks_equal_update_freq_two_and_either_goes_on_as_the_other(train_m
             torch.testing.assert_close(value, outputs[other]["model"]["encoder._ema"][key], rtol=1e-4, atol=1e-6)
     for options in (["model.ema_steps=per_micro_batch"], ["optimization.update_freq=[3]"]):
         with pytest.raises(SystemExit):
-            train_main([*common, *resume, *options, "--output_dir", str(tmp_path / "refused")])
+            train_main(
+                [*common, *resume, *options, "--accept_changes", "all", "--output_dir", str(tmp_path / "refused")]
+            )
         assert "its updates were of 2 ranks x update_freq 1, these would be 1 x" in capsys.readouterr().err
 
 
