@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,18 @@ _INDEX_NAMES = {
 }
 
 
-def shard(model: nn.Module, units: Iterable[nn.Module], world: World, precision: str) -> None:
+def shard(
+    model: nn.Module, units: Iterable[nn.Module], world: World, precision: str, fp32: Sequence[Sequence[nn.Module]] = ()
+) -> None:
     """FSDP2 (`fully_shard`): each of `units` is gathered for its own computation only, the rest of the model as a root.
 
     Masters and gradient sums stay in fp32, computation is in `precision`. The model may come from the host: a unit goes
     to the device as it is sharded, so that no card ever holds all of it.
+
+    Args:
+        fp32: groups of modules that are gathered and compute in fp32, such as a block's norms: near 1 bf16 knows no
+            step smaller than 0.008. With any, what goes into a unit keeps its precision, too, under autocast: so does
+            a residual stream in fp32.
 
     Raises:
         UsageError: there is no process group to shard over.
@@ -74,7 +81,11 @@ def shard(model: nn.Module, units: Iterable[nn.Module], world: World, precision:
     if not distributed.is_distributed():
         raise UsageError("--parallel fsdp shards over ranks: start with torchrun, e.g. --nproc_per_node 8")
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[precision], reduce_dtype=torch.float32)
+    dtype = _COMPUTE[precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=not fp32)
+    for group in fp32:
+        whole = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(list(group), mesh=mesh, mp_policy=whole)
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -69,6 +69,34 @@ if distributed.rank() == 0:
 """
 
 
+# Under bf16 shards and a layer scale of 1e-5: the share of entries that a block changes, and the stream's precision.
+STREAM = """
+import sys
+import torch
+import beit2
+from beit2.training.parallel import ShardedReplica
+from common import device as devices
+from common import distributed
+
+with torch.device("meta"):
+    model = beit2.build_pretraining_model(
+        img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2, vocab_size=32, early_layers=2, head_layers=1,
+        use_shared_rel_pos_bias=True, init_values=1e-5,
+    )
+world = distributed.World(rank=distributed.rank(), size=2, local_rank=distributed.rank(), local_size=2)
+replica = ShardedReplica(model, world, "bf16", 0)
+seen = []
+model.blocks[1].register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+images, mask = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, 16) % 3 == 0
+with devices.autocast(world.device, "bf16"):
+    outputs = replica.wrapped(images, mask)
+sum(out.float().square().mean() for out in outputs).backward()
+before, after = seen[0]
+if distributed.rank() == 0:
+    torch.save({"changed": float((before != after).float().mean()), "dtype": str(after.dtype)}, sys.argv[1])
+"""
+
+
 @pytest.fixture(scope="module")
 def runs(pictures, tokenizer_file, tmp_path_factory):
     """The folder of all runs on two ranks. An epoch has two steps; "cut" runs stop after the first epoch or in it."""
@@ -80,6 +108,7 @@ def runs(pictures, tokenizer_file, tmp_path_factory):
         return ("run_beitv2_pretraining.py", *OPTIONS, *data, "--output_dir", str(folder / name), *options)
 
     (folder / "codebook.py").write_text(CODEBOOK)
+    (folder / "stream.py").write_text(STREAM)
     sharded = ("--parallel", "fsdp", "--activation_checkpointing")
     half = ("--fsdp", "--precision", "fp16")
     torchrun(
@@ -92,6 +121,7 @@ def runs(pictures, tokenizer_file, tmp_path_factory):
         run("fp16_cut", *half),
         run("moved", *sharded, "--max_steps", "2"),
         (str(folder / "codebook.py"), str(folder / "codebook.pt")),
+        (str(folder / "stream.py"), str(folder / "stream.pt")),
     )
     torchrun(1, run("moved", *sharded, "--batch_size", "8"))  # the same global batches on one rank
     return folder
@@ -107,6 +137,12 @@ def test_fsdp_with_recomputed_blocks_equals_ddp(runs):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
     for line, other in zip(epoch_lines(runs / "fsdp"), epoch_lines(runs / "ddp"), strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_the_residual_stream_of_bf16_shards_is_fp32(runs):
+    """In bf16 a block with a layer scale of 1e-5 changed nothing at all; under DDP it changes nine entries of ten."""
+    stream = torch.load(runs / "stream.pt", weights_only=True)
+    assert stream["dtype"] == "torch.float32" and stream["changed"] > 0.9
 
 
 def test_a_sharded_checkpoint_goes_on_with_another_number_of_ranks(runs):

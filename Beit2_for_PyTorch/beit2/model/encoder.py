@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         """images [B, in_chans, H, W] -> [B, 1 + N, C], CLS first; mask bool [B, N]: True = the mask token instead."""
         x = self.patch_embed(images)  # [B, N, C]
         if mask is not None:
-            weight = mask.flatten(1).unsqueeze(-1).type_as(self.mask_token)  # [B, N, 1]
+            weight = mask.flatten(1).unsqueeze(-1).float()  # [B, N, 1]; so the residual stream begins in fp32
             x = x * (1 - weight) + self.mask_token * weight
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # [B, 1 + N, C]
         if self.pos_embed is not None:

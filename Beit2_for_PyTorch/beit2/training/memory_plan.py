@@ -43,10 +43,10 @@ def plan(model: MaskedImageModel, ranks: int, batch_size: int, masked: int, reco
     tokens = model.patch_embed.num_patches + 1
     heads = model.blocks[0].attn.num_heads
 
-    stream = batch_size * tokens * model.embed_dim * width  # one [B, 1 + N, C]
-    # norm1, q k v, attention out, proj, norm2, fc1 (4), GELU (4), fc2, two residuals; weights before/after softmax
-    inside = 17 * stream + batch_size * heads * tokens**2 * (4 + 4 + width)
-    kept = len(blocks) * (stream if recompute else inside) + (inside if recompute else 0)
+    stream = batch_size * tokens * model.embed_dim  # values of one [B, 1 + N, C]
+    # norm1, q k v, attention out, proj, norm2, fc1 (4), GELU (4), fc2; two residuals in fp32; the weights of softmax
+    inside = (15 * width + 2 * 4) * stream + batch_size * heads * tokens**2 * (4 + 4 + width)
+    kept = len(blocks) * (4 * stream if recompute else inside) + (inside if recompute else 0)
     outputs = 2 if model.cls_pt else 1
     logits = outputs * batch_size * masked * model.vocab_size * (width + 4 + 4)  # logits, fp32 copy, gradient
     return MemoryPlan(

@@ -80,7 +80,11 @@ class ShardedReplica(Replica):
         self.model = self.wrapped = model
         self.world = world
         self.parameter_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        shards.shard(model, (*model.blocks, *getattr(model, "cls_pt_layers", ())), world, precision)
+        blocks = (*model.blocks, *getattr(model, "cls_pt_layers", ()))
+        # as under DDP norms and the residual stream are fp32: in bf16 a layer scale of 1e-5 adds less than its last bit
+        norms = [[block.norm1, block.norm2] for block in blocks]
+        norms += [[module] for name, module in model.named_children() if isinstance(module, nn.LayerNorm)]
+        shards.shard(model, blocks, world, precision, fp32=norms if precision != "fp32" else ())
         materialize(model, world.device, seed)
 
     def save(self, options, optimizer, scale, progress, epoch, numbered, extra) -> None:
