@@ -12,18 +12,15 @@ Any key of the YAML file can be overridden: `optimizer.base_lr=1e-3` or `--optim
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 from common import apex_options
 from common.checkpoint_file import CheckpointError
 from common.device import resolve
 from common.errors import UsageError, print_usage_errors
-from common.result_file import keep_aside
 from vit import config as configuration
 from vit.config import Config
-from vit.download import DownloadError
+from vit.download import PUBLISHED, DownloadError
 
 RUN_MODES = ("train", "finetune", "eval", "predict")
 # option of the reference's run_mindformer.py -> key of our configuration
@@ -38,7 +35,6 @@ OPTION_KEYS = {
     "seed": "seed",
     "precision": "precision",
     "loss_scale": "loss_scale",
-    "amp_backend": "amp_backend",
     "parallel": "parallel",
     "max_steps": "max_steps",
     "save_every": "save_every",
@@ -47,6 +43,7 @@ OPTION_KEYS = {
     "output_dir": "output_dir",
     "case_kind": "case_kind",
     "do_eval": "do_eval",
+    "accept_changes": "accept_changes",
     "profile": "profile",
 }
 DEVICE_TARGETS = {"ascend": "npu", "gpu": "cuda", "cpu": "cpu"}
@@ -82,6 +79,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--device_target", choices=["Ascend", "GPU", "CPU"], help="the reference's name for --device")
     parser.add_argument("--options", nargs="+", default=[], metavar="key=value", help="overrides, as in the reference")
     parser.add_argument("--fp16_opt_level", default=None, help="of apex: O0 is fp32, O1 and O2 are fp16")
+    parser.add_argument("--amp_backend", choices=apex_options.BACKENDS, default=None, help="native; apex is refused")
     parser.add_argument("--use_combine_grad", action="store_true", help="of apex: accepted, without effect")
     for option in OPTION_KEYS:
         # --do_eval, --profile and --resume_training may stand alone
@@ -111,7 +109,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 def _precision(options: argparse.Namespace) -> str | None:
     """The precision that --precision and apex's options come to."""
-    given = options.fp16_opt_level, options.precision, options.use_combine_grad, options.amp_backend
+    if options.amp_backend == "apex":
+        raise UsageError(
+            "--amp_backend apex: apex has no release for this torch; leave it out: --fp16_opt_level means torch's own "
+            "mixed precision"
+        )
+    given = options.fp16_opt_level, options.precision, options.use_combine_grad
     mixed = apex_options.translate(*given)
     for note in mixed.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -143,6 +146,8 @@ def check(options: argparse.Namespace, config: Config) -> None:
         raise UsageError(f"--load_checkpoint is required for {options.run_mode}: a file, or vit_base_p16")
     if options.run_mode == "predict" and not options.predict_data:
         raise UsageError("--predict_data is required for prediction: pictures, or folders of pictures")
+    if options.top_k < 0:
+        raise UsageError(f"--top_k {options.top_k}: must be 0 or more")
     if options.predict_batch_size < 1:
         raise UsageError(f"--predict_batch_size {options.predict_batch_size}: must be at least 1")
     if options.run_mode == "train" and not config.load_checkpoint and not config.resume_training:
@@ -150,8 +155,12 @@ def check(options: argparse.Namespace, config: Config) -> None:
 
 
 @print_usage_errors
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, published_weights: bool = False) -> None:
+    """Runs what the options say. `published_weights`: evaluate and predict with them where none are given."""
     options, config = parse(argv)
+    if published_weights and options.run_mode in ("eval", "predict") and not config.load_checkpoint:
+        config.load_checkpoint = config.model.name if config.model.name in PUBLISHED else ""
+        print(f"--load_checkpoint {config.load_checkpoint}: the published weights, since none were given")
     check(options, config)
     if options.device_id is not None:
         resolve(config.device, options.device_id)
@@ -162,49 +171,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, config: Config) -> None:
-    from vit import engine
+    from vit import engine, prediction
 
     if options.run_mode in ("train", "finetune"):
         engine.train(config)
     elif options.run_mode == "eval":
         engine.evaluate(config)
     else:
-        predict(options, config)
-
-
-def predict(options: argparse.Namespace, config: Config) -> None:
-    """Prints the best labels of each picture and writes them to predictions.json and .png in the output folder."""
-    from vit import prediction_grid
-    from vit.image_folder import IMAGE_SUFFIXES
-    from vit.predictor import pipeline
-
-    pictures: list[Path] = []
-    for path in map(Path, options.predict_data):
-        if not path.exists():
-            raise UsageError(f"--predict_data {path}: no such file or folder")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise UsageError(f"--predict_data {path}: no pictures in this folder")
-        pictures += inside
-    classify = pipeline(
-        "image_classification",
-        model=config.load_checkpoint,
-        image_size=config.model.img_size,
-        device=config.device,
-        precision=config.precision,
-    )
-    results = {}
-    for begin in range(0, len(pictures), options.predict_batch_size):
-        batch = pictures[begin : begin + options.predict_batch_size]
-        for picture, labels in zip(batch, classify([str(p) for p in batch], top_k=options.top_k), strict=True):
-            results[str(picture)] = labels
-            print(f"{picture}: " + ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in labels), flush=True)
-    target = Path(config.output_dir) / "predictions.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    keep_aside(target.parent, [target.name, "predictions.png"])
-    target.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    prediction_grid.draw(results, classify.labels, target.with_suffix(".png"))
-    print(f"written to {target} and, the first {prediction_grid.MOST}, to {target.with_suffix('.png')}")
+        prediction.predict(config, options.predict_data, options.predict_batch_size, options.top_k)
 
 
 if __name__ == "__main__":

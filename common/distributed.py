@@ -31,6 +31,7 @@ _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hc
 # Groups that have been torn down, kept until Python exits. A DDP module that outlives the `with` block would otherwise
 # own the last reference, and gloo's destructor, called with Python's lock held, can wait for ever.
 _ended_groups: list[dist.ProcessGroup] = []
+_stores: list[dist.Store] = []  # of the process, then a part of it for each group
 _failed_groups: list[dist.ProcessGroup] = []  # a thread of these may wait for a rank that is gone: never joined
 
 
@@ -78,9 +79,13 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
     if world.is_main:
         timeouts = f"{init_timeout_s} s to meet, {train_timeout_s} s a collective"
         print(f"process group: {size} ranks, {backend}, time-outs: {timeouts}", flush=True)
+    timeout = timedelta(seconds=init_timeout_s)
     dist.init_process_group(
         backend,
-        timeout=timedelta(seconds=init_timeout_s),
+        store=_meeting_place(timeout),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     group, kept_in = dist.group.WORLD, _failed_groups
@@ -102,6 +107,18 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         # After an error the other ranks may never answer: destroy does not wait for them, and torchrun ends them all.
         with contextlib.suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
+
+
+def _meeting_place(timeout: timedelta) -> dist.Store:
+    """Where the ranks find each other, new for every group of this process.
+
+    The store is one for the process: a second of the same port could not be opened, and what an earlier group left in
+    it, such as the addresses of its ranks, would mislead a later one.
+    """
+    if not _stores:
+        _stores.append(next(iter(dist.rendezvous("env://", timeout=timeout)))[0])
+    _stores.append(dist.PrefixStore(f"meeting_{len(_stores)}", _stores[0]))
+    return _stores[-1]
 
 
 @atexit.register

@@ -1,6 +1,7 @@
 """Augmentation and evaluation crops: timm's and torchvision's mathematics, and draws that depend on the seed alone."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from vit.augment import (
+from vit.data.augment import (
     CROP_RATIO,
     MEAN,
     STD,
+    Augmentation,
     Erasure,
     EvalTransform,
     TrainTransform,
@@ -26,6 +28,8 @@ from vit.augment import (
     random_erasing_box,
     resize,
 )
+
+PLAIN = Augmentation(horizontal_flip=0.0, auto_augment="", random_erasing=0.0)
 
 
 def smooth_picture(width, height, seed=0):
@@ -61,7 +65,7 @@ def test_resize_is_pils_up_to_rounding(crop):
 def test_train_crops_are_timms():
     """The same draws give the same crop; only the resize rounds differently."""
     pixels = smooth_picture(160, 120)
-    ours = TrainTransform(64, flip=0.0, auto_augment="", erasing=0.0)
+    ours = TrainTransform(64, PLAIN)
     theirs = RandomResizedCropAndInterpolation(64, (0.08, 1.0), CROP_RATIO, "bicubic")
     for seed in range(20):
         result, box = ours(pixels, seed)
@@ -97,8 +101,8 @@ def test_rand_augment_is_timms_but_for_posterizing_to_nothing():
 
 def test_flip_mirrors():
     pixels = smooth_picture(64, 64)
-    kept, _ = TrainTransform(48, flip=0.0, auto_augment="", erasing=0.0)(pixels, 3)
-    mirrored, _ = TrainTransform(48, flip=1.0, auto_augment="", erasing=0.0)(pixels, 3)
+    kept, _ = TrainTransform(48, PLAIN)(pixels, 3)
+    mirrored, _ = TrainTransform(48, replace(PLAIN, horizontal_flip=1.0))(pixels, 3)
     np.testing.assert_array_equal(mirrored, kept[:, ::-1])
 
 

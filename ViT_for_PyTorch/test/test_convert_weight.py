@@ -129,3 +129,37 @@ def test_command_line_mistakes_end_with_one_sentence(tmp_path):
         assert result.stderr.count("\n") == 1
     assert (tmp_path / "there.ckpt").read_bytes() == b"precious"
     assert not (tmp_path / "new.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["plain", "crc", "append_str", "uint32"])
+def test_files_of_mindspore_2_10_are_read(name):
+    """Written by MindSpore 2.10: plain, with crc_check=True, with a text and with a uint32 counter of append_dict."""
+    state = weights.read_state_dict(GOLDEN / f"ms210_{name}.ckpt")
+    assert state["cls_token"].tolist() == [[[0.0, 1.0, 2.0, 3.0]]] and state["fc_norm.weight"].tolist() == [1.0] * 4
+    if name == "uint32":
+        assert mindspore_checkpoint.read(GOLDEN / "ms210_uint32.ckpt")["step"].tolist() == [5]
+
+
+def test_a_checksum_that_disagrees_is_damage(tmp_path):
+    content = bytearray((GOLDEN / "ms210_crc.ckpt").read_bytes())
+    for at in (30, 60, len(content) - 1):  # in the numbers of both parameters, and in the checksum itself
+        damaged = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        (tmp_path / "w.ckpt").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="w.ckpt: .*checksum"):
+            weights.read_state_dict(tmp_path / "w.ckpt")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_bytes_are_read_or_named_and_nothing_else(tmp_path_factory, data):
+    """Any change of the file, a number where a text belongs included: no traceback, no memory a number asks for."""
+    source = data.draw(st.sampled_from(["plain", "append_str", "uint32"]))
+    content = bytearray((GOLDEN / f"ms210_{source}.ckpt").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "fuzzed.ckpt"
+    path.write_bytes(content)
+    try:
+        assert mindspore_checkpoint.read(path)
+    except CheckpointError as error:
+        assert "fuzzed.ckpt" in str(error)

@@ -8,7 +8,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionImageFolder
 
 from common.errors import UsageError
-from vit.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan, to_rgb
+from vit import load_image
+from vit.data.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan, to_rgb
 
 
 def write_picture(path, mode="RGB", size=(20, 16), seed=0, **options):
@@ -111,3 +112,45 @@ def test_bad_files_warn_once_and_stop_above_one_percent(folder):
         pytest.raises(ValueError, match=r"3 of the 200 pictures .* three.png"),
     ):
         resumed.add((("three.png", "three.png: cut"),))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_a_picture_is_turned_as_its_camera_says(tmp_path, suffix):
+    image = Image.fromarray(np.tile(np.arange(0, 200, 5, dtype=np.uint8)[None, :, None], (24, 1, 3)))  # dark to light
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image.save(tmp_path / f"x.{suffix}", exif=exif)
+    pixels = read_image(tmp_path / f"x.{suffix}")
+    assert pixels.shape == (40, 24, 3) and pixels[0].mean() < 20 and pixels[-1].mean() > 170
+    processed = load_image(Image.open(tmp_path / f"x.{suffix}"))
+    np.testing.assert_array_equal(np.asarray(processed), np.asarray(load_image(tmp_path / f"x.{suffix}")))
+
+
+def test_damaged_orientation_leaves_the_picture_as_it_is(tmp_path):
+    image = Image.new("RGB", (8, 6))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    content = (tmp_path / "x.jpg").read_bytes()
+    at = content.index(b"Exif\0\0") + 6
+    (tmp_path / "x.jpg").write_bytes(content[:at] + b"\xff" * 8 + content[at + 8 :])
+    assert read_image(tmp_path / "x.jpg").shape == (6, 8, 3)
+
+
+def test_litter_and_links_in_circles_are_left_out(folder):
+    (folder / "__MACOSX" / "a").mkdir(parents=True)
+    (folder / "a" / "._z.JPEG").write_bytes(b"finder's")
+    (folder / "a" / "deep" / "up").symlink_to(folder / "a")
+    (folder / "b" / "__MACOSX").mkdir()
+    (folder / "b" / "__MACOSX" / "2.png").write_bytes(b"")
+    found = scan(folder)
+    assert found.classes == ["a", "b", "ç d"] and len(found) == 5
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_picture_over_the_pixel_limit_is_broken(tmp_path, monkeypatch, suffix):
+    path = write_picture(tmp_path / f"huge.{suffix}", size=(40, 30))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(BrokenImage, match=f"huge.{suffix}: .*limit"):
+        read_image(path)

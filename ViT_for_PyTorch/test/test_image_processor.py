@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vit import ViTImageProcessor, load_image
-from vit.image_folder import BrokenImage
+from vit.data.image_folder import BrokenImage
 
 GOLDEN = Path(__file__).parent / "golden"
 

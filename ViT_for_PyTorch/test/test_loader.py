@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from common.errors import UsageError
-from vit.augment import EvalTransform, TrainTransform
-from vit.image_folder import BrokenImage, scan
-from vit.loader import EvalLoader, TrainLoader, to_model_input
+from vit.data.augment import Augmentation, EvalTransform, TrainTransform
+from vit.data.image_folder import BrokenImage, scan
+from vit.data.loader import EvalLoader, TrainLoader, to_model_input
 
 COUNT, SIZE = 23, 16
 
@@ -33,7 +33,7 @@ def train_loader(folder, **options):
 
 def plain_loader(folder, **options):
     """No augmentation that would hide which picture it is."""
-    transform = TrainTransform(SIZE, auto_augment="", erasing=0.0)
+    transform = TrainTransform(SIZE, Augmentation(auto_augment="", random_erasing=0.0))
     return TrainLoader(folder, transform, **{"batch_size": 4, "seed": 5, **options})
 
 

@@ -9,8 +9,9 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 
 import vit
-from vit import metrics
-from vit.mixup import Mix, MixupConfig, apply_mix, cutmix_box, draw_mix
+from vit.data.augment import Augmentation
+from vit.data.mixup import Mix, apply_mix, cutmix_box, draw_mix
+from vit.training import metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -52,7 +53,7 @@ def test_box_rule_is_that_of_timm_0_3_2(golden):
 
 
 def test_draw_depends_on_seed_step_and_rank_alone():
-    config = MixupConfig()
+    config = Augmentation()
     draw = [draw_mix(config, 224, 224, seed=1, step=step, rank=rank) for step in range(40) for rank in range(2)]
     again = [draw_mix(config, 224, 224, seed=1, step=step, rank=rank) for step in range(40) for rank in range(2)]
     assert draw == again and len(set(draw)) == 80
@@ -60,7 +61,7 @@ def test_draw_depends_on_seed_step_and_rank_alone():
 
 
 def test_draws_follow_the_configuration():
-    draws = [draw_mix(MixupConfig(), 64, 96, seed=0, step=step, rank=0) for step in range(2000)]
+    draws = [draw_mix(Augmentation(), 64, 96, seed=0, step=step, rank=0) for step in range(2000)]
     cut = [mix for mix in draws if mix.box]
     assert 0.45 < len(cut) / 2000 < 0.55
     for mix in cut:
@@ -72,12 +73,12 @@ def test_draws_follow_the_configuration():
     assert np.var(shares) == pytest.approx(0.25 / 2.6, rel=0.1)  # Beta(a, a): 1 / (4 (2a + 1))
 
     def boxes(**changes):
-        return {draw_mix(MixupConfig(**changes), 64, 64, seed=0, step=step, rank=0).box is None for step in range(50)}
+        return {draw_mix(Augmentation(**changes), 64, 64, seed=0, step=step, rank=0).box is None for step in range(50)}
 
     assert boxes(cutmix=0.0) == {True} and boxes(mixup=0.0) == {False}
-    off = [draw_mix(MixupConfig(prob=0.25), 64, 64, seed=0, step=step, rank=0) == Mix() for step in range(400)]
+    off = [draw_mix(Augmentation(mixup_prob=0.25), 64, 64, seed=0, step=step, rank=0) == Mix() for step in range(400)]
     assert 0.68 < np.mean(off) < 0.82
-    assert draw_mix(MixupConfig(mixup=0.0, cutmix=0.0), 64, 64, seed=0, step=0, rank=0) == Mix()
+    assert draw_mix(Augmentation(mixup=0.0, cutmix=0.0), 64, 64, seed=0, step=0, rank=0) == Mix()
 
 
 def test_odd_batch_keeps_its_middle_picture():
@@ -115,3 +116,21 @@ def test_soft_loss_equals_timm():
     labels = torch.from_numpy(stored["loss_y"]).long()
     smoothed = apply_mix(torch.zeros(6, 3, 2, 2), labels, Mix(), 10, 0.1)[1]
     assert metrics.soft_target_cross_entropy(logits, smoothed).item() == pytest.approx(float(stored["ls_ce"]), abs=1e-6)
+
+
+def test_ties_never_help_and_numbers_that_are_none_never_count():
+    even = torch.zeros(4, 8)
+    assert metrics.topk_counts(even, torch.arange(4)) == {"top1": 0, "top5": 0, "count": 4}
+    logits = torch.tensor([[3.0, 3.0, 1, 0, 0, 0, 0], [5, 4, 3, 2, 1, 1, 0], [0, 1, 2, 3, 4, 5, torch.nan]])
+    assert metrics.topk_counts(logits, torch.tensor([0, 4, 6])) == {"top1": 0, "top5": 1, "count": 3}
+    assert metrics.topk_counts(torch.zeros(2, 3), torch.tensor([1, -1])) == {"top1": 0, "top5": 1, "count": 1}
+
+
+def test_bf16_does_not_round_what_is_ranked():
+    torch.manual_seed(0)
+    model = vit.create_model("vit_demo", 1000).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(256, 3, 48, 48))
+    best = logits.topk(2, dim=1).values
+    assert logits.dtype == torch.float32 and int((best[:, 0] == best[:, 1]).sum()) == 0

@@ -93,7 +93,7 @@ def test_new_model_starts_as_mae_fine_tuning_does():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"img_size": 30}, "img_size 30"),
+        ({"img_size": 30}, "image_size 30"),
         ({"num_heads": 5}, "num_heads 5"),
         ({"num_classes": 0}, "num_classes"),
         ({"global_pool": "mean"}, "'mean'"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vit
-from vit import optim, schedule
+from vit.training import optim, schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=4, num_classes=10)

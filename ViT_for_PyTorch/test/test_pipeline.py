@@ -10,7 +10,7 @@ from PIL import Image
 
 import vit
 from vit import AutoConfig, AutoModel, ViTConfig, ViTImageProcessor, pipeline
-from vit.image_folder import BrokenImage
+from vit.data.image_folder import BrokenImage
 from vit.labels import save_class_names
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -144,8 +144,8 @@ def test_unknown_names_fields_and_sizes_are_errors(tmp_path):
         AutoConfig.from_pretrained("resnet50")
     with pytest.raises(ValueError, match="unknown configuration field hidden"):
         AutoConfig.from_pretrained("vit_base_p16", hidden=3)
-    with pytest.raises(ValueError, match="mlp_ratio=3"):
-        ViTConfig(mlp_ratio=3)
+    with pytest.raises(ValueError, match="in_chans=4"):
+        ViTConfig(in_chans=4)
     with pytest.raises(ValueError, match="mf_gap.ckpt: no known model has .* num_heads"):
         AutoModel.from_pretrained(GOLDEN / "mf_gap.ckpt")
     with pytest.raises(ValueError, match="no best.pt"):
@@ -155,7 +155,7 @@ def test_unknown_names_fields_and_sizes_are_errors(tmp_path):
 
 
 def test_pipeline_is_a_function_after_all_imports():
-    import vit.predictor  # noqa: F401
-    import vit.trainer  # noqa: F401
+    import vit.api.predictor  # noqa: F401
+    import vit.api.trainer  # noqa: F401
 
     assert callable(vit.pipeline) and callable(vit.Trainer)

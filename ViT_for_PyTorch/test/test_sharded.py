@@ -13,7 +13,7 @@ from PIL import Image
 import run_vit
 from ci.gates.forked_ranks import run
 from common import checkpoint_file, result_file, shards
-from vit import checkpoint
+from vit.training import checkpoint
 
 SCRIPT = Path(run_vit.__file__)
 TINY = ["model.name=vit_demo", "model.img_size=16", "--num_workers", "0", "--log_every", "1", "--save_every", "2"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from common.errors import UsageError
 from vit import Trainer
-from vit import trainer as trainer_module
+from vit.api import trainer as trainer_module
 
 TINY = {
     "model.img_size": 16,
@@ -98,6 +98,16 @@ def test_the_recipe_of_the_model_is_used(tmp_path):
     config = Trainer(model="mindspore/vit_base_p16", train_dataset="imageNet-1k/train", output_dir=tmp_path).config()
     assert config.model.name == "vit_base_p16" and config.epochs == 100 and not config.do_eval
     assert config.optimizer.layer_decay == 0.65 and config.data.train_dataset_dir == "imageNet-1k/train"
+
+
+def test_without_folders_nothing_is_scored_or_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(model="vit_demo", output_dir=tmp_path / "out", overrides=TINY)
+    with pytest.raises(ValueError, match="eval_dataset='imageNet-1k/val'"):
+        trainer.evaluate(eval_checkpoint="w.pth")
+    with pytest.raises(ValueError, match="train_dataset='imageNet-1k/train'"):
+        trainer.train()
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors_come_before_training(pictures, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import vit
-from vit import optim
-from vit.metrics import soft_target_cross_entropy
-from vit.mixup import Mix, apply_mix
+from vit.data.mixup import Mix, apply_mix
+from vit.training import optim
+from vit.training.metrics import soft_target_cross_entropy
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -14,42 +14,40 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.apex_options import BACKENDS
 from common.device import DEVICES, PRECISIONS
 from common.errors import UsageError
-from vit.model import INITIALISATIONS, model_names
+from vit import mindformers_yaml, timm_models
+from vit.config_ranges import check_ranges
+from vit.data.augment import INTERPOLATIONS, Augmentation, rand_augment
+from vit.model import INITIALISATIONS, POOLINGS, PRESETS
 
 
 @dataclass
 class ModelConfig:
     """What is built. `num_classes` 0 = as many as the training folder has classes."""
 
-    name: str = "vit_base_p16"
-    img_size: int | None = None  # None = the preset's size
+    name: str = "vit_base_p16"  # also timm's, e.g. vit_small_patch16_224.augreg_in21k, or auto: load_checkpoint's own
+    img_size: int | None = None  # None = the model's own size
     num_classes: int = 0
-    global_pool: str = "avg"
+    global_pool: str | None = None  # avg or token; None = the model's own
     drop_path: float = 0.1
     init: str = "timm"  # starting weights; width or mimetic for narrow models from scratch (initialisation.py)
+    train: str = "all"  # or head: the backbone stays as it is
     gradient_checkpointing: bool = False
     compile: bool = False
 
 
 @dataclass
-class DataConfig:
-    """Pictures and their augmentation, with MAE's fine-tuning values."""
+class DataConfig(Augmentation):
+    """Pictures, how they are prepared, and their augmentation."""
 
     train_dataset_dir: str = ""
     eval_dataset_dir: str = ""
     num_workers: int = 2
-    min_crop_scale: float = 0.08
-    horizontal_flip: float = 0.5
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    random_erasing: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    label_smoothing: float = 0.1
+    mean: list[float] | None = None  # of each channel, from 0 to 1; None = the model's own, as below
+    std: list[float] | None = None
+    interpolation: str | None = None  # of evaluation: bicubic, bilinear or nearest
+    crop_ratio: float | None = None  # evaluation keeps this share of the shorter side
 
 
 @dataclass
@@ -84,10 +82,13 @@ class Config:
     precision: str = "fp32"
     parallel: str = "ddp"  # over several ranks: a replica each (ddp), or the model in shards (fsdp)
     loss_scale: str = "dynamic"  # fp16: dynamic, or a number
-    amp_backend: str = "native"  # apex: apex.amp at level O1, where it is installed
     load_checkpoint: str = ""  # weights to start from, to evaluate or to predict with
     resume_training: str = ""  # "auto" = the newest checkpoint in output_dir if there is one, or a file
+    accept_changes: str = ""  # names that a resumed run may have otherwise than its checkpoint, with commas; or all
+    class_weights: str = "none"  # balanced: rare classes count as much as frequent ones
     do_eval: bool = True
+    metric_for_best: str = "top1"  # top1, top5 or loss: what best.pt is the best by
+    early_stop: int = 0  # stop after so many evaluations without a better one; 0 = never
     eval_every: int = 1  # epochs between evaluations
     save_every: int = 0  # optimizer steps between checkpoints; 0 = at the end of each epoch
     keep_checkpoints: int = 2
@@ -115,9 +116,12 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Sequence[str] =
             from_file = OmegaConf.load(path)
         except Exception as error:  # whatever the YAML parser raises
             raise UsageError(f"{path}: not readable as YAML: {error}") from None
-        config = _merge(config, from_file, f"{path}")
-    pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
-    for key, value in pairs:
+        if isinstance(from_file, DictConfig) and mindformers_yaml.is_of_mindformers(from_file):
+            theirs = mindformers_yaml.translate(OmegaConf.to_container(from_file), f"{path}")
+            overrides = [*theirs.items(), *_pairs(overrides)]
+        else:
+            config = _merge(config, from_file, f"{path}")
+    for key, value in _pairs(overrides):
         _check_known(key)
         config = _merge(config, _nested(key, value), f"{key}={value}")
     result = OmegaConf.to_object(config)
@@ -142,10 +146,22 @@ def as_dict(config: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))
 
 
+def _pairs(overrides: Mapping[str, Any] | Sequence[str | tuple[str, Any]]) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    return [given if isinstance(given, tuple) else _split(given) for given in overrides]
+
+
 def _split(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
+    key = mindformers_yaml.KEYS.get(key.strip(), key)  # MindFormers' names, e.g. runner_config.epochs
     if not equals:
         raise UsageError(f"'{text}': overrides are written key=value or section.key=value")
+    if value.startswith("["):
+        try:
+            return key.strip(), list(OmegaConf.create(value))
+        except Exception as error:  # whatever the YAML parser raises
+            raise UsageError(f"'{text}': not a list such as [0.5,0.5,0.5]: {str(error).splitlines()[0]}") from None
     return key.strip(), None if value == "null" else value  # omegaconf turns the text into the key's type
 
 
@@ -170,23 +186,33 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
 
 def _check(config: Config) -> None:
     choices = {
-        "model.name": (config.model.name, model_names()),
-        "model.global_pool": (config.model.global_pool, ("avg", "token")),
+        "model.global_pool": (config.model.global_pool, (None, *POOLINGS)),
+        "data.interpolation": (config.data.interpolation, (None, *INTERPOLATIONS)),
         "model.init": (config.model.init, tuple(INITIALISATIONS)),
+        "model.train": (config.model.train, ("all", "head")),
+        "class_weights": (config.class_weights, ("none", "balanced")),
+        "metric_for_best": (config.metric_for_best, ("top1", "top5", "loss")),
         "device": (config.device, DEVICES),
         "precision": (config.precision, PRECISIONS),
         "case_kind": (config.case_kind, ("acc", "perf")),
         "parallel": (config.parallel, ("ddp", "fsdp")),
-        "amp_backend": (config.amp_backend, BACKENDS),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
-            raise UsageError(f"{key}={value}: choose one of {', '.join(allowed)}")
-    if config.amp_backend == "apex" and config.precision != "fp32":
-        raise UsageError(f"amp_backend=apex: does its own casts, precision={config.precision} would be a second one")
-    for key in ("epochs", "batch_size", "accumulate", "eval_every", "log_every"):
-        if getattr(config, key) < 1:
-            raise UsageError(f"{key}={getattr(config, key)}: must be at least 1")
-    for key in ("max_steps", "save_every", "keep_checkpoints"):
-        if getattr(config, key) < 0:
-            raise UsageError(f"{key}={getattr(config, key)}: must not be negative")
+            raise UsageError(f"{key}={value}: choose one of {', '.join(filter(None, allowed))}")
+    check_ranges(config)
+    if config.model.name not in (*PRESETS, "auto") and not timm_models.is_known(config.model.name):
+        close = difflib.get_close_matches(config.model.name, PRESETS, 1, 0.4)
+        raise UsageError(
+            f"model.name={config.model.name}: choose one of {', '.join(PRESETS)}, auto, or a name of timm's"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+    if config.data.auto_augment:
+        try:
+            rand_augment(config.data.auto_augment, {})
+        except (AssertionError, ValueError, KeyError, TypeError) as error:
+            reason = f" ({error})" if str(error) else ""
+            raise UsageError(
+                f"data.auto_augment={config.data.auto_augment}: not a RandAugment of timm's{reason}; such as "
+                "rand-m9-mstd0.5-inc1, or empty for none"
+            ) from None

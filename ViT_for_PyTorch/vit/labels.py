@@ -6,6 +6,8 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
+from vit import hub_files
+
 CLASS_NAMES_FILE = "class_names.json"
 
 
@@ -30,6 +32,8 @@ def load_class_names(checkpoint: str | Path) -> list[str] | None:
 
     ValueError naming the file when it is not a JSON list of strings.
     """
+    if Path(checkpoint).is_dir() and (names := hub_files.labels(Path(checkpoint))):
+        return names
     path = Path(checkpoint) / CLASS_NAMES_FILE
     if not path.is_file():
         path = Path(checkpoint).parent / CLASS_NAMES_FILE

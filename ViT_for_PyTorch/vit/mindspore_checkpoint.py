@@ -4,11 +4,13 @@ The file is a protobuf message (mindspore/ccsrc/utils/checkpoint.proto):
     Checkpoint { repeated Value value = 1 }
     Value { required string tag = 1; required TensorProto tensor = 2 }
     TensorProto { repeated int64 dims = 1; required string tensor_type = 2; required bytes tensor_content = 3 }
-A tensor over 512 MB is split into several values of the same tag, one after the other; a scalar has dims [0].
+A tensor over 512 MB is split into several values of the same tag, one after the other; a scalar has dims [0]. With
+`crc_check=True` a checksum follows.
 """
 
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from common import checkpoint_file
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf wire types
 _SLICE_BYTES = 512 << 20
+_CHECKSUM_MARK, _CHECKSUM_BYTES = b"crc_num", 10  # of crc_check=True: CRC-32 of all before it, big end first
+_TEXT_TYPES = ("str", "String")
 _DTYPES = {
     "Float16": torch.float16,
     "BFloat16": torch.bfloat16,
@@ -30,6 +34,11 @@ _DTYPES = {
     "Int32": torch.int32,
     "Int64": torch.int64,
     "UInt8": torch.uint8,
+    "UInt16": torch.uint16,
+    "UInt32": torch.uint32,
+    "UInt64": torch.uint64,
+    "Complex64": torch.complex64,
+    "Complex128": torch.complex128,
     "Bool": torch.bool,
 }
 _TYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -79,39 +88,59 @@ def _dims(fields: list[tuple[int, int | memoryview]]) -> list[int]:
     return [] if dims == [0] else dims
 
 
+def _of_bytes(fields: dict[int, int | memoryview], number: int) -> memoryview:
+    """Field `number`, which must be there and of bytes: a number there would be taken for a length."""
+    value = fields[number]
+    if isinstance(value, int):
+        raise ValueError(f"field {number} is a number where bytes belong")
+    return value
+
+
+def _without_checksum(data: memoryview) -> memoryview:
+    """The message without the trailer that `save_checkpoint(crc_check=True)` adds; ValueError when it disagrees."""
+    start = len(data) - len(_CHECKSUM_MARK) - _CHECKSUM_BYTES
+    if start < 0 or bytes(data[start : start + len(_CHECKSUM_MARK)]) != _CHECKSUM_MARK:
+        return data
+    if zlib.crc32(data[:start]) != int.from_bytes(data[start + len(_CHECKSUM_MARK) :], "big"):
+        raise ValueError("its checksum says that the file was changed or damaged")
+    return data[:start]
+
+
 def _parse(data: memoryview) -> dict[str, Tensor]:
     pieces: dict[str, tuple[list[int], str, list[memoryview]]] = {}
-    for number, value in _fields(data):
-        if number != 1:
-            continue  # checksums and other things later versions append
+    for number, value in _fields(_without_checksum(data)):
+        if number != 1 or isinstance(value, int):
+            continue  # things later versions append
         entry = dict(_fields(value))
         if 1 not in entry or 2 not in entry:
-            continue  # a map or string parameter: never part of a ViT
-        tensor = list(_fields(entry[2]))
+            continue  # a map parameter: never part of a ViT
+        tensor = list(_fields(_of_bytes(entry, 2)))
         named = dict(tensor)
-        tag = bytes(entry[1]).decode()
-        pieces.setdefault(tag, (_dims(tensor), bytes(named[2]).decode(), []))[2].append(named[3])
-    params = {}
-    for tag, (dims, type_name, contents) in pieces.items():
-        if type_name not in _DTYPES:
-            raise ValueError(f"parameter {tag} has the unknown type {type_name}")
-        content = bytearray().join(contents)  # writable, so torch.frombuffer does not warn
-        dtype = _DTYPES[type_name]
-        if len(content) != math.prod(dims) * dtype.itemsize:
-            raise ValueError(f"parameter {tag} {dims} {type_name} has {len(content)} bytes")
-        flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-        params[tag] = flat.reshape(dims)
-    return params
+        tag, type_name = (bytes(_of_bytes(*place)).decode() for place in ((entry, 1), (named, 2)))
+        if type_name not in _TEXT_TYPES:  # a text of `append_dict`, such as the network's name
+            pieces.setdefault(tag, (_dims(tensor), type_name, []))[2].append(_of_bytes(named, 3))
+    return {tag: _tensor(tag, *piece) for tag, piece in pieces.items()}
+
+
+def _tensor(tag: str, dims: list[int], type_name: str, contents: list[memoryview]) -> Tensor:
+    if type_name not in _DTYPES:
+        raise ValueError(f"parameter {tag} has the unknown type {type_name}")
+    content = bytearray().join(contents)  # writable, so torch.frombuffer does not warn
+    dtype = _DTYPES[type_name]
+    if len(content) != math.prod(dims) * dtype.itemsize:
+        raise ValueError(f"parameter {tag} {dims} {type_name} has {len(content)} bytes")
+    flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    return flat.reshape(dims)
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """All parameters of a MindSpore checkpoint by MindSpore name, in file order.
+    """All parameters of a MindSpore checkpoint by MindSpore name, in file order; texts are left out.
 
     `common.checkpoint_file.CheckpointError` naming the file when it is missing, cut short or not such a file.
     """
     try:
         params = _parse(memoryview(Path(path).read_bytes()))
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+    except (OSError, ValueError, IndexError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not a whole MindSpore checkpoint ({error})"
         raise checkpoint_file.CheckpointError(f"{path}: {reason}") from error
     if not params:

@@ -1,19 +1,26 @@
 """The Vision Transformer: timm's module, set up as MAE fine-tuning has it (facebookresearch/mae models_vit.py)."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed, trunc_normal_
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.cpu import cpu_kernels
+from common.device import no_autocast
 from vit.conv_stem import ConvStem
 from vit.initialisation import mimic_trained_attention, scale_with_width
 
 HEAD_INIT_STD = 2e-5  # main_finetune.py; a fresh head starts at uniform predictions and does not disturb the encoder
+POOLINGS = ("avg", "token")
+REFERENCE_FIELDS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool")
+REFERENCE_FIELDS += ("drop_path_rate", "batch_size", "image_size", "num_classes")
 
 INITIALISATIONS: dict[str, Callable[[VisionTransformer], None]] = {
     "timm": lambda model: None,
@@ -21,49 +28,162 @@ INITIALISATIONS: dict[str, Callable[[VisionTransformer], None]] = {
     "mimetic": mimic_trained_attention,
 }
 STEMS: dict[str, type[PatchEmbed]] = {"patch": PatchEmbed, "conv": ConvStem}
-# arguments of build_model
+# fields of ViTConfig
 PRESETS: dict[str, dict[str, Any]] = {
-    "vit_demo": dict(img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3),
-    "vit_demo_conv": dict(img_size=48, patch_size=8, embed_dim=64, depth=4, num_heads=4, stem="conv"),
-    "vit_small_p16": dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
-    "vit_base_p16": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
-    "vit_large_p16": dict(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
-    "vit_huge_p14": dict(img_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16),
+    "vit_demo": dict(image_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3),
+    "vit_demo_conv": dict(image_size=48, patch_size=8, embed_dim=64, depth=4, num_heads=4, stem="conv"),
+    "vit_small_p16": dict(image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "vit_base_p16": dict(image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "vit_large_p16": dict(image_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    "vit_huge_p14": dict(image_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16),
 }
 
 
-class VitBlock(Block):
-    """timm's block; on the CPU with `cpu_kernels`, and with a branch skipped for the pictures that drop it.
+@dataclass
+class ViTConfig:
+    """What a model is built from, the one description of it: of a preset, a checkpoint or the user.
 
-    Stochastic depth has the same distribution and the kept pictures the same numbers, for less work: on average by the
-    drop rate. On accelerators and under torch.compile, where batch sizes that change cost more than they save, this is
-    timm's block.
+    Prints as a dictionary and can be read like one; `dict(config)` gives one. ValueError for sizes that do not fit.
+
+    Attributes:
+        mlp_ratio: width of the hidden layer / embed_dim.
+        global_pool: "avg" averages the patch tokens and normalises after it, "token" takes the class token.
+        fc_norm: whether the norm comes after pooling (`fc_norm`) and not before it (`norm`); None = for "avg".
+        stem: "patch" projects patches, "conv" has convolutions in its place.
+        drop_path_rate: rises linearly from 0 to this over the blocks.
+        class_token, reg_tokens, no_embed_class, qkv_bias, qk_norm, layer_scale, pre_norm, norm_eps: of other ViTs,
+            timm's and Hugging Face's; MAE's are the defaults.
+        mean, std, interpolation, crop_ratio: of the pictures the model was trained on.
+        batch_size: of the training recipe, per device; nothing is built from it.
     """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if not x.is_cpu or torch.compiler.is_compiling():
-            return super().forward(x, attn_mask, is_causal)
-        with cpu_kernels():
-            x = _add_branch(x, lambda kept: self.attn(self.norm1(kept), attn_mask, is_causal), self.drop_path1)
-            return _add_branch(x, lambda kept: self.mlp(self.norm2(kept)), self.drop_path2)  # [B, N, C]
+    patch_size: int = 16
+    in_chans: int = 3
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4
+    global_pool: str = "avg"
+    drop_path_rate: float = 0.1
+    batch_size: int = 32
+    image_size: int = 224
+    num_classes: int = 1000
+    fc_norm: bool | None = None
+    stem: str = "patch"
+    class_token: bool = True
+    reg_tokens: int = 0
+    no_embed_class: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: bool = False
+    pre_norm: bool = False
+    norm_eps: float = 1e-6
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_ratio: float = 224 / 256
+
+    def __post_init__(self) -> None:
+        if self.in_chans != 3:
+            raise ValueError(f"in_chans={self.in_chans}: only 3 is supported")
+        for name in ("patch_size", "embed_dim", "depth", "num_heads", "image_size", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.global_pool not in POOLINGS:
+            raise ValueError(f"global_pool must be 'avg' or 'token', not {self.global_pool!r}")
+        if self.stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, not {self.stem!r}")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be from 0 to below 1, not {self.drop_path_rate}")
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
+        if self.fc_norm is None:
+            self.fc_norm = self.global_pool == "avg"
+
+    def __getitem__(self, name: str) -> Any:
+        return asdict(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(asdict(self))
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def __str__(self) -> str:
+        """The reference's fields, and of the others those that are not its."""
+        usual = asdict(ViTConfig(global_pool=self.global_pool))
+        return str({k: v for k, v in asdict(self).items() if k in REFERENCE_FIELDS or v != usual[k]})
+
+    __repr__ = __str__
 
 
-def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: nn.Module) -> Tensor:
-    """x + branch(x) [B, N, C] with stochastic depth per picture; draws one number per picture where it applies."""
-    rate = getattr(drop_path, "drop_prob", 0.0)
-    if rate == 0.0 or not drop_path.training:
-        return x + branch(x)
-    kept = (torch.rand(len(x)) >= rate).nonzero().squeeze(1)  # indices of pictures
-    scale = 1.0 / (1.0 - rate)
-    if 0 < len(kept) < len(x):
-        return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
-    # with none kept the branch stays in the graph: every rank must have a gradient for every weight
-    return x.add(branch(x), alpha=scale if len(kept) else 0.0)
+def field_names() -> set[str]:
+    """Of `ViTConfig`."""
+    return {field.name for field in fields(ViTConfig)}
+
+
+class ClassifyingViT(VisionTransformer):
+    """timm's module with its description as `config`, and a classifier that works in fp32.
+
+    Logits of 8 bits would tie: in bf16, 82 of 3,000 pictures have two best classes.
+    """
+
+    config: ViTConfig
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        features = super().forward_head(x, pre_logits=True)  # [B, N, D] -> [B, D]
+        if pre_logits:
+            return features
+        wide = torch.promote_types(self.head.weight.dtype, torch.float32)
+        with no_autocast(features.device):
+            return F.linear(features.to(wide), self.head.weight.to(wide), self.head.bias.to(wide))  # [B, C]
+
+
+def build(config: ViTConfig, kind: type[ClassifyingViT] = ClassifyingViT, init: str = "timm") -> ClassifyingViT:
+    """A model [B, 3, S, S] -> logits [B, C] in training mode with fresh weights; parameters have MAE's names."""
+    if init not in INITIALISATIONS:
+        raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, not {init!r}")
+    model = kind(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=config.num_classes,
+        global_pool=config.global_pool,
+        fc_norm=config.fc_norm,
+        class_token=config.class_token,
+        reg_tokens=config.reg_tokens,
+        no_embed_class=config.no_embed_class,
+        qkv_bias=config.qkv_bias,
+        qk_norm=config.qk_norm,
+        init_values=1e-5 if config.layer_scale else None,
+        pre_norm=config.pre_norm,
+        drop_path_rate=config.drop_path_rate,
+        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+        act_layer=nn.GELU,
+        embed_layer=STEMS[config.stem],
+    )
+    model.config = config
+    INITIALISATIONS[init](model)
+    reset_head(model)
+    return model
 
 
 def model_names() -> list[str]:
     """The names `create_model` knows."""
     return list(PRESETS)
+
+
+def preset(name: str, **changes: Any) -> ViTConfig:
+    """The description of a known model, with fields replaced. ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(PRESETS)}")
+    return ViTConfig(**{**PRESETS[name], **changes})
 
 
 def build_model(
@@ -77,56 +197,36 @@ def build_model(
     drop_path: float = 0.0,
     init: Literal["timm", "width", "mimetic"] = "timm",
     stem: Literal["patch", "conv"] = "patch",
-) -> VisionTransformer:
-    """A ViT classifier [B, 3, img_size, img_size] -> logits [B, num_classes] with MAE's parameter names.
+) -> ClassifyingViT:
+    """`build` with the reference's keywords: erf GELU, LayerNorm eps 1e-6, MLP ratio 4.
 
-    `global_pool="avg"` averages the patch tokens and normalises after it (`fc_norm`); "token" normalises the sequence
-    (`norm`) and takes the class token. LayerNorm eps 1e-6, erf GELU, MLP ratio 4, `drop_path` rising linearly from 0 to
-    the given rate over the blocks. ValueError for sizes that do not divide or an unknown pooling.
+    ValueError for sizes that do not divide or an unknown pooling.
     """
-    if img_size % patch_size:
-        raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-    if embed_dim % num_heads:
-        raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be 1 or more, not {num_classes}")
-    if global_pool not in ("avg", "token"):
-        raise ValueError(f"global_pool must be 'avg' or 'token', not {global_pool!r}")
-    if stem not in STEMS:
-        raise ValueError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}")
-    if init not in INITIALISATIONS:
-        raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, not {init!r}")
-    model = VisionTransformer(
-        img_size=img_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        num_classes=num_classes,
-        global_pool=global_pool,
-        fc_norm=global_pool == "avg",
-        drop_path_rate=drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        act_layer=nn.GELU,
-        block_fn=VitBlock,
-        embed_layer=STEMS[stem],
+    return build(
+        ViTConfig(
+            image_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_path_rate=drop_path,
+            stem=stem,
+        ),
+        init=init,
     )
-    INITIALISATIONS[init](model)
-    reset_head(model)
-    return model
+
+
+def create_model(name: str, num_classes: int = 1000, **overrides: Any) -> ClassifyingViT:
+    """`build_model` with the sizes of a named preset; `overrides` replace any of its arguments (e.g. img_size=384)."""
+    keywords = {"img_size": "image_size", "drop_path": "drop_path_rate"}
+    changes = {keywords.get(key, key): value for key, value in overrides.items()}
+    init = changes.pop("init", "timm")
+    return build(preset(name, num_classes=num_classes, **{"drop_path_rate": 0.0, **changes}), init=init)
 
 
 def reset_head(model: VisionTransformer) -> None:
     """Fresh classifier weights, as MAE starts fine-tuning."""
     trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
     nn.init.zeros_(model.head.bias)
-
-
-def create_model(name: str, num_classes: int = 1000, **overrides: Any) -> VisionTransformer:
-    """`build_model` with the sizes of a named preset; `overrides` replace any of its arguments (e.g. img_size=384).
-
-    ValueError for an unknown name, listing the known ones.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(PRESETS)}")
-    return build_model(**{**PRESETS[name], "num_classes": num_classes, **overrides})

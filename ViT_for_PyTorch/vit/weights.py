@@ -2,32 +2,69 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import safetensors
+import safetensors.torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from common import checkpoint_file, shards
-from vit import mindspore_checkpoint
-from vit.model import reset_head
+from vit import hub_files, mindspore_checkpoint
+from vit.hub_files import MODEL_FILES
+from vit.model import PRESETS, reset_head
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 HeadPolicy = Literal["optional", "required", "new"]
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The model weights of a checkpoint file by MAE name; `CheckpointError` naming the file when it is none.
+    """The model weights of a checkpoint by MAE name; see `read_checkpoint`."""
+    return read_checkpoint(path)[0]
 
-    *.ckpt is MindSpore's format, a folder a sharded checkpoint of ours; everything else a torch file with the weights
-    at the top or under "model" or "state_dict". Nothing is unpickled but tensors and plain values.
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The model weights of a checkpoint by MAE name, and what it records of its model: fields of `ViTConfig`.
+
+    *.ckpt is MindSpore's format, *.safetensors or a folder with MODEL_FILES timm's or Hugging Face's, any other folder
+    a sharded checkpoint of ours; everything else a torch file with the weights at the top or under "model" or
+    "state_dict". Nothing is unpickled but tensors and plain values.
+
+    Raises:
+        CheckpointError: naming a file that is none of these.
     """
-    if Path(path).suffix == ".ckpt":
+    path = Path(path)
+    if path.is_dir():
+        inside = next((path / name for name in MODEL_FILES if (path / name).is_file()), None)
+        if inside is not None:
+            return _read_file(inside), hub_files.recorded(path)
+    if path.suffix == ".safetensors":
+        return _read_file(path), hub_files.recorded(path.parent)
+    if path.suffix == ".ckpt":
         try:
-            return mindspore_checkpoint.from_mindspore(mindspore_checkpoint.read(path))
+            return mindspore_checkpoint.from_mindspore(mindspore_checkpoint.read(path)), {}
         except ValueError as error:
             raise checkpoint_file.CheckpointError(f"{path}: {error}") from error
-    content = shards.read_shards(path) if Path(path).is_dir() else checkpoint_file.load(path)
+    if path.is_dir():
+        return _by_our_names(path, shards.read_shards(path)), _recorded_by_us(shards.load_progress(path))
+    content = checkpoint_file.load(path)
+    return _by_our_names(path, content), _recorded_by_us(content)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """The weights of a *.safetensors or pytorch_model.bin file."""
+    if not path.is_file():
+        raise checkpoint_file.CheckpointError(f"{path}: no such checkpoint file")
+    if path.suffix != ".safetensors":
+        return _by_our_names(path, checkpoint_file.load(path))
+    try:
+        return _by_our_names(path, safetensors.torch.load_file(path))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise checkpoint_file.CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _by_our_names(path: Path, content: Any) -> dict[str, Tensor]:
     if isinstance(content, dict):
         # a run with a weight average was scored with it: evaluation and prediction must use the same weights
         content = content.get("ema") or content.get("model", content.get("state_dict", content))
@@ -40,17 +77,37 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         for wrapper in _WRAPPERS:
             name = name.removeprefix(wrapper)
         state[name] = tensor
-    return state
+    try:
+        return hub_files.from_hugging_face(state) if hub_files.is_hugging_face(state) else state
+    except KeyError as error:
+        raise checkpoint_file.CheckpointError(f"{path}: lacks {error} of an attention") from None
+
+
+def _recorded_by_us(content: Any) -> dict[str, Any]:
+    """The description in a checkpoint of ours; of one from before it was kept, the sizes of the model it names."""
+    if not isinstance(content, dict):
+        return {}
+    if isinstance(content.get("vit_config"), dict):
+        return content["vit_config"]
+    options = content.get("config")
+    model = options.get("model") if isinstance(options, dict) else None
+    if not isinstance(model, dict) or model.get("name") not in PRESETS:
+        return {}
+    recorded = {**PRESETS[model["name"]], "global_pool": model.get("global_pool", "avg")}
+    return recorded | ({"image_size": model["img_size"]} if model.get("img_size") else {})
 
 
 def _fit_pos_embed(state: dict[str, Tensor], model: VisionTransformer) -> None:
-    """Resamples pos_embed [1, 1 + N, C] to the model's grid as MAE's pos_embed.py: plain bicubic, class row kept."""
+    """Resamples pos_embed [1, 1 + N, C] to the model's grid as MAE's pos_embed.py: plain bicubic, prefix rows kept."""
     source = state.get("pos_embed")
     if source is None or source.ndim != 3 or source.shape == model.pos_embed.shape:
         return
-    if source.shape[-1] != model.pos_embed.shape[-1] or math.isqrt(source.shape[1] - 1) ** 2 != source.shape[1] - 1:
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    patches = source.shape[1] - prefix
+    if source.shape[-1] != model.pos_embed.shape[-1] or patches < 1 or math.isqrt(patches) ** 2 != patches:
         return  # not this model's embedding: reported with the other shapes
-    state["pos_embed"] = resample_abs_pos_embed(source, list(model.patch_embed.grid_size), antialias=False)
+    grid = list(model.patch_embed.grid_size)
+    state["pos_embed"] = resample_abs_pos_embed(source, grid, num_prefix_tokens=prefix, antialias=False)
 
 
 def _shape_problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:

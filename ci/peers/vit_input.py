@@ -30,9 +30,9 @@ from torchvision.datasets import ImageFolder as TorchvisionImageFolder  # noqa: 
 from torchvision.transforms import functional as tv  # noqa: E402
 
 from ci.peers.paired_timing import Ratio, paired, write_result  # noqa: E402
-from vit.augment import CROP_RATIO, MEAN, STD, TrainTransform, normalise, random_crop, resize  # noqa: E402
-from vit.image_folder import read_image, scan  # noqa: E402
-from vit.loader import TrainLoader, to_model_input  # noqa: E402
+from vit.data.augment import CROP_RATIO, MEAN, STD, TrainTransform, normalise, random_crop, resize  # noqa: E402
+from vit.data.image_folder import read_image, scan  # noqa: E402
+from vit.data.loader import TrainLoader, to_model_input  # noqa: E402
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 COUNT, BATCH = 64, 32

@@ -29,9 +29,12 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from ci.peers import paired_timing
 from common import device as devices
-from vit import optim
-from vit.metrics import soft_target_cross_entropy
-from vit.mixup import MixupConfig, apply_mix, draw_mix
+from common.update import GuardedStep, loss_scale
+from vit import cpu_patches
+from vit.training import optim
+from vit.training.metrics import soft_target_cross_entropy
+from vit.data.augment import Augmentation
+from vit.data.mixup import apply_mix, draw_mix
 from vit.model import create_model
 
 CPU = torch.device("cpu")
@@ -49,21 +52,22 @@ def training_flops(batch_size: int) -> float:
 def our_step(images: Tensor, target: Tensor, precision: str) -> Callable[[], None]:
     """The parts that run_vit.py's loop calls, in its order."""
     model = create_model("vit_base_p16", CLASSES, drop_path=0.1).train()
+    cpu_patches.apply(model, CPU)
     optimizer = optim.build_optimizer(model, weight_decay=0.05, layer_decay=0.65)
-    config, steps = MixupConfig(), iter(range(10**6))
+    update = GuardedStep(optimizer, list(model.parameters()), loss_scale(CPU, precision))
+    config, steps = Augmentation(), iter(range(10**6))
 
     def step() -> None:
         number = next(steps)
         mix = draw_mix(config, *images.shape[2:], seed=0, step=number, rank=0)
-        mixed, soft = apply_mix(images.clone(), target, mix, CLASSES, config.smoothing)
+        mixed, soft = apply_mix(images.clone(), target, mix, CLASSES, config.label_smoothing)
         devices.seeded(0, number)
         with devices.autocast(CPU, precision):
             logits = model(mixed)
-        soft_target_cross_entropy(logits, soft).backward()
-        nn.utils.get_total_norm([p.grad for p in model.parameters()])  # logged by the loop; the peers do not do it
+        loss = soft_target_cross_entropy(logits, soft)
+        loss.backward()
         optim.set_learning_rate(optimizer, 1e-6)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(number + 1, loss.detach())  # computes the gradient's norm; the peers do not
 
     return step
 

@@ -65,8 +65,8 @@ def test_planted_faults_are_named(counted, tmp_path):
     engine = tree / PROJECT / "vit" / "engine.py"
     text = engine.read_text()
     planted = text.replace("mean_loss += loss.detach()", "mean_loss += loss.item()")
-    planted = planted.replace("return all_reduce_mean(mean_loss)", "return all_reduce_mean(all_reduce_mean(mean_loss))")
-    model = tree / PROJECT / "vit" / "model.py"
+    planted = planted.replace("all_reduce_mean(loss)", "all_reduce_mean(all_reduce_mean(loss))")
+    model = tree / PROJECT / "vit" / "cpu_patches.py"
     slow = model.read_text().replace("self.mlp(self.norm2(kept))", "_in_fp32(self.mlp, self.norm2(kept))")
     slow += "\n\ndef _in_fp32(module, x):\n    with torch.autocast('cpu', enabled=False):\n        return module(x)\n"
     assert planted.count("loss.item()") == 1 and planted.count("all_reduce_mean(all_reduce_mean(") == 1

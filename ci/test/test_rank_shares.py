@@ -27,10 +27,10 @@ from data2vec.config import load_config
 from data2vec.data.dictionary import Dictionary
 from data2vec.data.indexed_dataset import write_corpus
 from data2vec.data.pretraining_data import PretrainingData
-from vit.augment import EvalTransform, TrainTransform
-from vit.data import training_batches
-from vit.image_folder import ImageFolder
-from vit.loader import EvalLoader, TrainLoader
+from vit.data.augment import Augmentation, EvalTransform, TrainTransform
+from vit.data.image_folder import ImageFolder
+from vit.data.loader import EvalLoader, TrainLoader
+from vit.training.data import training_batches
 
 SAMPLES, BATCH, SEED = 53, 3, 5
 # (epoch, first step of it, rank, ranks) -> the sample ids of every step from there to the epoch's end
@@ -59,7 +59,7 @@ def vit_loader(tmp_path_factory) -> Loader:
     folder = ImageFolder(path.parent, [str(n) for n in range(SAMPLES)], [str(path)] * SAMPLES, list(range(SAMPLES)))
 
     def steps(epoch: int, first: int, rank: int, ranks: int) -> Steps:
-        transform = TrainTransform(8, 0.5, 0.5, "", 0.0)
+        transform = TrainTransform(8, Augmentation(min_crop_scale=0.5, auto_augment="", random_erasing=0.0))
         loader = TrainLoader(folder, transform, batch_size=BATCH, seed=SEED, rank=rank, world_size=ranks)
         batches = training_batches(loader, 1, epoch * loader.steps_per_epoch + first)
         return [next(batches).targets.tolist() for _ in range(loader.steps_per_epoch - first)]

@@ -24,6 +24,22 @@ def run_ranks(code: str, tmp_path: Path, ranks: int = 2) -> subprocess.Completed
     return subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
 
 
+def test_a_process_meets_the_others_as_often_as_it_likes(tmp_path):
+    """As Trainer.train(), .evaluate(), .train() do; ranks never come at the same moment."""
+    code = """
+import os, pathlib, time, torch
+from common import distributed as d
+for meeting in range(3):
+    time.sleep(0.2 * int(os.environ["RANK"]))
+    with d.process_group("cpu") as world:
+        total = d.all_reduce_sum(torch.tensor(meeting + world.rank)).item()
+        pathlib.Path(sys.argv[1], f"rank{world.rank}").write_text(f"{meeting} {total}")
+"""
+    process = run_ranks(code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2 5", "2 5"]
+
+
 def test_collectives_on_two_ranks(tmp_path):
     code = """
 import json, pathlib, torch

@@ -20,11 +20,13 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from ci.peers.steps.step import Step
 from common import device as devices
-from vit import npu_patches, optim
-from vit.finite_guard import FiniteGuard
-from vit.loader import Batch, to_model_input
-from vit.metrics import soft_target_cross_entropy
-from vit.mixup import MixupConfig, apply_mix, draw_mix
+from vit import cpu_patches, npu_patches
+from common.update import GuardedStep, loss_scale
+from vit.data.loader import Batch, to_model_input
+from vit.training import optim
+from vit.training.metrics import soft_target_cross_entropy
+from vit.data.augment import Augmentation
+from vit.data.mixup import apply_mix, draw_mix
 from vit.model import PRESETS, create_model
 
 SIZES = {
@@ -37,7 +39,7 @@ DROP_PATH = 0.1
 
 def fixed_batch(size: dict[str, Any], device: torch.device) -> Batch:
     """uint8 pictures [B, 3, S, S] and classes [B]."""
-    side = PRESETS[size["name"]]["img_size"]
+    side = PRESETS[size["name"]]["image_size"]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size["batch"], 3, side, side), dtype=torch.uint8, generator=generator)
     classes = torch.randint(size["classes"], (size["batch"],), generator=generator)
@@ -50,8 +52,10 @@ def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Ste
     devices.seed_everything(0)
     model = create_model(shape["name"], shape["classes"], drop_path=DROP_PATH).to(device).train()
     npu_patches.apply(model, device)
+    cpu_patches.apply(model, device)
     optimizer = optim.build_optimizer(model, weight_decay=0.05, layer_decay=0.65)
-    guard, mixing = FiniteGuard(optimizer, device), MixupConfig()
+    update = GuardedStep(optimizer, list(model.parameters()), loss_scale(device, precision))
+    mixing = Augmentation()
     batch, numbers = fixed_batch(shape, device), itertools.count()
     if compiled:
         model.compile()
@@ -60,17 +64,14 @@ def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Ste
         number = next(numbers)
         images, target = to_model_input(batch, device)
         mix = draw_mix(mixing, *images.shape[2:], seed=0, step=number, rank=0)
-        images, soft = apply_mix(images, target, mix, shape["classes"], mixing.smoothing)
+        images, soft = apply_mix(images, target, mix, shape["classes"], mixing.label_smoothing)
         devices.seeded(0, number)
         with devices.autocast(device, precision):
             logits = model(images)
         loss = soft_target_cross_entropy(logits, soft)
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        guard.protect(number + 1, loss.detach(), norm)
+        update.scaled(loss).backward()
         optim.set_learning_rate(optimizer, 1e-6)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(number + 1, loss.detach())
         return loss.detach()
 
     return Step(step, shape["batch"], "images")
@@ -80,7 +81,10 @@ def timm_step(size: str, device: torch.device, precision: str, compiled: bool) -
     shape = SIZES[size]
     devices.seed_everything(0)
     model = timm_vit.VisionTransformer(
-        **PRESETS[shape["name"]], num_classes=shape["classes"], global_pool="avg", drop_path_rate=DROP_PATH
+        **{"img_size" if key == "image_size" else key: value for key, value in PRESETS[shape["name"]].items()},
+        num_classes=shape["classes"],
+        global_pool="avg",
+        drop_path_rate=DROP_PATH,
     )
     return _plain(model, shape, device, precision, compiled, layer_decay=0.65)
 
@@ -94,7 +98,7 @@ def transformers_step(size: str, device: torch.device, precision: str, compiled:
         num_hidden_layers=preset["depth"],
         num_attention_heads=preset["num_heads"],
         intermediate_size=4 * preset["embed_dim"],
-        image_size=preset["img_size"],
+        image_size=preset["image_size"],
         patch_size=preset["patch_size"],
         num_labels=shape["classes"],
     )

@@ -4,6 +4,8 @@ The loader's workers make uint8 pictures; `to_model_input` normalises and erases
 comes from the sample's own seed, so a picture's augmentation depends neither on the worker nor on the rank.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 import random
@@ -20,7 +22,8 @@ from timm.data import IMAGENET_DEFAULT_STD as STD
 from timm.data import auto_augment as timm_auto_augment
 from torch import Tensor
 
-from vit.image_folder import to_rgb
+from vit.data.image_folder import to_rgb
+from vit.model import ViTConfig
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 ERASE_AREA = (0.02, 1 / 3)  # of the picture
@@ -28,7 +31,34 @@ ERASE_RATIO = (0.3, 1 / 0.3)
 ATTEMPTS = 10  # draws of a box before giving up, in both
 RESIZE_FOR_224 = 256  # shorter side before the 224 centre crop
 
+INTERPOLATIONS = {name: getattr(Image.Resampling, name.upper()) for name in ("bicubic", "bilinear", "nearest")}
+
 Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclass
+class Augmentation:
+    """How training pictures are varied, with MAE's fine-tuning values; the one description of it.
+
+    Attributes:
+        min_crop_scale: smallest share of the picture that a crop keeps.
+        horizontal_flip: probability of a flip.
+        auto_augment: timm's RandAugment text; "" for none.
+        random_erasing: probability of erasing a box.
+        mixup, cutmix: Beta parameters; 0 turns one off.
+        mixup_prob, mixup_switch_prob: how often a batch is mixed, and how often by CutMix where both are on.
+        label_smoothing: share of a target that is spread over all classes.
+    """
+
+    min_crop_scale: float = 0.08
+    horizontal_flip: float = 0.5
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    random_erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    label_smoothing: float = 0.1
 
 
 class TrainTransform:
@@ -36,26 +66,16 @@ class TrainTransform:
 
     Args:
         size: side of the result in pixels.
-        min_scale: smallest share of the picture that a crop keeps.
-        flip: probability of a horizontal flip.
-        auto_augment: timm's RandAugment text, e.g. "rand-m9-mstd0.5-inc1"; "" for none.
-        erasing: probability of erasing a box; the box is drawn here, `to_model_input` fills it.
+        options: what to do. The box to erase is drawn here, `to_model_input` fills it; mixing is done on batches.
     """
 
-    def __init__(
-        self,
-        size: int = 224,
-        min_scale: float = 0.08,
-        flip: float = 0.5,
-        auto_augment: str = "rand-m9-mstd0.5-inc1",
-        erasing: float = 0.25,
-    ):
-        self.size, self.scale, self.flip, self.erasing = size, (min_scale, 1.0), flip, erasing
+    def __init__(self, size: int = 224, options: Augmentation | None = None):
+        self.size, self.options = size, options or Augmentation()
         self.auto_augment = None
-        if auto_augment:
+        if self.options.auto_augment:
             fill = tuple(min(255, round(255 * channel)) for channel in MEAN)
             settings = {"translate_const": int(size * 0.45), "img_mean": fill, "interpolation": Image.BICUBIC}
-            self.auto_augment = rand_augment(auto_augment, settings)
+            self.auto_augment = rand_augment(self.options.auto_augment, settings)
 
     def __call__(self, pixels: np.ndarray, seed: int) -> tuple[np.ndarray, Box | None]:
         """uint8 [H, W, 3] to uint8 [size, size, 3] and the box to erase, both a function of (pixels, seed).
@@ -64,13 +84,13 @@ class TrainTransform:
         """
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        top, left, height, width = random_crop(pixels.shape[0], pixels.shape[1], self.scale, CROP_RATIO)
+        top, left, height, width = random_crop(*pixels.shape[:2], (self.options.min_crop_scale, 1.0), CROP_RATIO)
         image = Image.fromarray(resize(pixels[top : top + height, left : left + width], self.size))
-        if random.random() < self.flip:
+        if random.random() < self.options.horizontal_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # ten times as fast as in NumPy
         if self.auto_augment is not None:
             image = self.auto_augment(image)
-        return np.asarray(image), random_erasing_box(self.size, self.erasing)  # [S, S, 3]
+        return np.asarray(image), random_erasing_box(self.size, self.options.random_erasing)  # [S, S, 3]
 
 
 def rand_augment(text: str, settings: dict[str, Any]) -> timm_auto_augment.RandAugment:
@@ -93,18 +113,24 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 
 class EvalTransform:
-    """Bicubic resize of the shorter side, then the centre crop, as torchvision's Resize + CenterCrop on PIL pictures.
+    """Resize of the shorter side, then the centre crop, as torchvision's Resize + CenterCrop on PIL pictures.
 
     Args:
         size: side of the crop in pixels.
         resize_to: shorter side before the crop; None = 256 / 224 x size.
+        interpolation: one of INTERPOLATIONS.
     """
 
-    def __init__(self, size: int = 224, resize_to: int | None = None):
-        self.size = size
+    def __init__(self, size: int = 224, resize_to: int | None = None, interpolation: str = "bicubic"):
+        self.size, self.filter = size, INTERPOLATIONS[interpolation]
         self.resize_to = resize_to if resize_to is not None else round(RESIZE_FOR_224 * size / 224)
         if self.resize_to < size:
             raise ValueError(f"resize_to {self.resize_to} is smaller than the crop of {size} pixels")
+
+    @classmethod
+    def of(cls, model: ViTConfig) -> EvalTransform:
+        """What a model's pictures go through in evaluation and prediction alike."""
+        return cls(model.image_size, round(model.image_size / model.crop_ratio), model.interpolation)
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """A PIL picture of any mode, or uint8 [H, W, 3], to uint8 [size, size, 3]."""
@@ -114,7 +140,7 @@ class EvalTransform:
         new_width, new_height = (int(self.resize_to * side / short) for side in (width, height))
         left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
         # Not in one call with resize(box=...): its rounding moves a few values by a grey level.
-        resized = image.resize((new_width, new_height), Image.BICUBIC)
+        resized = image.resize((new_width, new_height), self.filter)
         return np.asarray(resized.crop((left, top, left + self.size, top + self.size)))  # [S, S, 3]
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from common import checkpoint_file, shards
-from common.apex_options import restore_scale
 from common.errors import UsageError
+from common.update import LossScale
 
 
 @dataclass
@@ -22,6 +22,9 @@ class TrainState:
 
     step: int = 0  # optimizer steps done
     best_top1: float = -1.0  # percent, on the evaluation set; -1 = not evaluated yet
+    best: float | None = None  # of `metric_for_best`, the larger the better; None = not evaluated yet
+    stale: int = 0  # evaluations since it
+    evaluated: int = 0  # step of the last evaluation
     bad_files: dict[str, str] = field(default_factory=dict)  # broken training pictures of all ranks, and what is wrong
 
 
@@ -40,15 +43,22 @@ def folder_of(output_dir: str | Path) -> Path:
     return Path(output_dir) / "checkpoints"
 
 
-def save(
-    path: Path,
+def values(
     state: TrainState,
     shape: RunShape,
+    scale: LossScale,
+    *,
     config: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: nn.Module | None,
+    vit_config: dict[str, Any],
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """All that a checkpoint holds but tensors: the run's options, the description of its model, and what it is of."""
+    kept = {"state": asdict(state), "shape": asdict(shape), "scaler": scale.state_dict()}
+    return kept | {"config": config, "vit_config": vit_config, "identity": identity}
+
+
+def save(
+    path: Path, values: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
 ) -> None:
     """Writes a checkpoint atomically; `model` is the plain module, not its DDP or compiled wrapper."""
     tensors = {
@@ -56,36 +66,22 @@ def save(
         "optimizer": optimizer.state_dict(),
         "ema": ema.state_dict() if ema is not None else None,
     }
-    checkpoint_file.save(tensors | _values(state, shape, config, scaler), path)
+    checkpoint_file.save(tensors | values, path)
 
 
 def save_sharded(
-    path: Path,
-    state: TrainState,
-    shape: RunShape,
-    config: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: nn.Module | None,
+    path: Path, values: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
 ) -> None:
     """Writes the folder `path`, each rank its shards. All ranks call it."""
-    values = _values(state, shape, config, scaler) | {"has_ema": ema is not None}
-    shards.save_shards(path, values, optimizer, model, **({} if ema is None else {"ema": ema}))
+    kept = values | {"has_ema": ema is not None}
+    shards.save_shards(path, kept, optimizer, model, **({} if ema is None else {"ema": ema}))
 
 
-def save_whole(
-    path: Path, state: TrainState, shape: RunShape, config: dict[str, Any], model: nn.Module, ema: nn.Module | None
-) -> None:
+def save_whole(path: Path, values: dict[str, Any], model: nn.Module, ema: nn.Module | None) -> None:
     """Writes the weights of a sharded run as one plain file, without the optimizer. All ranks call it."""
     tensors = {"model": shards.whole_state(model), "ema": None if ema is None else shards.whole_state(ema)}
     if tensors["model"]:  # the main rank
-        values = {"state": asdict(state), "shape": asdict(shape), "config": config}
         checkpoint_file.save(tensors | values, path)
-
-
-def _values(state: TrainState, shape: RunShape, config: dict[str, Any], scaler: torch.amp.GradScaler) -> dict[str, Any]:
-    return {"scaler": scaler.state_dict(), "state": asdict(state), "shape": asdict(shape), "config": config}
 
 
 def newest(folder: Path) -> Path | None:
@@ -143,20 +139,20 @@ def accumulate_on(path: Path, batch_size: int, accumulate: int, ranks: int) -> i
 
 def restore(
     path: Path,
+    content: dict[str, Any],
     shape: RunShape,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    scale: LossScale,
     ema: nn.Module | None,
 ) -> TrainState:
-    """Loads a checkpoint of this project into the objects of a run and returns where it was. All ranks call it.
+    """Loads a checkpoint into the objects of a run and returns where it was. All ranks call it.
 
-    The checkpoint may be sharded or not, and so may the run.
+    The checkpoint, of which `content` is what `read_values` gives, may be sharded or not, and so may the run.
 
     Raises:
         UsageError: not a training checkpoint of this project, or one of a run of another shape.
     """
-    content = read_values(path)
     differences = [
         f"{key} was {content['shape'].get(key)}, is now {value}"
         for key, value in asdict(shape).items()
@@ -176,7 +172,7 @@ def restore(
         if ema is not None and has_ema:
             shards.load_whole_model(ema, content["ema"])
     if content["scaler"]:
-        restore_scale(scaler, content["scaler"])
+        scale.load_state_dict(content["scaler"])
     if ema is not None and not has_ema:
         warnings.warn(f"{path} has no weight average: it starts from the loaded weights", stacklevel=2)
         ema.load_state_dict(model.state_dict())

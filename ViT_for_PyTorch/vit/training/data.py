@@ -8,11 +8,11 @@ from itertools import islice
 
 from common.distributed import World
 from common.errors import UsageError
-from vit.augment import EvalTransform, TrainTransform
 from vit.config import Config
-from vit.image_folder import ImageFolder, check_same_classes, scan
-from vit.loader import Batch, EvalLoader, TrainLoader
-from vit.model import PRESETS
+from vit.data.augment import EvalTransform, TrainTransform
+from vit.data.image_folder import ImageFolder, check_same_classes, scan
+from vit.data.loader import Batch, EvalLoader, TrainLoader
+from vit.model import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,8 @@ class Data:
     evaluation: EvalLoader | None
 
 
-def image_size(config: Config) -> int:
-    """Side of the model's input in pixels."""
-    return config.model.img_size or PRESETS[config.model.name]["img_size"]
-
-
-def open_training_data(config: Config, world: World) -> Data:
-    """Loaders of the training folder and, with `do_eval`, of the evaluation folder.
+def open_training_data(config: Config, model: ViTConfig, world: World) -> Data:
+    """Loaders of the training folder and, with `do_eval`, of the evaluation folder, for a model's picture size.
 
     Raises:
         UsageError: a folder is missing or malformed, the class lists differ, `do_eval` without an evaluation folder, or
@@ -45,14 +40,8 @@ def open_training_data(config: Config, world: World) -> Data:
             raise UsageError("--eval_dataset_dir is not given: give it, or switch evaluation off with do_eval=false")
         evaluation_folder = scan(options.eval_dataset_dir)
         check_same_classes(folder, evaluation_folder)
-        evaluation = _evaluation_loader(config, world, evaluation_folder)
-    transform = TrainTransform(
-        image_size(config),
-        options.min_crop_scale,
-        options.horizontal_flip,
-        options.auto_augment,
-        options.random_erasing,
-    )
+        evaluation = _evaluation_loader(config, model, world, evaluation_folder)
+    transform = TrainTransform(model.image_size, options)
     training = TrainLoader(
         folder,
         transform,
@@ -66,7 +55,7 @@ def open_training_data(config: Config, world: World) -> Data:
     return Data(folder.classes, training, evaluation)
 
 
-def open_evaluation_data(config: Config, world: World, class_names: list[str] | None) -> Data:
+def open_evaluation_data(config: Config, model: ViTConfig, world: World, class_names: list[str] | None) -> Data:
     """The loader of the evaluation folder alone.
 
     Args:
@@ -83,13 +72,13 @@ def open_evaluation_data(config: Config, world: World, class_names: list[str] | 
             f"{len(folder.classes)} ({', '.join(folder.classes[:3])} ...) against "
             f"{len(class_names)} ({', '.join(class_names[:3])} ...)"
         )
-    return Data(folder.classes, None, _evaluation_loader(config, world, folder))
+    return Data(folder.classes, None, _evaluation_loader(config, model, world, folder))
 
 
-def _evaluation_loader(config: Config, world: World, folder: ImageFolder) -> EvalLoader:
+def _evaluation_loader(config: Config, model: ViTConfig, world: World, folder: ImageFolder) -> EvalLoader:
     return EvalLoader(
         folder,
-        EvalTransform(image_size(config)),
+        EvalTransform.of(model),
         batch_size=config.batch_size,
         rank=world.rank,
         world_size=world.size,

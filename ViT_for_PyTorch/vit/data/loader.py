@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.device import mix_seed, step_generator
 from common.errors import UsageError
-from vit.augment import Erasure, EvalTransform, TrainTransform, erase, normalise
-from vit.image_folder import BadFiles, BrokenImage, ImageFolder, read_image
+from vit.data.augment import MEAN, STD, Erasure, EvalTransform, TrainTransform, erase, normalise
+from vit.data.image_folder import BadFiles, BrokenImage, ImageFolder, read_image
+from vit.model import ViTConfig
 
 PREFETCHED_BATCHES = 4  # per worker
 REPLACEMENTS = 20  # broken pictures in a row before giving up
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
     targets: Tensor  # int64 [B]
     bad_files: tuple[BadFile, ...]  # broken pictures met, whose places others have taken
     erasures: tuple[Erasure, ...]  # boxes that `to_model_input` fills with noise
+    paths: tuple[str, ...] = ()  # of the pictures, in their order
 
     @property
     def bad_count(self) -> int:
@@ -39,9 +41,10 @@ class Batch(NamedTuple):
         return len(self.bad_files)
 
 
-def to_model_input(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The batch on the device, normalised and erased there: float32 [B, 3, S, S] and int64 [B]."""
-    images = normalise(batch.images.to(device, non_blocking=True))
+def to_model_input(batch: Batch, device: torch.device, model: ViTConfig | None = None) -> tuple[Tensor, Tensor]:
+    """The batch on the device, normalised for a model and erased there: float32 [B, 3, S, S] and int64 [B]."""
+    mean, std = (MEAN, STD) if model is None else (model.mean, model.std)
+    images = normalise(batch.images.to(device, non_blocking=True), mean, std)
     return erase(images, batch.erasures), batch.targets.to(device, non_blocking=True)
 
 
@@ -50,6 +53,7 @@ class _Sample(NamedTuple):
     target: int
     bad_files: list[BadFile]
     erasure: Erasure | None
+    path: str
 
 
 class _TrainPictures(Dataset):
@@ -69,7 +73,7 @@ class _TrainPictures(Dataset):
             pixels, box = self.transform(pixels, mix_seed(self.seed, epoch, index))
             noise_seed = mix_seed(self.seed, epoch, index, 0, _ERASING_NOISE)
             erasure = None if box is None else Erasure(0, box, noise_seed)
-            return _Sample(pixels, self.folder.targets[chosen], bad_files, erasure)
+            return _Sample(pixels, self.folder.targets[chosen], bad_files, erasure, self.folder.paths[chosen])
         raise ValueError(f"{REPLACEMENTS} broken pictures in a row, the last: {bad_files[-1][1]}")
 
 
@@ -83,7 +87,7 @@ class _EvalPictures(Dataset):
             pixels, bad_files = read_image(self.folder.paths[index]), []
         except BrokenImage as error:  # the loader raises it: from a worker it would come wrapped in a traceback
             pixels, bad_files = np.zeros((1, 1, 3), np.uint8), [(self.folder.paths[index], str(error))]
-        return _Sample(self.transform(pixels), self.folder.targets[index], bad_files, None)
+        return _Sample(self.transform(pixels), self.folder.targets[index], bad_files, None, self.folder.paths[index])
 
 
 def _collate(samples: Sequence[_Sample]) -> Batch:
@@ -98,6 +102,7 @@ def _collate(samples: Sequence[_Sample]) -> Batch:
         torch.tensor([sample.target for sample in samples]),
         tuple(bad for sample in samples for bad in sample.bad_files),
         tuple(erasures),
+        tuple(sample.path for sample in samples),
     )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from common.errors import UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 _JPEG_START = b"\xff\xd8"
+_EXIF_MARK, _EXIF_REACH = b"Exif\0\0", 1 << 16  # a JPEG has it in one of its first segments
 _JPEG_COLORS = ("Gray", "YCbCr", "RGB")  # of the file; simplejpeg misreads the inverted CMYK that Photoshop writes
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -46,7 +48,7 @@ def scan(root: str | Path) -> ImageFolder:
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"
         raise UsageError(f"image folder {root}: {what}; expected {root}/<class>/<picture>")
-    entries = sorted((entry for entry in os.scandir(root) if not entry.name.startswith(".")), key=lambda e: e.name)
+    entries = sorted((entry for entry in os.scandir(root) if not _is_litter(entry.name)), key=lambda e: e.name)
     if not entries:
         raise UsageError(f"image folder {root} is empty; expected {root}/<class>/<picture>")
     classes = [entry.name for entry in entries if entry.is_dir()]
@@ -58,7 +60,7 @@ def scan(root: str | Path) -> ImageFolder:
     paths: list[str] = []
     targets: list[int] = []
     for index, name in enumerate(classes):
-        found = list(_pictures(str(root / name)))
+        found = list(list_pictures(str(root / name)))
         if not found:
             raise UsageError(
                 f"class folder {root / name} has no pictures ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it"
@@ -68,11 +70,25 @@ def scan(root: str | Path) -> ImageFolder:
     return ImageFolder(root, classes, paths, targets)
 
 
-def _pictures(folder: str) -> Iterator[str]:
-    """Picture files below a folder, sorted within each folder, files before deeper folders."""
+def list_pictures(folder: str) -> Iterator[str]:
+    """Picture files below a folder, sorted within each folder, files before deeper folders.
+
+    Hidden ones (macOS's ._picture.jpg), __MACOSX and folders met before, as links can lead in circles, are left out.
+    """
+    seen: set[str] = set()
     for where, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        yield from (os.path.join(where, name) for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES))
+        place = os.path.realpath(where)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not _is_litter(name))
+        names = (name for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES) and not _is_litter(name))
+        yield from (os.path.join(where, name) for name in names)
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def check_same_classes(train: ImageFolder, evaluation: ImageFolder) -> None:
@@ -93,28 +109,42 @@ def check_same_classes(train: ImageFolder, evaluation: ImageFolder) -> None:
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """A picture file of any format and mode as uint8 RGB [H, W, 3]. Raises `BrokenImage` naming the file.
+    """A picture file of any format and mode, upright, as uint8 RGB [H, W, 3]. Raises `BrokenImage` naming the file.
 
     JPEG goes through simplejpeg with the exact DCT and chroma upsampling, which gives PIL's pixels; what it does not
-    read (CMYK, odd files) goes through PIL.
+    read (CMYK, odd files), and what a camera says to turn, goes through PIL. Over Pillow's limit of 179 million pixels
+    a file is refused.
     """
     try:
         data = Path(path).read_bytes()
         if data.startswith(_JPEG_START) and (pixels := _decode_jpeg(data)) is not None:
             return pixels
         with Image.open(io.BytesIO(data)) as image:
-            return np.array(to_rgb(image))  # [H, W, 3]; a copy, for torch refuses to share read-only memory
+            return np.array(to_rgb(upright(image)))  # [H, W, 3]; a copy, for torch refuses to share read-only memory
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBomb...
         raise BrokenImage(f"{os.fspath(path)}: not a readable picture ({_reason(error)})") from error
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    if _EXIF_MARK in data[:_EXIF_REACH]:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                return None
     try:
-        if simplejpeg.decode_jpeg_header(data)[2] not in _JPEG_COLORS:
-            return None
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        if colors not in _JPEG_COLORS or height * width > 2 * Image.MAX_IMAGE_PIXELS:
+            return None  # PIL's part; it refuses what is too large
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
     except ValueError:  # it refuses on any libjpeg warning; PIL tells a flawed file from a broken one
         return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A PIL picture turned as its EXIF orientation says, as the reference does it; damaged EXIF counts as none."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (ValueError, KeyError, SyntaxError, TypeError, struct.error):
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from common import device as devices
 from common.distributed import World, all_reduce_sum
-from vit.loader import Batch, to_model_input
-from vit.metrics import topk_correct
+from vit.data.loader import Batch, to_model_input
+from vit.training.metrics import topk_correct
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Score:
     @property
     def top5_percent(self) -> float:
         return round(100 * self.top5 / self.count, 4)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged, and what the best checkpoint is chosen by."""
+        return {"top1": self.top1_percent, "top5": self.top5_percent, "loss": self.loss}
 
     def __str__(self) -> str:
         return (
@@ -54,12 +59,19 @@ def evaluate_model(model: nn.Module, batches: Iterable[Batch], world: World, pre
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # top-1, top-5, pictures
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
+    not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
     for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=None if world.is_main else True):
         images, target = to_model_input(batch, world.device)  # [B, 3, H, W], [B]
         with devices.autocast(world.device, precision):
             logits = model(images)  # [B, C]
         counts += topk_correct(logits, target)
+        not_finite += (~logits.isfinite()).any()
         loss_sum += F.cross_entropy(logits.float(), target, reduction="sum")
     model.train(was_training)
+    if int(all_reduce_sum(not_finite)):
+        raise FloatingPointError(
+            "evaluation: the scores of some pictures are inf or nan: the weights are damaged, or --precision is too "
+            "low for them"
+        )
     top1, top5, count = all_reduce_sum(counts).tolist()
     return Score(top1, top5, count, all_reduce_sum(loss_sum).item() / max(count, 1))

@@ -5,12 +5,12 @@ from typing import Any
 
 from vit import config as configuration
 from vit import engine
-from vit.checkpoint import find
+from vit.api.predictor import Prediction, check_task, pipeline
 from vit.config import Config
 from vit.model import PRESETS
-from vit.predictor import Prediction, check_task, pipeline
+from vit.training.checkpoint import find
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = {"vit_base_p16": CONFIGS / "run_vit_base_p16_224_100ep.yaml", "vit_demo": CONFIGS / "run_vit_demo.yaml"}
 Checkpoint = str | Path | bool | None  # a file or published name; True = the run's last; None or False = not given
 
@@ -86,6 +86,8 @@ class Trainer:
             raise ValueError("do_finetune=True needs weights: resume_or_finetune_from_checkpoint='mae_vit_base_p16'")
         if resume is True and isinstance(weights, str | Path):
             weights, resume = None, weights
+        if not self.settings["data.train_dataset_dir"]:
+            raise ValueError("train() needs pictures: Trainer(..., train_dataset='imageNet-1k/train')")
         changes: dict[str, Any] = {} if do_eval is None else {"do_eval": do_eval}
         if resume:
             changes["resume_training"] = "auto" if resume is True else str(resume)
@@ -101,7 +103,12 @@ class Trainer:
         """Scores a checkpoint on eval_dataset: exact counts over every picture. None = the model's published weights.
 
         The result goes to output_dir/evaluation, beside the training run's.
+
+        Raises:
+            ValueError: the Trainer has no eval_dataset.
         """
+        if not self.settings["data.eval_dataset_dir"]:
+            raise ValueError("evaluate() needs pictures: Trainer(..., eval_dataset='imageNet-1k/val')")
         folder = str(self.output_dir / "evaluation")
         return engine.evaluate(
             self.config(load_checkpoint=self._file(eval_checkpoint or self.model), output_dir=folder)

@@ -11,19 +11,9 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from common.device import mix_seed
+from vit.data.augment import Augmentation
 
 Box = tuple[int, int, int, int]  # y low, y high, x low, x high
-
-
-@dataclass(frozen=True)
-class MixupConfig:
-    """Beta parameters of mixup and CutMix (0 turns one off), how often to mix, which one, and label smoothing."""
-
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    prob: float = 1.0
-    switch_prob: float = 0.5
-    smoothing: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,17 +36,17 @@ def cutmix_box(height: int, width: int, lam: float, centre_y: int, centre_x: int
     return (top, bottom, left, right), 1.0 - (bottom - top) * (right - left) / (height * width)
 
 
-def draw_mix(config: MixupConfig, height: int, width: int, *, seed: int, step: int, rank: int) -> Mix:
+def draw_mix(options: Augmentation, height: int, width: int, *, seed: int, step: int, rank: int) -> Mix:
     """The mix of one batch. `step` counts micro-batches where gradients are accumulated."""
     rng = np.random.default_rng(mix_seed(seed, step, rank))
     mix_at, switch_at = rng.random(), rng.random()
-    if (config.mixup <= 0 and config.cutmix <= 0) or mix_at >= config.prob:
+    if (options.mixup <= 0 and options.cutmix <= 0) or mix_at >= options.mixup_prob:
         return Mix()
-    if config.cutmix > 0 and (config.mixup <= 0 or switch_at < config.switch_prob):
-        lam = float(rng.beta(config.cutmix, config.cutmix))
+    if options.cutmix > 0 and (options.mixup <= 0 or switch_at < options.mixup_switch_prob):
+        lam = float(rng.beta(options.cutmix, options.cutmix))
         box, lam = cutmix_box(height, width, lam, int(rng.integers(height)), int(rng.integers(width)))
         return Mix(lam, box)
-    return Mix(float(rng.beta(config.mixup, config.mixup)))
+    return Mix(float(rng.beta(options.mixup, options.mixup)))
 
 
 def apply_mix(images: Tensor, target: Tensor, mix: Mix, num_classes: int, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from common.device import fused_adamw
+
 
 def _layer_of(name: str, depth: int) -> int:
     """0 for the embeddings, 1..depth for the blocks, depth + 1 for the final norm and the head."""
@@ -50,10 +52,10 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW (decoupled decay, bias correction) as one fused kernel. Set the rate with `set_learning_rate`."""
-    return torch.optim.AdamW(
-        layer_decay_groups(model, weight_decay, layer_decay), lr=0.0, betas=betas, eps=eps, fused=True
-    )
+    """AdamW (decoupled decay, bias correction), one kernel where the device has it. Rates: `set_learning_rate`."""
+    groups = layer_decay_groups(model, weight_decay, layer_decay)
+    fused = fused_adamw(next(model.parameters()).device)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

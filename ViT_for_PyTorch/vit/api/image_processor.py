@@ -1,5 +1,7 @@
 """Pictures from anywhere, and what turns them into model input for prediction."""
 
+from __future__ import annotations
+
 import io
 import os
 import urllib.request
@@ -12,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.augment import RESIZE_FOR_224, EvalTransform, normalise
-from vit.image_folder import BrokenImage, read_image, to_rgb
+from vit.data.augment import MEAN, RESIZE_FOR_224, STD, EvalTransform, normalise
+from vit.data.image_folder import BrokenImage, read_image, to_rgb, upright
+from vit.model import ViTConfig
 
 URL_STARTS = ("http://", "https://")
-URL_TIMEOUT_S = 30
+URL_TIMEOUT_S, URL_BYTES = 30, 1 << 28
 FORMS = "a PIL picture, a path or URL, a uint8 or [0, 1] float array or tensor of 2 to 4 dimensions, or a list of these"
 
 
@@ -28,8 +31,8 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
         return Image.fromarray(read_image(source))
     try:
         with urllib.request.urlopen(str(source), timeout=URL_TIMEOUT_S) as answer:
-            image = Image.open(io.BytesIO(answer.read()))
-    except (URLError, OSError, ValueError) as error:
+            image = Image.open(io.BytesIO(answer.read(URL_BYTES)))
+    except (URLError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"{source}: not a readable picture ({error})") from error
     return _decoded(image, str(source))
 
@@ -37,8 +40,8 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
 def _decoded(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()  # PIL reads the pixels of an opened file only now
-        return to_rgb(image)
-    except (OSError, ValueError, SyntaxError) as error:
+        return to_rgb(upright(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"{name}: not a readable picture ({error})") from error
 
 
@@ -61,7 +64,14 @@ class ViTImageProcessor:
     def __init__(self, size: int = 224, resize_to: int | None = None):
         if resize_to is None and size <= 224:
             resize_to = RESIZE_FOR_224
-        self.transform = EvalTransform(size, resize_to)
+        self.transform, self.mean, self.std = EvalTransform(size, resize_to), MEAN, STD
+
+    @classmethod
+    def of(cls, model: ViTConfig) -> ViTImageProcessor:
+        """What evaluation does with the pictures of a model."""
+        processor = cls(model.image_size)
+        processor.transform, processor.mean, processor.std = EvalTransform.of(model), model.mean, model.std
+        return processor
 
     @property
     def size(self) -> int:
@@ -81,7 +91,7 @@ class ViTImageProcessor:
         pixels: Sequence[np.ndarray] = [self.transform(_to_pil(image)) for image in image_list(images)]
         if not pixels:
             raise ValueError("no pictures: the list is empty")
-        return normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))  # [B, 3, S, S]
+        return normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), self.mean, self.std)  # [B, 3, S, S]
 
 
 def _to_pil(image: Any) -> Image.Image:
