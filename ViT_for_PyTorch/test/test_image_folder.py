@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionImageFolder
 
+from common import pictures
 from common.errors import UsageError
+from common.pictures import to_rgb
 from vit import load_image
-from vit.data.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan, to_rgb
+from vit.data.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan
 
 
 def write_picture(path, mode="RGB", size=(20, 16), seed=0, **options):
@@ -151,6 +153,6 @@ def test_litter_and_links_in_circles_are_left_out(folder):
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_a_picture_over_the_pixel_limit_is_broken(tmp_path, monkeypatch, suffix):
     path = write_picture(tmp_path / f"huge.{suffix}", size=(40, 30))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(BrokenImage, match=f"huge.{suffix}: .*limit"):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
+    with pytest.raises(BrokenImage, match=f"huge.{suffix}: .*over PICTURE_MAX_PIXELS=1000"):
         read_image(path)

@@ -98,8 +98,6 @@ def test_the_three_lines_of_the_readme(tmp_path):
     assert "ViT: Top1 Accuracy = {'Top1 Accuracy': " in scored.stdout, scored.stderr
     named = run("--run_mode", "predict", "--predict_data", "sunflower.png", *weights)
     assert named.returncode == 0 and "sunflower.png: " in named.stdout, named.stderr
-    absent = run("--run_mode", "eval", "--predict_data", "sunflower.png")  # of a model that nobody has published
-    assert absent.returncode == 2 and "--load_checkpoint is required for eval" in absent.stderr
 
 
 def test_the_names_of_the_api(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,34 @@ def test_a_cluster_script_needs_a_cluster_and_shows_every_server(folder):
     done = bash("test/train_cluster.sh", data, "--device=cpu", f"--rank_table_file={folder}/sixteen.json", "--dry_run")
     assert done.returncode == 0 and "# node 1, 10.0.0.2" in done.stdout and "--nproc_per_node 8" in done.stdout
     assert "--hostfile=FILE" in bash("test/train_cluster.sh", "--help").stdout
+
+
+def dry_run(folder, *flags):
+    words = [str(folder / "two.json"), str(DEMO), "[0,2]", "train", "2", "--device=cpu", *flags, "--dry_run"]
+    done = bash("run_distribute.sh", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_flags_of_the_scripts_in_test_reach_the_training(folder):
+    assert f"--train_dataset_dir {folder}/train --eval_dataset_dir {folder}/val" in dry_run(
+        folder, f"--data_path={folder}"
+    )
+    assert "--resume_training auto" in dry_run(folder, "--resume=auto")
+    assert "--resume_training auto" in dry_run(folder, "--max_restarts=2")  # a restart goes on, and does not begin anew
+    assert "resume_training" not in dry_run(folder)
+
+
+def test_of_several_servers_each_returns_at_once(folder):
+    """As in the reference, so that a loop over ssh reaches the servers after the first; the ranks run on."""
+    words = [str(folder / "sixteen.json"), str(folder / "gone.yaml"), "[0,8]", "train", "16", "--device=cpu"]
+    wrong = bash("run_distribute.sh", *words)
+    assert wrong.returncode == 2 and "gone.yaml" in wrong.stderr  # what is wrong is said at once
+    words[1] = str(DEMO)
+    started = bash("run_distribute.sh", *words, "--unknown_flag=1")  # ends by itself, and says so in its log
+    assert started.returncode == 0 and "meets the other servers" in started.stdout
+    log = Path(started.stdout.split("its log: ")[1].split(";")[0])
+    deadline = time.monotonic() + 300
+    while "unknown_flag" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert "unknown_flag" in log.read_text()

@@ -12,6 +12,7 @@ from common import checkpoint_file
 from common.errors import UsageError
 from vit import timm_models
 from vit.config import Config
+from vit.conv_stem import patch_size_of
 from vit.model import PRESETS, ViTConfig, field_names, preset
 from vit.weights import read_checkpoint
 
@@ -73,7 +74,8 @@ def config_of_file(path: str | Path, **changes: Any) -> ViTConfig:
 
 def _shown_by_tensors(path: str | Path, state: dict[str, Tensor]) -> dict[str, Any]:
     try:
-        width, patch_size = state["patch_embed.proj.weight"].shape[0], state["patch_embed.proj.weight"].shape[-1]
+        width, kernel = state["pos_embed"].shape[-1], state.get("patch_embed.proj.weight")
+        patch_size = patch_size_of(state) if kernel is None else kernel.shape[-1]
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         hidden, positions = state["blocks.0.mlp.fc1.weight"].shape[0], state["pos_embed"].shape[1]
     except (KeyError, ValueError, IndexError):
@@ -83,6 +85,7 @@ def _shown_by_tensors(path: str | Path, state: dict[str, Tensor]) -> dict[str, A
     bare = prefix > 0 and math.isqrt(positions) ** 2 == positions  # a square grid, without places for prefix tokens
     return {
         "patch_size": patch_size,
+        "stem": "conv" if kernel is None else "patch",
         "embed_dim": width,
         "depth": depth,
         "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio,

@@ -22,7 +22,7 @@ from vit.data.loader import Batch, to_model_input
 from vit.data.mixup import apply_mix, draw_mix
 from vit.description import config_of_run
 from vit.labels import load_class_names, save_class_names
-from vit.preparation import Run, build, identity, local_checkpoint, prepare, resume, to_resume
+from vit.preparation import Run, build, local_checkpoint, prepare, resume, to_resume
 from vit.training import checkpoint
 from vit.training.checkpoint import RunShape
 from vit.training.data import open_evaluation_data, open_training_data, training_batches
@@ -153,7 +153,7 @@ def save(run: Run, log: RunLog, name: str = "") -> None:
         run.scale,
         config=configuration.as_dict(run.config),
         vit_config=dict(run.model.config),
-        identity=identity(run),
+        identity=run.identity,
     )
     ema = run.ema.module if run.ema else None
     with log.pause("checkpoint"):

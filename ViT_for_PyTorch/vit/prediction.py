@@ -9,18 +9,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common import device as devices
+from common import pictures as picture_files
 from common.distributed import World, gather_objects, process_group
 from common.errors import UsageError
 from common.result_file import keep_aside
+from vit import prediction_grid
 from vit.api.image_processor import ViTImageProcessor, load_image
 from vit.api.predictor import ImageClassificationPipeline, Prediction, pipeline
 from vit.config import Config
-from vit.data.image_folder import BrokenImage, list_pictures
+from vit.data.image_folder import BrokenImage
 from vit.description import config_of_run
 from vit.engine import local_checkpoint
 from vit.labels import load_class_names
@@ -28,7 +29,6 @@ from vit.model import build
 from vit.weights import load_weights
 
 RESULTS, UNREADABLE, GRID = "predictions.json", "unreadable.json", "predictions.png"
-GRID_PICTURES = 16
 Answer = list[Prediction] | str  # labels, best first; or why there are none
 
 
@@ -57,7 +57,7 @@ def predict(config: Config, pictures: Sequence[str], batch_size: int, top_k: int
         answers = {path: everyones[path] for path in paths}  # in the order they were asked for
         if all(isinstance(answer, str) for answer in answers.values()):
             raise UsageError(f"none of {len(paths)} pictures can be read; the first: {answers[paths[0]]}")
-        _report(config, world, answers, seconds)
+        _report(config, world, answers, classify.labels, seconds)
         return {path: answer for path, answer in answers.items() if not isinstance(answer, str)}
 
 
@@ -67,7 +67,7 @@ def find_pictures(given: Sequence[str]) -> list[str]:
     for path in map(Path, given):
         if not path.exists():
             raise UsageError(f"--predict_data {path}: no such file or folder")
-        inside = list(list_pictures(str(path))) if path.is_dir() else [str(path)]
+        inside = list(picture_files.find(path)) if path.is_dir() else [str(path)]
         if not inside:
             raise UsageError(f"--predict_data {path}: no pictures in this folder")
         found += inside
@@ -112,7 +112,7 @@ def shown(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _report(config: Config, world: World, answers: dict[str, Answer], seconds: float) -> None:
+def _report(config: Config, world: World, answers: dict[str, Answer], classes: Sequence[str], seconds: float) -> None:
     if not world.is_main:
         return
     labels = {path: answer for path, answer in answers.items() if not isinstance(answer, str)}
@@ -128,27 +128,11 @@ def _report(config: Config, world: World, answers: dict[str, Answer], seconds: f
     _write_json(folder / RESULTS, {shown(path): entries for path, entries in labels.items()})
     if unreadable:
         _write_json(folder / UNREADABLE, unreadable)
-    draw_grid(folder / GRID, labels)
-    print(f"written to {folder / RESULTS} and {folder / GRID}")
+    print(f"written to {folder / RESULTS}")
+    if any(labels.values()):  # none with --top_k 0
+        prediction_grid.draw(labels, classes, folder / GRID)
+        print(f"the first {prediction_grid.MOST} are drawn in {folder / GRID}")
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def draw_grid(path: Path, labels: dict[str, list[Prediction]]) -> None:
-    """The first pictures, each with its three best labels and scores below."""
-    from matplotlib.figure import Figure  # a slow import
-
-    chosen = list(labels.items())[:GRID_PICTURES]
-    columns = min(4, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.6 * columns, 3.2 * rows), layout="constrained")
-    for place, (picture, entries) in enumerate(chosen, start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.imshow(np.asarray(load_image(picture)))
-        lines = [f"{entry['label']}  {100 * entry['score']:.1f} %".replace("$", r"\$") for entry in entries[:3]]
-        axes.set_xlabel("\n".join(lines), fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    figure.savefig(path, dpi=80)

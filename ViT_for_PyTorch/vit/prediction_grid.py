@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
+from common import pictures
 
 COLUMNS = 6
 MOST = 36  # pictures; more cannot be read at a glance
@@ -39,8 +39,7 @@ def draw(predictions: Mapping[str, Sequence[Mapping[str, float | str]]], labels:
     for index, (file, found) in enumerate(shown):
         row, column = 2 * (index // columns), index % columns
         known = Path(file).parent.name if Path(file).parent.name in labels else None
-        with Image.open(file) as picture:
-            axes[row, column].imshow(picture.convert("RGB"))
+        axes[row, column].imshow(pictures.read(file, turn=True))
         colour = {None: "black", found[0]["label"]: _RIGHT}.get(known, _WRONG)
         axes[row, column].set_title(_words(known or Path(file).stem), fontsize=9, color=colour)
         _bars(axes[row + 1, column], found, known)
@@ -59,4 +58,4 @@ def _bars(axis, found: Sequence[Mapping[str, float | str]], known: str | None) -
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")[:28]
+    return name.replace("_", " ")[:28].encode("utf-8", "backslashreplace").decode()

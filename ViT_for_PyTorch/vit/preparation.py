@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Run:
     ema: ModelEmaV3 | None
     update: GuardedStep
     state: TrainState
+    identity: dict[str, Any]  # what its checkpoints are of
     class_weights: torch.Tensor | None = None  # [C] of the loss; None = all alike
 
 
@@ -103,6 +105,7 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
             remedy="Lower the learning rate, set optimizer.clip_grad, or use bf16 or fp32",
         ),
         state=TrainState(),
+        identity=identity_of(config, data, model),
         class_weights=balanced_weights(data).to(world.device) if config.class_weights == "balanced" else None,
     )
 
@@ -155,7 +158,7 @@ def resume(run: Run, path: Path) -> None:
     """Puts the run where its checkpoint left off; UsageError where that is another run's (`run_folder.compare`)."""
     content = checkpoint.read_values(path)
     accepted = run.config.accept_changes
-    note = run_folder.compare(path, content.get("identity"), identity(run), may_change=MAY_CHANGE, accepted=accepted)
+    note = run_folder.compare(path, content.get("identity"), run.identity, may_change=MAY_CHANGE, accepted=accepted)
     if note and run.world.is_main:
         print(note, flush=True)
     ema = run.ema.module if run.ema else None
@@ -164,18 +167,19 @@ def resume(run: Run, path: Path) -> None:
     for group, own in zip(run.optimizer.param_groups, chosen, strict=True):
         group.update(own)  # what was accepted as changed takes effect
     run.data.training.bad_files.load_state_dict(run.state.bad_files)
-    if run.world.is_main:
+    is_own = path.resolve().parent == checkpoint.folder_of(run.config.output_dir).resolve()
+    if run.world.is_main and is_own:  # another run's folder is left alone
         for old in checkpoint_file.set_aside_newer(path, "checkpoint-*"):
             print(f"note: {old} is of a later step than {path.name}: moved to {path.parent / 'earlier'}", flush=True)
 
 
-def identity(run: Run) -> dict[str, Any]:
+def identity_of(config: Config, data: Data, model: ClassifyingViT) -> dict[str, Any]:
     """What a checkpoint is of, by value: its data, model, recipe and precision."""
-    folder, config = run.data.training.folder, run.config
-    options = configuration.as_dict(config)
+    folder, options = data.training.folder, configuration.as_dict(config)
+    names = [path.removeprefix(os.path.join(folder.root, "")) for path in folder.paths]
     recipe = {key: options["data"][key] for key in asdict(Augmentation())}
-    seen = {key: value for key, value in dict(run.model.config).items() if key != "batch_size"}
-    kept = {"data": run_folder.listing_identity(folder.paths, folder.targets, folder.classes, folder.root)}
+    seen = {key: value for key, value in dict(model.config).items() if key != "batch_size"}
+    kept: dict[str, Any] = {"data": run_folder.listing_identity(names, folder.targets, folder.classes, folder.root)}
     kept |= {"model": seen, "augmentation": recipe, "optimizer": options["optimizer"], "train": config.model.train}
     return kept | {key: options[key] for key in ("epochs", "precision", "class_weights")}
 
@@ -184,7 +188,7 @@ def build(
     config: Config, description: ViTConfig, weights: Path | None, world: World, head: HeadPolicy
 ) -> ClassifyingViT:
     """The described model on its device, with weights if there are any."""
-    model = build_model(description)
+    model = build_model(description, init=config.model.init)
     if weights is not None:
         missing, unexpected = load_weights(model, weights, head=head)
         if world.is_main:

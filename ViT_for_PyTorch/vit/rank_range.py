@@ -1,6 +1,6 @@
 """The arguments of MindFormers' run_distribute.sh, checked against the rank table; printed as shell assignments.
 
-    python -m vit.rank_range RANK_TABLE CONFIG [a,b] MODE [RANK_SIZE] [PREDICT_DATA] [FLAGS of launch.sh]
+    python vit/rank_range.py RANK_TABLE CONFIG [a,b] MODE [RANK_SIZE] [PREDICT_DATA] [FLAGS of launch.sh]
 
 As in the reference, [a,b] leaves out b. Without RANK_SIZE it names the devices of the only server; with it, the ranks
 of this server among RANK_SIZE. Unlike the reference, which never opens the table, a range that the table does not have
@@ -49,7 +49,7 @@ def share_of_server(words: Sequence[str], devices_per_server: int | None = None)
     nodes = nodes_of_table(table, devices_per_server=devices_per_server)
     node_rank = _node_of_ranks(nodes, first, end, rest[0]) if rest else _only_node(nodes, first, end)
 
-    share = {"config": str(Path(config).resolve()), "run_mode": mode, "starts_nothing": ""}
+    share = {"servers": str(len(nodes)), "config": str(Path(config).resolve()), "run_mode": mode, "starts_nothing": ""}
     if mode == "predict":
         share |= {"predict_data": str(Path(predict_data).resolve()), "nproc": "1"}
         share["device_id"] = str(nodes[node_rank].devices[0])

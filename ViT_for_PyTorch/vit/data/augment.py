@@ -22,7 +22,7 @@ from timm.data import IMAGENET_DEFAULT_STD as STD
 from timm.data import auto_augment as timm_auto_augment
 from torch import Tensor
 
-from vit.data.image_folder import to_rgb
+from common.pictures import to_rgb
 from vit.model import ViTConfig
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop

@@ -1,28 +1,16 @@
 """Image folders `root/<class>/**/picture.jpg`: the class list, the pictures, and reading one of them as RGB."""
 
-import io
 import os
-import struct
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
-from PIL import ExifTags, Image, ImageOps
 
+from common import pictures
 from common.errors import UsageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-_JPEG_START = b"\xff\xd8"
-_EXIF_MARK, _EXIF_REACH = b"Exif\0\0", 1 << 16  # a JPEG has it in one of its first segments
-_JPEG_COLORS = ("Gray", "YCbCr", "RGB")  # of the file; simplejpeg misreads the inverted CMYK that Photoshop writes
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-
-
-class BrokenImage(ValueError):
-    """A picture that cannot be read; the message names the file and the reason."""
+BrokenImage = pictures.BrokenPicture
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ def scan(root: str | Path) -> ImageFolder:
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"
         raise UsageError(f"image folder {root}: {what}; expected {root}/<class>/<picture>")
-    entries = sorted((entry for entry in os.scandir(root) if not _is_litter(entry.name)), key=lambda e: e.name)
+    entries = sorted((entry for entry in os.scandir(root) if not pictures.is_litter(entry.name)), key=lambda e: e.name)
     if not entries:
         raise UsageError(f"image folder {root} is empty; expected {root}/<class>/<picture>")
     classes = [entry.name for entry in entries if entry.is_dir()]
@@ -60,35 +48,14 @@ def scan(root: str | Path) -> ImageFolder:
     paths: list[str] = []
     targets: list[int] = []
     for index, name in enumerate(classes):
-        found = list(list_pictures(str(root / name)))
+        found = list(pictures.find(root / name))
         if not found:
             raise UsageError(
-                f"class folder {root / name} has no pictures ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it"
+                f"class folder {root / name} has no pictures ({', '.join(pictures.SUFFIXES)}); fill it or remove it"
             )
         paths += found
         targets += [index] * len(found)
     return ImageFolder(root, classes, paths, targets)
-
-
-def list_pictures(folder: str) -> Iterator[str]:
-    """Picture files below a folder, sorted within each folder, files before deeper folders.
-
-    Hidden ones (macOS's ._picture.jpg), __MACOSX and folders met before, as links can lead in circles, are left out.
-    """
-    seen: set[str] = set()
-    for where, folders, files in os.walk(folder, followlinks=True):
-        place = os.path.realpath(where)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if not _is_litter(name))
-        names = (name for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES) and not _is_litter(name))
-        yield from (os.path.join(where, name) for name in names)
-
-
-def _is_litter(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def check_same_classes(train: ImageFolder, evaluation: ImageFolder) -> None:
@@ -109,59 +76,8 @@ def check_same_classes(train: ImageFolder, evaluation: ImageFolder) -> None:
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """A picture file of any format and mode, upright, as uint8 RGB [H, W, 3]. Raises `BrokenImage` naming the file.
-
-    JPEG goes through simplejpeg with the exact DCT and chroma upsampling, which gives PIL's pixels; what it does not
-    read (CMYK, odd files), and what a camera says to turn, goes through PIL. Over Pillow's limit of 179 million pixels
-    a file is refused.
-    """
-    try:
-        data = Path(path).read_bytes()
-        if data.startswith(_JPEG_START) and (pixels := _decode_jpeg(data)) is not None:
-            return pixels
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(to_rgb(upright(image)))  # [H, W, 3]; a copy, for torch refuses to share read-only memory
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBomb...
-        raise BrokenImage(f"{os.fspath(path)}: not a readable picture ({_reason(error)})") from error
-
-
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    if _EXIF_MARK in data[:_EXIF_REACH]:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                return None
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        if colors not in _JPEG_COLORS or height * width > 2 * Image.MAX_IMAGE_PIXELS:
-            return None  # PIL's part; it refuses what is too large
-        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
-    except ValueError:  # it refuses on any libjpeg warning; PIL tells a flawed file from a broken one
-        return None
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """A PIL picture turned as its EXIF orientation says, as the reference does it; damaged EXIF counts as none."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except (ValueError, KeyError, SyntaxError, TypeError, struct.error):
-        return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL picture of any mode as RGB. Transparency is dropped, 16-bit grey is scaled to 8 bits."""
-    if image.mode == "RGB":
-        return image
-    if image.mode in _SIXTEEN_BIT:
-        grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535  # [H, W]
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL's own advice for palettes with transparency
-    return image.convert("RGB")
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).split("<_io.BytesIO")[0].strip()  # PIL names the buffer it was given
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """A picture file of any format and mode, upright, as uint8 RGB [H, W, 3]. Raises `BrokenImage` naming the file."""
+    return np.array(pictures.read(path, turn=True))  # [H, W, 3]; a copy: torch refuses to share read-only memory
 
 
 class BadFiles:
