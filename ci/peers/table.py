@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = ROOT / "ci" / "baselines"
-SHOWN_IN = (ROOT / "README.md", ROOT / "ci" / "peers" / "README.md")  # where they have the markers
+SHOWN_IN = (ROOT / "docs" / "performance.md", ROOT / "ci" / "peers" / "README.md")  # where they have the markers
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 COLUMNS = ("benchmark", "peer", "peer's time / ours (range)", "our share of matmul peak", "memory, ours / peer", "on")
 # other files of ci/baselines/<device>/ are not comparisons with peers
