@@ -1,7 +1,6 @@
 """Fixtures and import paths that the tests of every project share."""
 
 import gzip
-import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -44,20 +43,3 @@ def check_profile() -> Callable[[Path, str, str], str]:
         return text
 
     return check
-
-
-@pytest.fixture
-def install_apex(tmp_path, monkeypatch):
-    """Function that puts files of an `apex` package on the path, for the time of a test."""
-
-    def write(files: dict[str, str]) -> None:
-        for name, content in files.items():
-            path = tmp_path / "apex" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
-        monkeypatch.syspath_prepend(str(tmp_path))
-        importlib.invalidate_caches()
-
-    yield write
-    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
-        del sys.modules[name]

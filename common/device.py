@@ -143,7 +143,7 @@ def saturates(device: torch.device) -> bool:
 
 
 def deterministic(device: torch.device) -> None:
-    """Makes every operator of this process give the same bits for the same input: `--deterministic`. Slower.
+    """`--deterministic` of test/*.sh: every operator gives the same bits for the same input. Slower.
 
     Call it before the first product on the device. Sums over cards: HCCL_DETERMINISTIC, which CANN reads when it meets.
     """
@@ -156,44 +156,6 @@ def deterministic(device: torch.device) -> None:
         from common import npu
 
         npu.deterministic()
-
-
-class StaticGradScaler(torch.amp.GradScaler):
-    """Loss scaling by a constant. Steps with inf or nan gradients are skipped; the scale stays.
-
-    torch refuses `growth_factor=1`, so the constant needs its own `update` (Ascend apex's `loss_scale=128.0`).
-    """
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Keeps this run's scale: a constant is what the command says, not what the checkpoint had."""
-        super().load_state_dict({**state_dict, "scale": self.get_scale()} if state_dict else state_dict)
-
-    def update(self, new_scale=None) -> None:
-        if not self._enabled:
-            return
-        scale, _ = self._check_scale_growth_tracker("update")
-        if new_scale is not None:
-            scale.fill_(new_scale)
-        # forget this step's inf checks, as the parent does
-        self._per_optimizer_states.clear()
-
-
-def grad_scaler(device: torch.device, precision: str, loss_scale: str | float = "dynamic") -> torch.amp.GradScaler:
-    """The gradient scaler of a run: active for fp16 only. `loss_scale` is "dynamic" or a number for a static scale.
-
-    Its `state_dict` belongs in the checkpoint.
-    """
-    _check_precision(precision)
-    enabled = precision == "fp16"
-    if loss_scale == "dynamic":
-        return torch.amp.GradScaler(device.type, enabled=enabled)
-    try:
-        scale = float(loss_scale)
-    except ValueError:
-        raise UsageError(f"loss scale {loss_scale!r}: give 'dynamic' or a number") from None
-    if scale <= 0:
-        raise UsageError(f"loss scale {loss_scale}: must be above 0")
-    return StaticGradScaler(device.type, init_scale=scale, enabled=enabled)
 
 
 def _check_precision(precision: str) -> None:

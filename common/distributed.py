@@ -65,6 +65,8 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
     """
     rank, size, local_rank, local_size = _ranks_from_environment()
     device = devices.resolve(device_name, local_rank)
+    if os.environ.get("DETERMINISTIC") == "1":  # --deterministic of test/*.sh
+        devices.deterministic(device)
     if device.type == "cpu":
         keep_freed_memory()
     world = World(device, rank, size, local_rank, local_size)

@@ -7,7 +7,6 @@ import pytest
 
 from ci.training_cases import CASES, COUNTED
 from common.errors import UsageError
-from common.test.apex_stand_in import PACKAGE
 
 ASKED = ["--amp_backend", "apex", "--fp16_opt_level", "O1"]
 
@@ -38,7 +37,6 @@ def test_beit2_trains_natively_with_a_note(train):
     ("project", "reason"),
     [("CLIP_for_PyTorch", "transformers' Trainer has only torch's own"), ("Data2vec_for_PyTorch", "fairseq's rules")],
 )
-def test_apex_is_refused_where_the_loop_cannot_take_it(train, project, reason, install_apex):
-    install_apex(PACKAGE)
+def test_apex_is_refused_where_the_loop_cannot_take_it(train, project, reason):
     with pytest.raises(UsageError, match=f"--amp_backend apex: .*{reason}"):
         train(project, "run", "fp16", *ASKED)

@@ -58,44 +58,13 @@ def test_autocast_computes_in_the_dtype_asked_for(precision, dtype):
         assert layer(torch.ones(2, 4)).dtype == dtype
 
 
-def test_static_scale_stays_and_skips_an_infinite_step():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    scaler = device.grad_scaler(torch.device("cpu"), "fp16", loss_scale=128.0)
-
-    scaler.scale(weight.sum() * float("inf")).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert weight.tolist() == [1.0, 1.0]  # not stepped
-    assert scaler.get_scale() == 128.0
-
-    optimizer.zero_grad()
-    scaler.scale(weight.sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert weight.tolist() == [0.0, 0.0]  # the scale is divided out
-    assert scaler.get_scale() == 128.0
-
-
-def test_a_resumed_static_scale_is_the_command_s():
-    cpu = torch.device("cpu")
-    saved = device.grad_scaler(cpu, "fp16", 64).state_dict()
-    resumed = device.grad_scaler(cpu, "fp16", 128)
-    resumed.load_state_dict(saved)
-    assert resumed.get_scale() == 128.0
-    resumed.scale(torch.ones(1, requires_grad=True))
-    assert resumed.get_scale() == 128.0
-    dynamic = device.grad_scaler(cpu, "fp16")
-    dynamic.load_state_dict(saved)
-    assert dynamic.get_scale() == 64.0
-    device.grad_scaler(cpu, "bf16", 128).load_state_dict({})
-
-
-def test_scaler_is_off_outside_fp16_and_rejects_nonsense():
-    assert not device.grad_scaler(torch.device("cpu"), "bf16").is_enabled()
-    for scale in ("often", "-1"):
-        with pytest.raises(device.UsageError, match=scale):
-            device.grad_scaler(torch.device("cpu"), "fp16", scale)
+def test_deterministic_operators_are_asked_for(monkeypatch):
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(device.os, "environ", variables)
+    device.deterministic(torch.device("cpu"))
+    assert asked == [True] and variables == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HCCL_DETERMINISTIC": "true"}
 
 
 def test_seeds_are_mixed_not_added():

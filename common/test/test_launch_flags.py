@@ -12,7 +12,7 @@ from common.launch.world import LaunchError
 
 NAMES = """data_path batch_size epochs max_steps device device_id nproc precision ckpt_path output_dir nnodes node_rank
   master_addr master_port rank_table_file devices_per_server hostfile cpu_bind max_restarts min_nodes
-  collective_timeout dry_run help profile model_path resume subset""".split()
+  collective_timeout deterministic dry_run help profile model_path resume subset""".split()
 SETTINGS = {"network": "Trial", "case_kind": "acc", "output_dir": "/data/out/one"}
 
 

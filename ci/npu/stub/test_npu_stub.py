@@ -29,6 +29,7 @@ from ci.npu.contract.signatures import problem  # noqa: E402
 from ci.npu.contract.uses import repository_uses  # noqa: E402
 from common import device as devices  # noqa: E402
 from common import npu  # noqa: E402
+from common.update import loss_scale  # noqa: E402
 
 NPU = torch.device("npu", 0)
 MODE = FakeTensorMode()  # one for all: tensors of two modes do not mix
@@ -93,7 +94,7 @@ def test_the_device_is_resolved_and_set_up_by_common():
 def test_mixed_precision_is_torch_s_own(fake):
     with devices.autocast(NPU, "bf16"):
         assert torch.nn.Linear(4, 4)(torch.empty(2, 4)).dtype == torch.bfloat16
-    assert devices.grad_scaler(NPU, "fp16", "128").is_enabled()
+    assert loss_scale(NPU, "fp16", "128").scale == 128.0
 
 
 def test_the_profiler_opens_for_three_steps(tmp_path):
