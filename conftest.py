@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,3 +45,21 @@ def check_profile() -> Callable[[Path, str, str], str]:
         return text
 
     return check
+
+
+_AT_START = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run preempted inside this process ignores signals on its way out; the processes of later tests would, too."""
+    _restore_signals()
+    yield
+    _restore_signals()
+
+
+def _restore_signals() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in _AT_START.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)

@@ -16,7 +16,10 @@ from common.errors import PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOP = """
-import multiprocessing, os, sys, time
+import multiprocessing, os, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGUSR1):  # a shell in the background starts its commands with some ignored
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from common.distributed import process_group
 from common.run_log import RunLog
 
