@@ -80,7 +80,6 @@ def main(argv: list[str] | None = None) -> None:
             resume=goes_on,
             fps_unit=fps_unit(config),
             profile=options.profile,
-            precision=precision,
         )
         with log:
             if world.is_main and not goes_on and save_dir.resolve() != log.folder.resolve():

@@ -54,45 +54,6 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
 
 
-class StepCost:
-    """Counts the products of a run's second step: the first compiles, and starts the loader's workers.
-
-    Args:
-        device: that trains; precision: of its products, None counts nothing (a compiler fuses what would be counted).
-    """
-
-    def __init__(self, device: torch.device, precision: str | None):
-        self.flops = 0
-        self._device, self._precision = device, precision
-        self._steps, self._counter = 0, None
-
-    def step(self) -> None:
-        """After each step."""
-        self._steps += 1
-        if self._precision is None or self._steps > 2:
-            return
-        if self._steps == 1:
-            self._counter = counter()
-            self._counter.__enter__()
-        elif self._counter:
-            self.stop()
-
-    def stop(self) -> None:
-        """Ends the counting, also where a run ends after its first step."""
-        if self._counter:
-            self._counter.__exit__(None, None, None)
-            self.flops = self._counter.get_total_flops() if self._steps == 2 else 0
-            self._counter = None
-
-    def result(self, seconds_a_step: float) -> dict[str, float]:
-        """Keys of the result file: TFLOP of a step on one device, and percent of the peak where that is known."""
-        if not self.flops:
-            return {}
-        peak = peak_flops(self._device, self._precision)
-        share = {"MFU": round(100 * self.flops / seconds_a_step / peak, 2)} if peak else {}
-        return {"StepTFLOP": round(self.flops / 1e12, 6), **share}
-
-
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s of one device in a precision; None for a card that is not in the table."""
     if device.type == "cpu":

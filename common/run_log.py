@@ -25,7 +25,6 @@ from common import folder_lock, run_folder
 from common.distributed import World
 from common.errors import Preempted, UsageError
 from common.metrics_file import MetricsFile, TensorBoard, plot_loss, read_losses
-from common.mfu import StepCost
 from common.preemption import Watch
 from common.profile.step_profiler import StepProfiler
 from common.result_file import ResultFile, keep_aside
@@ -56,7 +55,6 @@ class RunLog:
         profile: record a few steps (profiling.py) and write `profile/` in the folder.
         evaluation: no training: nothing in the folder is moved or owned, so that it may run beside a training, whose
             metrics.jsonl it then leaves alone.
-        precision: of the products, to count them for MFU; None where a compiler fuses them.
         needs_shared: every host writes into the folder (sharded checkpoints), so that all must share it.
     """
 
@@ -75,7 +73,6 @@ class RunLog:
         profile: bool = False,
         evaluation: bool = False,
         needs_shared: bool = False,
-        precision: str | None = None,
     ):
         self.folder = Path(output_dir)
         self.world = world
@@ -88,7 +85,6 @@ class RunLog:
         )
         self._clock = SteadyClock(world.device, skip_steps)
         self._profiler = StepProfiler(self.folder, network, world, total_steps) if profile else None
-        self._cost = StepCost(world.device, precision if world.is_main else None)
         self._window = _Window()
         self._losses: dict[int, float] = {}  # by step
         self._has_trained = False
@@ -142,7 +138,6 @@ class RunLog:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.progress.close()
-        self._cost.stop()
         try:
             if self.world.is_main:
                 self._close_files(error)
@@ -196,7 +191,6 @@ class RunLog:
         if fps is not None:
             values["ActualFPS"] = round(fps, 3)
             values["TrainingTime"] = round(1000 * self._clock.seconds_per_step(), 3)  # milliseconds a step
-            values |= self._cost.result(self._clock.seconds_per_step())
         if loss is not None:
             values["ActualLoss"] = round(loss, 6)
         if accuracy is not None:
@@ -272,7 +266,6 @@ class RunLog:
         if step % self.log_every == 0 or step == self.total_steps:
             self._flush_window()
         self._tell(self._profiler.step(step) if self._profiler else None)
-        self._cost.step()
 
     def preempted(self) -> bool:
         """Whether any rank was asked to stop, the same on all: call it once a step, see preemption.py."""

@@ -184,7 +184,7 @@ def open_log(options: argparse.Namespace, world: World, last: int, continued: bo
     """The log of a run that ends at step `last`."""
     return RunLog(
         options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
-        resume=continued, profile=options.profile, precision=options.precision,
+        resume=continued, profile=options.profile,
     )  # fmt: skip
 
 

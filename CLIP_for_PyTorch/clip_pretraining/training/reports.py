@@ -30,7 +30,6 @@ def open_log(args: ClipTrainingArguments, world: World, total_steps: int | None,
         evaluation=not args.do_train,
         skip_steps=args.skip_steps,
         profile=args.profile,
-        precision=args.precision if args.do_train and not args.torch_compile else None,
     )
 
 
