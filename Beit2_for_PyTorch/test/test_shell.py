@@ -97,7 +97,7 @@ def test_pretraining_and_its_accuracy(pictures, tiny, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "new in this model: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in done.stdout
-    values = result(tmp_path / "eval", "Beit2_for_PyTorch_eval_bs8_1p_acc")
+    values = result(tmp_path / "eval", "Beit2_for_PyTorch_bs8_1p_acc")
     assert values["Status"] == "OK" and 0 <= float(values["TrainAccuracy"]) <= 100
 
 

@@ -191,8 +191,8 @@ def test_the_files_of_driver_and_cann_are_read(tmp_path):
 
 
 def test_it_runs_on_the_python_of_old_hosts():
-    for name in ("doctor.py", "doctor_facts.py"):
-        source = (ROOT / "common" / name).read_text()
+    for name in ("__init__.py", "facts.py"):
+        source = (ROOT / "common" / "doctor" / name).read_text()
         tree = ast.parse(source, feature_version=(3, 8))
         assert "from __future__ import annotations" in source  # list[str] is evaluated otherwise
         assert "removesuffix" not in source and "removeprefix" not in source

@@ -69,7 +69,13 @@ class OptionParser(HfArgumentParser):
     def format_short_help(self, description: str) -> str:
         """Our options and the usual ones of the Trainer, a line each."""
         ours = {a.dest: a for a in self._actions if not a.option_strings[0].startswith("--no_")}
-        lines = [description.strip(), "", "Each of the Trainer's other options works as well: --help_all lists them."]
+        lines = [
+            "usage: run_clip.py --OPTION VALUE ...",
+            "",
+            description.strip(),
+            "",
+            "Each of the Trainer's other options works as well: --help_all lists them.",
+        ]
         for group in self.dataclass_types:
             names = [f.name for f in dataclasses.fields(group) if f.name in group.__annotations__]
             lines += ["", (group.__doc__ or "").strip().splitlines()[0]]

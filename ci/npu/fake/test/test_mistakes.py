@@ -37,7 +37,9 @@ def train(pictures, tmp_path):
 def plant(monkeypatch, mistake):
     """Puts a mistake after the loss of `engine`: (loss, logits) -> loss."""
     right = engine.soft_target_cross_entropy
-    monkeypatch.setattr(engine, "soft_target_cross_entropy", lambda x, target: mistake(right(x, target), x))
+    monkeypatch.setattr(
+        engine, "soft_target_cross_entropy", lambda x, target, weights: mistake(right(x, target, weights), x)
+    )
 
 
 def test_nothing_is_seen_where_there_is_no_mistake(train):
