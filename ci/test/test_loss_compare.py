@@ -112,13 +112,26 @@ def test_cross_device_wants_a_small_gap_and_no_bias(tmp_path, capsys):
 
 
 def test_a_finer_log_is_averaged_over_the_coarser_one_s_lines():
-    fine = loss_files.Curve("fine", {step: float(step) for step in range(1, 41)}, {})
-    coarse = loss_files.Curve("coarse", {10: 5.5, 20: 15.5, 30: 25.5, 40: 35.5}, {})
+    fine = loss_files.Curve("fine", {step: float(step) for step in range(1, 121)}, {})
+    coarse = loss_files.Curve("coarse", {step: step - 4.5 for step in range(10, 121, 10)}, {})
     steps, a, b = loss_files.on_common_steps(fine, coarse)
-    assert steps == [10, 20, 30, 40] and a == b == list(coarse.losses.values())
+    assert steps == list(range(10, 121, 10)) and a == b == list(coarse.losses.values())
     gap = loss_compare.measure(coarse, fine, "cross-device", 0.02, [])
     assert loss_compare.judge(gap, "cross-device", 0.02)[0] == PASS
     assert {PASS, FAIL, INCONCLUSIVE} == set(loss_compare.EXIT_CODES)
+
+
+def test_too_few_lines_and_a_curve_that_leaves_and_comes_back_are_no_pass():
+    whole = {step: 5.0 for step in range(1, 301)}
+    for other, word in (
+        ({step: 5.0 for step in range(1, 6)}, "5 lines in common are too few"),
+        (whole | {step: 7.5 for step in range(120, 130)}, "apart by 16.7% between 120 and 149"),
+    ):
+        curves = loss_files.Curve("a", whole, {}), loss_files.Curve("b", other, {})
+        verdict, reason = loss_compare.judge(
+            loss_compare.measure(*curves, "cross-device", 0.02, []), "cross-device", 0.02
+        )
+        assert verdict == INCONCLUSIVE and word in reason, reason
 
 
 def test_two_revisions_are_trained_and_compared(tmp_path, capsys, monkeypatch):

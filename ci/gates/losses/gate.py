@@ -40,6 +40,8 @@ MODES = ("refactor", "resume", "cross-device")
 EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
 SAME_START = 0.001  # relative; runs of one init and one batch are closer than that at their first step, bf16 included
 NO_BIAS = 0.001  # relative; below it a bias is of no consequence and seeds need not be asked
+FEWEST_LINES = 10  # of a cross-device verdict
+STRETCH = 4  # times the limit, of the mean gap in any tenth of the lines: a curve that leaves and comes back
 
 
 @dataclass
@@ -101,7 +103,9 @@ def measure(a: Curve, b: Curve, mode: str, limit: float, seeds: list[Curve]) -> 
     diverging = next((step for step, gap in zip(steps, gaps, strict=True) if not abs(gap) <= allowed), None)
     spread = None
     if seeds:
-        spread = max(abs(bias_of(x, y)) for x, y in itertools.combinations([a, *seeds], 2))
+        pairs = [abs(bias_of(x, y)) for x, y in itertools.combinations([a, *seeds], 2)]
+        # one wild seed among several makes no room for others: half of all pairs stay clear of it
+        spread = max(pairs) if len(pairs) <= 3 else min(max(pairs), 2 * statistics.median_low(pairs))
     size = [abs(gap) for gap in gaps]
     tail = gaps[-max(1, len(gaps) // 3) :]
     gap = Gap(steps, left, right, gaps[0], statistics.fmean(size), max(size), statistics.fmean(tail), diverging, spread)
@@ -141,6 +145,14 @@ def judge(gap: Gap, mode: str, limit: float) -> tuple[str, str]:
         return FAIL, f"a loss is not finite, first at {gap.diverging_step}"
     if not gap.mean < limit:
         return FAIL, f"mean relative gap {gap.mean:.2%}, {limit:.0%} is the limit"
+    if len(gap.steps) < FEWEST_LINES:
+        return INCONCLUSIVE, f"{len(gap.steps)} lines in common are too few to judge by: {FEWEST_LINES} at least"
+    if (apart := _worst_stretch(gap)) and apart[0] > STRETCH * limit:
+        share, first, last = apart
+        return (
+            INCONCLUSIVE,
+            f"apart by {share:.1%} between {first} and {last}, though {gap.mean:.2%} on the whole: look there",
+        )
     if abs(gap.bias) <= NO_BIAS:
         return PASS, f"mean relative gap {gap.mean:.2%}, bias of the last third {gap.bias:+.3%}: none to speak of"
     if gap.seed_spread is None:
@@ -151,6 +163,15 @@ def judge(gap: Gap, mode: str, limit: float) -> tuple[str, str]:
     if abs(gap.bias) > gap.seed_spread:
         return FAIL, f"biased: last third {gap.bias:+.2%}, seeds on one device differ by {gap.seed_spread:.2%} at most"
     return PASS, f"mean relative gap {gap.mean:.2%}, bias {gap.bias:+.2%} within the seeds' {gap.seed_spread:.2%}"
+
+
+def _worst_stretch(gap: Gap) -> tuple[float, int, int]:
+    """(mean relative gap, first and last step) of the tenth of the lines in which the curves are furthest apart."""
+    width = max(1, len(gap.steps) // 10)
+    sizes = [abs(_relative(x, y)) for x, y in zip(gap.a, gap.b, strict=True)]
+    stretches = ((statistics.fmean(sizes[i : i + width]), i) for i in range(0, len(sizes) - width + 1))
+    size, start = max(stretches)
+    return size, gap.steps[start], gap.steps[start + width - 1]
 
 
 # -- revisions ---------------------------------------------------------------------------------------------------------
