@@ -27,6 +27,23 @@ def project() -> Path:
 
 
 @pytest.fixture(scope="session")
+def train_main(project):
+    """`main` of train.py."""
+    import train
+
+    return train.main
+
+
+@pytest.fixture
+def tiny(tmp_path, project) -> Path:
+    """Folder with tiny.yaml alone, to which a test may add."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    shutil.copy(project / "test" / "tiny.yaml", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN
 

@@ -1,6 +1,5 @@
 """What train.py refuses: one line that names the value and the remedy, before anything is written."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,25 +7,6 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parents[1]
-
-TINY = (PROJECT / "test" / "tiny.yaml").read_text()
-
-
-@pytest.fixture
-def tiny(tmp_path) -> Path:
-    """Folder with tiny.yaml."""
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    (folder / "tiny.yaml").write_text(TINY)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def train_main():
-    sys.path.insert(0, str(PROJECT))
-    import train
-
-    return train.main
 
 
 def run(train_main, tiny, corpus, output, *arguments):

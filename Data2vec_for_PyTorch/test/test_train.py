@@ -15,23 +15,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 TINY = (PROJECT / "test" / "tiny.yaml").read_text()
 
 
-@pytest.fixture
-def tiny(tmp_path) -> Path:
-    """Folder with tiny.yaml."""
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    (folder / "tiny.yaml").write_text(TINY)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def train_main():
-    sys.path.insert(0, str(PROJECT))
-    import train
-
-    return train.main
-
-
 def run(train_main, tiny, corpus, output, *arguments):
     train_main(
         ["--config-dir", str(tiny), "--config-name", "tiny", f"task.data={corpus}", "--output_dir", str(output)]

@@ -28,13 +28,6 @@ def pictures(sample_data, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def train_main():
-    import train
-
-    return train.main
-
-
 def run(main, pictures, output, *arguments):
     command = ["--config-dir", str(PROJECT / "test"), "--config-name", "tiny_vision", f"task.data={pictures}"]
     return main([*command, "--output_dir", str(output), "--device", "cpu", *arguments])
