@@ -158,8 +158,9 @@ def check(options: argparse.Namespace, config: Config) -> None:
 def main(argv: list[str] | None = None, published_weights: bool = False) -> None:
     """Runs what the options say. `published_weights`: evaluate and predict with them where none are given."""
     options, config = parse(argv)
-    if published_weights and options.run_mode in ("eval", "predict") and not config.load_checkpoint:
-        config.load_checkpoint = config.model.name if config.model.name in PUBLISHED else ""
+    none_given = options.run_mode in ("eval", "predict") and not config.load_checkpoint
+    if published_weights and none_given and config.model.name in PUBLISHED:
+        config.load_checkpoint = config.model.name
         print(f"--load_checkpoint {config.load_checkpoint}: the published weights, since none were given")
     check(options, config)
     if options.device_id is not None:

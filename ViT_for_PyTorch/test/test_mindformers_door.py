@@ -115,3 +115,18 @@ def test_the_names_of_the_api(tmp_path):
     features = vit.ViTModel.from_pretrained(tmp_path / "saved")(images)
     assert features.shape == (1, 96) and torch.equal(model.head(features), model(images))
     assert vit.pipeline("image_classification", model=tmp_path / "saved", device="cpu")(images[0].clamp(0, 1), top_k=1)
+
+
+@pytest.mark.parametrize("mode", ["eval", "predict"])
+def test_a_model_without_published_weights_needs_them_given(mode, tmp_path, monkeypatch, capsys):
+    """The door fetches a model's own published weights, never another model's."""
+    monkeypatch.syspath_prepend(str(PROJECT))
+    import run_vit
+
+    recipe = PROJECT / "configs" / "vit" / "run_vit_base_p16_224_100ep.yaml"
+    words = ["--config", str(recipe), "--run_mode", mode, "--eval_dataset_dir", str(tmp_path), "model.name=vit_demo"]
+    words += ["--predict_data", str(tmp_path)] if mode == "predict" else []
+    with pytest.raises(SystemExit) as ended:
+        run_vit.main([*words, "--output_dir", str(tmp_path / "out")], published_weights=True)
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and f"--load_checkpoint is required for {mode}" in said.err and said.out == ""

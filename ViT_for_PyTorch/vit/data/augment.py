@@ -23,6 +23,7 @@ from timm.data import auto_augment as timm_auto_augment
 from torch import Tensor
 
 from common.pictures import to_rgb
+from common.posterize_repair import repair_posterize
 from vit.model import ViTConfig
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
@@ -94,22 +95,9 @@ class TrainTransform:
 
 
 def rand_augment(text: str, settings: dict[str, Any]) -> timm_auto_augment.RandAugment:
-    """timm's RandAugment, with a posterize that also keeps 0 bits.
-
-    At a drawn magnitude of 10 the increasing posterize asks for 0 bits. Pillow used to answer with a black picture;
-    newer versions raise ValueError, which would end a run at a random step.
-    """
-    transform = timm_auto_augment.rand_augment_transform(text, settings)
-    for operation in transform.ops:
-        if operation.aug_fn is timm_auto_augment.posterize:
-            operation.aug_fn = _posterize
-    return transform
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
-    return timm_auto_augment.posterize(image, bits_to_keep)
+    """timm's RandAugment, with a posterize that also keeps 0 bits."""
+    repair_posterize()
+    return timm_auto_augment.rand_augment_transform(text, settings)
 
 
 class EvalTransform:
