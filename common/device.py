@@ -192,6 +192,11 @@ def seeded(seed: int, *ints: int) -> None:
     torch.manual_seed(mix_seed(seed, *ints))
 
 
+def pins_memory(device: torch.device) -> bool:
+    """Whether a loader should put its batches in pinned memory: what `to_device` copies without waiting."""
+    return device.type != "cpu"
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host tensor on the device, without waiting for what is queued there: only pinned memory is copied that way."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.device import mix_seed
+from common.device import mix_seed, pins_memory
 from common.distributed import World
 from common.errors import UsageError
 
@@ -121,7 +121,7 @@ def run_batches(
         dataset,
         batch_sampler=sampler,
         num_workers=options.num_workers,
-        pin_memory=options.pin_mem and world.device.type != "cpu",
+        pin_memory=options.pin_mem and pins_memory(world.device),
         collate_fn=collate_fn,
         **workers,
     )

@@ -16,7 +16,7 @@ from clip_pretraining.evaluation.retrieval import recall_at_k
 from clip_pretraining.model import loss as losses
 from clip_pretraining.model.loading import ImageSettings, encode_images, encode_texts
 from common import distributed
-from common.device import autocast
+from common.device import autocast, pins_memory
 from common.distributed import World
 
 
@@ -42,7 +42,7 @@ class Encoder:
             batch_size=self.batch_size,
             num_workers=min(self.workers, max(1, len(mine) // self.batch_size)) if self.workers else 0,
             worker_init_fn=one_thread,
-            pin_memory=self.world.device.type != "cpu",
+            pin_memory=pins_memory(self.world.device),
         )
         device = self.world.device
         mean, std = torch.tensor(self.settings.mean, device=device), torch.tensor(self.settings.std, device=device)

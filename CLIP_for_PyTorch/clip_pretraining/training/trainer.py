@@ -22,7 +22,7 @@ from clip_pretraining.model.layers import full_attention_mask
 from clip_pretraining.model.loading import ImageSettings
 from clip_pretraining.training.guarded_optimizer import GuardedOptimizer, scale_of
 from common import checkpoint_file, distributed
-from common.device import seeded
+from common.device import pins_memory, seeded
 from common.distributed import World
 from common.run_log import RunLog
 
@@ -88,7 +88,7 @@ class ClipTrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=False,  # a resumed epoch starts with other batches
-            pin_memory=self.world.device.type != "cpu",
+            pin_memory=pins_memory(self.world.device),
             worker_init_fn=one_thread,
         )
 

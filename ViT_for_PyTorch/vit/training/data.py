@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from common.device import pins_memory
 from common.distributed import World
 from common.errors import UsageError
 from vit.config import Config
@@ -50,7 +51,7 @@ def open_training_data(config: Config, model: ViTConfig, world: World) -> Data:
         rank=world.rank,
         world_size=world.size,
         num_workers=options.num_workers,
-        pin_memory=world.device.type != "cpu",
+        pin_memory=pins_memory(world.device),
     )
     return Data(folder.classes, training, evaluation)
 
@@ -83,7 +84,7 @@ def _evaluation_loader(config: Config, model: ViTConfig, world: World, folder: I
         rank=world.rank,
         world_size=world.size,
         num_workers=config.data.num_workers,
-        pin_memory=world.device.type != "cpu",
+        pin_memory=pins_memory(world.device),
     )
 
 
