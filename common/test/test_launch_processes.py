@@ -31,9 +31,15 @@ def ask(*_):
 if do("save"):
     signal.signal(signal.SIGUSR1, ask)
 if do("causes"):
-    import atexit
-    atexit.register(time.sleep, rank)  # rank 1 knows first, and is the last to end
-    raise ValueError("rank 1 has no data") if rank else RuntimeError("Connection closed by peer [127.0.0.1]:2345")
+    # rank 1 fails first and is the last to end: what is registered runs after the traceback is printed
+    if rank:
+        import atexit
+        atexit.register(time.sleep, 600)
+        atexit.register(lambda: open("failed1", "w").close())
+        raise ValueError("rank 1 has no data")
+    while not os.path.exists("failed1"):
+        time.sleep(0.05)
+    raise RuntimeError("Connection closed by peer [127.0.0.1]:2345")
 if do("usage"):
     print("error: the sentence for the user", file=sys.stderr)
     sys.exit(2)
