@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,21 +34,25 @@ class ResultFile:
     """`Key = value` lines in the spelling that ModelZoo's collectors read, plus `Status`: RUNNING, OK, FAILED,
     PREEMPTED.
 
-    `ActualFPS` is over all ranks, `TrainingTime` is milliseconds a step, `E2ETrainingTime` seconds. A key without a
-    value is left out rather than written empty.
+    Keys that are ModelZoo's have the values of its scripts: `DeviceType` is `uname -m`, `TrainingTime` is BatchSize x
+    1000 / ActualFPS, in milliseconds, where ActualFPS is over all ranks; `E2ETrainingTime` is in seconds. What we say
+    of the same things is in `DeviceName` and `StepTimeMs`. A key without a value is left out rather than written empty.
+
+    Args:
+        device_name: of the card; empty where nobody knows it yet.
     """
 
     def __init__(
-        self, folder: Path, network: str, batch_size: int | str, rank_size: int, case_kind: str, device_type: str
+        self, folder: Path, network: str, batch_size: int | str, rank_size: int, case_kind: str, device_name: str
     ):
         if case_kind not in ("acc", "perf"):
             raise ValueError(f"case kind {case_kind!r}: acc or perf")
         self.case_name = f"{network}_bs{batch_size}_{rank_size}p_{case_kind}"
         self.path = Path(folder) / f"{self.case_name}.log"
         self._fixed = {"Network": network, "RankSize": rank_size, "BatchSize": batch_size}
-        if device_type:
-            self._fixed["DeviceType"] = device_type
-        self._fixed["CaseName"] = self.case_name
+        self._fixed |= {"DeviceType": platform.machine(), "CaseName": self.case_name}
+        if device_name:
+            self._fixed["DeviceName"] = device_name
         self._last: dict[str, Any] = {}
 
     def values(self, measured: dict[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class RunLog:
     ):
         self.folder = Path(output_dir)
         self.world = world
-        self.total_steps = total_steps
+        self.total_steps, self.batch_size = total_steps, batch_size
         self.log_every = max(1, log_every)
         self.resume, self.evaluation, self.needs_shared = resume, evaluation, needs_shared
         self.fps_unit = fps_unit
@@ -190,7 +190,8 @@ class RunLog:
         values: dict[str, Any] = {"E2ETrainingTime": round(duration, 2)}
         if fps is not None:
             values["ActualFPS"] = round(fps, 3)
-            values["TrainingTime"] = round(1000 * self._clock.seconds_per_step(), 3)  # milliseconds a step
+            values["TrainingTime"] = round(self.batch_size * 1000 / fps, 2)  # as ModelZoo's scripts compute it
+            values["StepTimeMs"] = round(1000 * self._clock.seconds_per_step(), 3)
         if loss is not None:
             values["ActualLoss"] = round(loss, 6)
         if accuracy is not None:

@@ -55,6 +55,7 @@ def test_twelve_updates_as_fairseq_logs_them(
     results = (tmp_path / "out" / "Data2vec_for_PyTorch_bs256_1p_acc.log").read_text()
     for key in ("Status = OK", "SequencesPerSecond", "UpdatesPerSecond", "TokensPerSecond", "ValidBestLoss"):
         assert key in results
+    assert "StepTimeMs" in results and "\nTrainingTime" not in results, "bs256 is tokens"
     check_profile(tmp_path / "out", "10 to 12", "aten::_fused_adamw_")
 
 

@@ -63,7 +63,7 @@ def test_a_run_and_what_it_leaves(whole):
     assert train[-1]["loss"] < train[0]["loss"] and all(line["target_std"] > 0.1 for line in train)
     assert any(line["kind"] == "val" for line in lines)
     results = (whole / "Data2vec_for_PyTorch_bs4_1p_acc.log").read_text()
-    for key in ("Status = OK", "ImagesPerSecond", "UpdatesPerSecond", "ValidBestLoss"):
+    for key in ("Status = OK", "ImagesPerSecond", "UpdatesPerSecond", "ValidBestLoss", "\nTrainingTime"):
         assert key in results
     checkpoint = last(whole)
     assert checkpoint["cfg"]["model"]["_name"] == "data2vec_vision" and "_ema" in checkpoint["model"]

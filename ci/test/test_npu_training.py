@@ -232,7 +232,7 @@ def test_training_that_is_resumed_has_the_losses_of_the_cpu(runs):
     assert_same_losses(runs.root / "npu", expected)
     (result,) = (runs.root / "npu").glob("*_acc.log")
     stored = result_file.read(result)
-    assert stored["Status"] == "OK" and stored["RankSize"] == "2" and "simulated" in stored["DeviceType"]
+    assert stored["Status"] == "OK" and stored["RankSize"] == "2" and "simulated" in stored["DeviceName"]
 
 
 def test_evaluation_has_the_loss_of_the_cpu(runs):
@@ -262,4 +262,4 @@ def test_the_evaluation_script_runs(runs):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (result,) = (runs.root / "evaluation").glob("*_acc.log")
     stored = result_file.read(result)
-    assert stored["Status"] == "OK" and "simulated" in stored["DeviceType"]
+    assert stored["Status"] == "OK" and "simulated" in stored["DeviceName"]

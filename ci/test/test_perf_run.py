@@ -22,7 +22,7 @@ CaseName = Stub_bs4_1p_perf
 RankSize = 1
 BatchSize = 4
 ActualFPS = $fps
-TrainingTime = 12.5
+StepTimeMs = 12.5
 PeakMemoryMiB = 300
 Status = OK
 END

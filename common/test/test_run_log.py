@@ -1,6 +1,7 @@
 """The log and the result file of a run: what users and collectors read."""
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -73,7 +74,9 @@ def test_fps_leaves_out_first_steps_and_pauses_but_not_waiting_for_data(tmp_path
                     work(40.0)
         values = log.finish()
     assert values["ActualFPS"] == pytest.approx(40 / (4 * (0.3 + 0.2)))
-    assert values["TrainingTime"] == pytest.approx(500)  # milliseconds a step
+    assert values["StepTimeMs"] == pytest.approx(500)
+    assert values["TrainingTime"] == pytest.approx(10 * 1000 / values["ActualFPS"])  # ModelZoo's awk line
+    assert values["DeviceType"] == platform.machine() and "CPU" in values["DeviceName"]
     assert any(line.get("evaluate_s") == 40.0 for line in lines(tmp_path))
     assert lines(tmp_path)[-1]["data_ms"] == pytest.approx(200)
 

@@ -98,7 +98,9 @@ class Report:
         values = self.log.finish(**known)
         if "ActualFPS" not in values:
             return
-        per_second = 1000 / values["TrainingTime"]
+        per_second = 1000 / values["StepTimeMs"]
+        if not self.config.dataset.batch_size:  # a batch counts tokens, and ModelZoo's key means samples
+            values.pop("TrainingTime")
         speed = {
             "ImagesPerSecond" if self.vision else "SequencesPerSecond": values["ActualFPS"],
             "UpdatesPerSecond": round(per_second, 4),

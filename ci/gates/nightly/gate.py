@@ -116,7 +116,7 @@ def run_case(
         result.reason = f"exit code {run.returncode}; {values.get('Error') or lines[-1].strip()}"
         return result
     result.case, result.fps = values["CaseName"], float(values["ActualFPS"])
-    result.step_ms, result.memory_mib = float(values["TrainingTime"]), int(values["PeakMemoryMiB"])
+    result.step_ms, result.memory_mib = float(values["StepTimeMs"]), int(values["PeakMemoryMiB"])
     result.key = {
         **machine.environment(device),
         "ranks": int(values["RankSize"]),
