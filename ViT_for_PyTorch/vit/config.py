@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.device import DEVICES, PRECISIONS
 from common.errors import UsageError
-from vit import mindformers_yaml, timm_models
+from vit import lora, mindformers_yaml, timm_models
 from vit.config_ranges import check_ranges
 from vit.data.augment import INTERPOLATIONS, Augmentation, rand_augment
 from vit.model import INITIALISATIONS, POOLINGS, PRESETS
@@ -32,7 +32,12 @@ class ModelConfig:
     global_pool: str | None = None  # avg or token; None = the model's own
     drop_path: float = 0.1
     init: str = "timm"  # starting weights; width or mimetic for narrow models from scratch (initialisation.py)
-    train: str = "all"  # or head: the backbone stays as it is
+    train: str = (
+        "all"  # head: the backbone stays as it is; lora: so do its layers, low-rank additions are trained (lora.py)
+    )
+    lora_rank: int = 8
+    lora_alpha: float = 16  # the additions are multiplied by alpha / rank
+    lora_layers: str = "qkv,proj,fc1,fc2"  # of every block
     gradient_checkpointing: bool = False
     compile: bool = False
 
@@ -189,7 +194,7 @@ def _check(config: Config) -> None:
         "model.global_pool": (config.model.global_pool, (None, *POOLINGS)),
         "data.interpolation": (config.data.interpolation, (None, *INTERPOLATIONS)),
         "model.init": (config.model.init, tuple(INITIALISATIONS)),
-        "model.train": (config.model.train, ("all", "head")),
+        "model.train": (config.model.train, ("all", "head", "lora")),
         "class_weights": (config.class_weights, ("none", "balanced")),
         "metric_for_best": (config.metric_for_best, ("top1", "top5", "loss")),
         "device": (config.device, DEVICES),
@@ -201,6 +206,7 @@ def _check(config: Config) -> None:
         if value not in allowed:
             raise UsageError(f"{key}={value}: choose one of {', '.join(filter(None, allowed))}")
     check_ranges(config)
+    lora.chosen_layers(config.model.lora_layers)
     if config.model.name not in (*PRESETS, "auto") and not timm_models.is_known(config.model.name):
         close = difflib.get_close_matches(config.model.name, PRESETS, 1, 0.4)
         raise UsageError(

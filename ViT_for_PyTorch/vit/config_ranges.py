@@ -11,6 +11,8 @@ RANGES = {
     "model.img_size": Range(1, 16384, whole=True),
     "model.num_classes": count,
     "model.drop_path": below_one,
+    "model.lora_rank": at_least_one,
+    "model.lora_alpha": positive,
     "data.num_workers": Range(0, 1024, whole=True),
     "data.mean": Range(-10, 10),
     "data.std": Range(0, 10, without=(0,)),

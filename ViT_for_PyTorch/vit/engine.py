@@ -159,7 +159,7 @@ def save(run: Run, log: RunLog, name: str = "") -> None:
     with log.pause("checkpoint"):
         if run.world.is_main:
             save_class_names(folder, run.data.class_names)
-        if sharded and name:
+        if name and (sharded or run.config.model.train == "lora"):
             checkpoint.save_whole(folder / name, values, run.model, ema)
             return
         path = folder / (name or f"checkpoint-{run.state.step}{'' if sharded else '.pt'}")

@@ -17,8 +17,8 @@ from common.distributed import World, barrier, broadcast_object
 from common.errors import UsageError
 from common.update import GuardedStep, LossScale, loss_scale
 from vit import config as configuration
-from vit import cpu_patches, download, npu_patches
-from vit.config import Config
+from vit import cpu_patches, download, lora, npu_patches
+from vit.config import Config, ModelConfig
 from vit.data.augment import Augmentation
 from vit.find_weights import checkpoint_of
 from vit.model import ClassifyingViT, ViTConfig
@@ -73,7 +73,7 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
     options = config.optimizer
     if world.is_main and options.warmup_epochs >= config.epochs:
         print(f"warning: the run ends inside its warm-up ({config.epochs} of {options.warmup_epochs:g} epochs)")
-    freeze(model, config.model.train)
+    freeze(model, config.model)
     ema = build_ema(model, options.ema_decay)
     trained = over_ranks(config, world, model, ema)  # before the optimizer, which must see the shards
     optimizer = build_optimizer(
@@ -116,9 +116,12 @@ def balanced_weights(data: Data) -> torch.Tensor:
     return counts.float().mean() / counts
 
 
-def freeze(model: ClassifyingViT, train: str) -> None:
-    """Leaves only what `train` names to be trained: all, or the head alone, on features that stay as they are."""
-    if train == "head":
+def freeze(model: ClassifyingViT, options: ModelConfig) -> None:
+    """Leaves only what `options.train` names to be trained: all, the head alone on features that stay as they are, or
+    the head and LoRA's additions."""
+    if options.train == "lora":
+        lora.add(model, options.lora_rank, options.lora_alpha, options.lora_layers)
+    elif options.train == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("head."))
 
@@ -181,6 +184,8 @@ def identity_of(config: Config, data: Data, model: ClassifyingViT) -> dict[str, 
     seen = {key: value for key, value in dict(model.config).items() if key != "batch_size"}
     kept: dict[str, Any] = {"data": run_folder.listing_identity(names, folder.targets, folder.classes, folder.root)}
     kept |= {"model": seen, "augmentation": recipe, "optimizer": options["optimizer"], "train": config.model.train}
+    if config.model.train == "lora":
+        kept["lora"] = {key: value for key, value in options["model"].items() if key.startswith("lora_")}
     return kept | {key: options[key] for key in ("epochs", "precision", "class_weights")}
 
 

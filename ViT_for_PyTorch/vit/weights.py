@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from common import checkpoint_file, shards
-from vit import hub_files, mindspore_checkpoint
+from vit import hub_files, lora, mindspore_checkpoint
 from vit.hub_files import MODEL_FILES
 from vit.model import PRESETS, reset_head
 
@@ -47,9 +47,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         except ValueError as error:
             raise checkpoint_file.CheckpointError(f"{path}: {error}") from error
     if path.is_dir():
-        return _by_our_names(path, shards.read_shards(path)), _recorded_by_us(shards.load_progress(path))
+        progress = shards.load_progress(path)
+        return _plain(_by_our_names(path, shards.read_shards(path)), progress), _recorded_by_us(progress)
     content = checkpoint_file.load(path)
-    return _by_our_names(path, content), _recorded_by_us(content)
+    return _plain(_by_our_names(path, content), content), _recorded_by_us(content)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -81,6 +82,11 @@ def _by_our_names(path: Path, content: Any) -> dict[str, Tensor]:
         return hub_files.from_hugging_face(state) if hub_files.is_hugging_face(state) else state
     except KeyError as error:
         raise checkpoint_file.CheckpointError(f"{path}: lacks {error} of an attention") from None
+
+
+def _plain(state: dict[str, Tensor], content: Any) -> dict[str, Tensor]:
+    """Of a run with LoRA the merged weights."""
+    return lora.merged(state, lora.scale_of(content["config"]["model"])) if lora.has_adapters(state) else state
 
 
 def _recorded_by_us(content: Any) -> dict[str, Any]:

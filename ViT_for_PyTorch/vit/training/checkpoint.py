@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import checkpoint_file, shards
 from common.errors import UsageError
 from common.update import LossScale
+from vit import lora
 
 
 @dataclass
@@ -78,8 +79,17 @@ def save_sharded(
 
 
 def save_whole(path: Path, values: dict[str, Any], model: nn.Module, ema: nn.Module | None) -> None:
-    """Writes the weights of a sharded run as one plain file, without the optimizer. All ranks call it."""
-    tensors = {"model": shards.whole_state(model), "ema": None if ema is None else shards.whole_state(ema)}
+    """Writes the weights of a sharded run, or of one with LoRA, as one plain file, without the optimizer.
+
+    All ranks of a sharded run call it, of another one the main rank.
+    """
+    options = values["config"]
+
+    def whole(module: nn.Module) -> dict[str, Tensor]:
+        state = shards.whole_state(module) if options["parallel"] == "fsdp" else module.state_dict()
+        return lora.merged(state, lora.scale_of(options["model"])) if lora.has_adapters(state) else state
+
+    tensors = {"model": whole(model), "ema": None if ema is None else whole(ema)}
     if tensors["model"]:  # the main rank
         checkpoint_file.save(tensors | values, path)
 

@@ -1,0 +1,91 @@
+"""LoRA: what is trained, what a checkpoint holds, and that the merged weights are a plain model of the same answers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import run_vit
+import vit
+from common import checkpoint_file
+from common.errors import UsageError
+from vit import lora, weights
+
+LORA = ["model.train=lora", "model.lora_rank=3", "model.lora_alpha=5", "model.lora_layers=qkv,fc2"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for index in range(24):
+        path = root / ("val" if index % 3 == 0 else "train") / ("ant", "bee")[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A pretrained stand-in with another head."""
+    torch.manual_seed(0)
+    model = vit.create_model("vit_demo", 5, img_size=16)
+    return vit.save_pretrained(model, tmp_path_factory.mktemp("base") / "m")
+
+
+def train(pictures, base, output, *more: str) -> None:
+    words = ["--run_mode", "finetune", "--train_dataset_dir", f"{pictures}/train", "--eval_dataset_dir"]
+    words += [f"{pictures}/val", "--load_checkpoint", str(base), "--output_dir", str(output), "--device", "cpu"]
+    words += ["--batch_size", "4", "--num_workers", "0", "--epochs", "2", "optimizer.base_lr=0.1"]
+    run_vit.main([*words, "model.name=auto", "optimizer.warmup_epochs=0", *LORA, *more])
+
+
+def test_only_the_additions_and_the_head_are_trained_and_the_merged_weights_are_plain(pictures, base, tmp_path):
+    train(pictures, base, tmp_path)
+    whole = checkpoint_file.load(tmp_path / "checkpoints" / "checkpoint-8.pt")
+    state, before = whole["model"], weights.read_state_dict(base)
+    for name, tensor in state.items():
+        plain = name.replace(".base_layer.", ".")
+        if plain in before and not name.startswith("head."):
+            assert torch.equal(tensor, before[plain]), name
+    added = {name for name in state if "lora_" in name}
+    assert len(added) == 2 * 2 * 4 and all(".qkv." in name or ".fc2." in name for name in added)
+    assert all(state[name].abs().max() > 0 for name in added), "lora_B starts at 0: it was trained"
+
+    merged = weights.read_state_dict(tmp_path / "checkpoints" / "checkpoint-8.pt")
+    assert merged.keys() == before.keys() and not torch.equal(
+        merged["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"]
+    )
+    model = vit.AutoModel.from_pretrained(tmp_path / "checkpoints" / "checkpoint-8.pt")
+    with_parts = vit.AutoModel.from_pretrained(tmp_path / "checkpoints" / "checkpoint-8.pt")
+    lora.add(with_parts, 3, 5, "qkv,fc2")
+    with_parts.load_state_dict(state)
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(model(images), with_parts(images), rtol=1e-5, atol=1e-6)
+    best = checkpoint_file.load(tmp_path / "checkpoints" / "best.pt")["model"]
+    assert best.keys() == before.keys()
+
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    run_vit.main(
+        ["--run_mode", "eval", "--eval_dataset_dir", f"{pictures}/val", "--load_checkpoint", str(tmp_path), "--device"]
+        + ["cpu", "--num_workers", "0", "--output_dir", str(tmp_path / "eval")]
+    )
+    result = next((tmp_path / "eval").glob("*.log")).read_text()
+    assert f"Top1 = {max(line['correct'] for line in logged if line['kind'] == 'eval')}" in result
+
+
+def test_a_run_with_lora_is_resumed_and_its_settings_are_part_of_it(pictures, base, tmp_path):
+    train(pictures, base, tmp_path / "whole")
+    train(pictures, base, tmp_path / "parts", "max_steps=3")
+    with pytest.raises(UsageError, match="lora.lora_rank was 3, is now 4"):
+        train(pictures, base, tmp_path / "parts", "model.lora_rank=4", "--resume_training")
+    train(pictures, base, tmp_path / "parts", "--resume_training")
+    whole, parts = (checkpoint_file.load(tmp_path / n / "checkpoints" / "checkpoint-8.pt") for n in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def test_a_layer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UsageError, match="model.lora_layers=qkv,head: choose some of qkv,proj,fc1,fc2"):
+        vit.Trainer(output_dir=tmp_path, overrides={"model.lora_layers": "qkv,head"})
