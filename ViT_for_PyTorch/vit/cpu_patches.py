@@ -61,5 +61,5 @@ def apply(model: nn.Module, device: torch.device) -> None:
         return
     for behaviour in chosen(PATCHES, "CPU_PATCHES_OFF").values():
         for block in model.blocks:
-            if not isinstance(block, behaviour):
+            if isinstance(block, Block) and not isinstance(block, behaviour):  # timm has blocks of other kinds, too
                 block.__class__ = type(behaviour.__name__, (behaviour, type(block)), {})

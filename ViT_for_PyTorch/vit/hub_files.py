@@ -138,8 +138,8 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def _of_timm(content: dict[str, Any]) -> dict[str, Any]:
     changes = {key: content[key] for key in ("num_classes", "global_pool") if key in content}
-    config = config_of_architecture(content["architecture"], content.get("pretrained_cfg"), **changes)
-    return dict(config)
+    arguments = content.get("model_args")
+    return dict(config_of_architecture(content["architecture"], content.get("pretrained_cfg"), arguments, **changes))
 
 
 def _of_hugging_face(content: dict[str, Any], preprocessing: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def save_pretrained(model: ClassifyingViT, folder: str | Path, class_names: Sequ
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     content: dict[str, Any] = {
-        "architecture": "vit_base_patch16_224",  # the family; the sizes are in model_args
+        "architecture": config.architecture or "vit_base_patch16_224",  # the family; the sizes are in model_args
         "num_classes": config.num_classes,
         "global_pool": config.global_pool,
         "model_args": _timm_arguments(config),
@@ -210,6 +210,8 @@ def save_pretrained(model: ClassifyingViT, folder: str | Path, class_names: Sequ
 
 def _timm_arguments(config: ViTConfig) -> dict[str, Any]:
     """What `timm.create_model` needs beside the architecture."""
+    if config.architecture:
+        return {"img_size": config.image_size}
     same = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "fc_norm", "class_token", "reg_tokens")
     same += ("global_pool", "qkv_bias", "qk_norm", "pre_norm", "no_embed_class")
     arguments = {"img_size": config.image_size, **{name: config[name] for name in same}}

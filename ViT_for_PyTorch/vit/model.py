@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, trunc_normal_
@@ -54,6 +55,7 @@ class ViTConfig:
         class_token, reg_tokens, no_embed_class, qkv_bias, qk_norm, layer_scale, pre_norm, norm_eps: of other ViTs,
             timm's and Hugging Face's; MAE's are the defaults.
         mean, std, interpolation, crop_ratio: of the pictures the model was trained on.
+        architecture: name of a timm model that is built otherwise than the fields above can say; "" = as they say.
         batch_size: of the training recipe, per device; nothing is built from it.
     """
 
@@ -82,6 +84,7 @@ class ViTConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop_ratio: float = 224 / 256
+    architecture: str = ""
 
     def __post_init__(self) -> None:
         if self.in_chans != 3:
@@ -89,11 +92,11 @@ class ViTConfig:
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "image_size", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and not self.architecture:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.embed_dim % self.num_heads:
+        if self.embed_dim % self.num_heads and not self.architecture:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        if self.global_pool not in POOLINGS:
+        if self.global_pool not in POOLINGS and not self.architecture:
             raise ValueError(f"global_pool must be 'avg' or 'token', not {self.global_pool!r}")
         if self.stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, not {self.stem!r}")
@@ -146,7 +149,23 @@ def build(config: ViTConfig, kind: type[ClassifyingViT] = ClassifyingViT, init: 
     """A model [B, 3, S, S] -> logits [B, C] in training mode with fresh weights; parameters have MAE's names."""
     if init not in INITIALISATIONS:
         raise ValueError(f"init must be one of {', '.join(INITIALISATIONS)}, not {init!r}")
-    model = kind(
+    model = _of_timm(config, kind) if config.architecture else _of_fields(config, kind)
+    model.config = config
+    INITIALISATIONS[init](model)
+    reset_head(model)
+    return model
+
+
+def _of_timm(config: ViTConfig, kind: type[ClassifyingViT]) -> ClassifyingViT:
+    """timm's own model, with our head: `kind` only replaces methods of timm's class."""
+    sizes = {"img_size": config.image_size, "num_classes": config.num_classes, "global_pool": config.global_pool}
+    model = timm.create_model(config.architecture, drop_path_rate=config.drop_path_rate, **sizes)
+    model.__class__ = kind
+    return model
+
+
+def _of_fields(config: ViTConfig, kind: type[ClassifyingViT]) -> ClassifyingViT:
+    return kind(
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.embed_dim,
@@ -168,10 +187,6 @@ def build(config: ViTConfig, kind: type[ClassifyingViT] = ClassifyingViT, init: 
         act_layer=nn.GELU,
         embed_layer=STEMS[config.stem],
     )
-    model.config = config
-    INITIALISATIONS[init](model)
-    reset_head(model)
-    return model
 
 
 def model_names() -> list[str]:

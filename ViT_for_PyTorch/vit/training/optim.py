@@ -12,7 +12,7 @@ from common.device import fused_adamw
 
 def _layer_of(name: str, depth: int) -> int:
     """0 for the embeddings, 1..depth for the blocks, depth + 1 for the final norm and the head."""
-    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+    if name in ("cls_token", "reg_token", "pos_embed") or name.startswith(("patch_embed.", "norm_pre.")):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
