@@ -120,7 +120,7 @@ def test_foreign_and_broken_folders_are_named(tmp_path):
 
 
 def test_a_model_of_timms_own_build_is_loaded_trained_saved_and_read_back(tmp_path):
-    """Attention pooling, tanh GELU: what fields of ours cannot say; logits are timm's to the bit, on the CPU's path, too."""
+    """Attention pooling, tanh GELU: what fields of ours cannot say; logits are timm's, on the CPU's path, too."""
     theirs = timm.create_model("test_vit3", img_size=32, num_classes=5).eval()
     torch.nn.init.normal_(theirs.head.weight)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
