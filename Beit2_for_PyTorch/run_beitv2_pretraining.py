@@ -22,7 +22,7 @@ from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.memory_plan import plan_memory
 from beit2.training.parallel import new_replica
 from beit2.training.pretraining_loss import token_loss
-from beit2.training.run import Run, new_run, training_steps
+from beit2.training.run import Run, new_run, replay_step, training_steps
 from common import device as devices
 from common.distributed import World, process_group
 from common.errors import print_usage_errors
@@ -59,6 +59,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     normalizer = Normalizer(*mean_and_std(options), world.device)
     loss_of = functools.partial(token_loss, replica.wrapped, tokenizer, normalizer, precision)
 
+    if options.replay:
+        return replay_step(run, dataset, loss_of, collate)
     with run.open_log() as log:
         log.info(f"{options.model}: {replica.parameter_count:,} parameters, {precision} on {world.device.type}")
         batch = f"{options.batch_size} x {options.update_freq} x {world.size} ranks"

@@ -25,7 +25,7 @@ from beit2.options import mean_and_std, pick_precision, schedules
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log, plain_options
 from beit2.training.identity import run_identity
 from beit2.training.parallel import Replica
-from beit2.training.run import Done, Run, new_run, training_steps
+from beit2.training.run import Done, Run, new_run, replay_step, training_steps
 from beit2.training.state import Scalars
 from common import checkpoint_file, distributed
 from common import device as devices
@@ -66,6 +66,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     best = float(run.kept.get("best_acc1", -1.0))  # below any accuracy
     loss_of = functools.partial(classification_loss, replica.wrapped, criterion, mixup, normalizer, precision)
 
+    if options.replay:
+        return replay_step(run, training, loss_of)
     with run.open_log() as log:
         batches, results = run_batches(training, options, world, steps, run.state.step, run.last), {}
         for done in training_steps(run, log, batches, loss_of):

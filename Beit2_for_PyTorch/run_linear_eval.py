@@ -24,7 +24,7 @@ from beit2.options import mean_and_std, pick_precision
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
 from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.parallel import Replica
-from beit2.training.run import Run, due, new_run, training_steps
+from beit2.training.run import Run, due, new_run, replay_step, training_steps
 from beit2.training.state import Scalars
 from common import device as devices
 from common import distributed
@@ -78,6 +78,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     best = float(run.kept.get("best_acc1", 0.0))
     loss_of = functools.partial(probe_loss, run.replica.wrapped, encoder, normalizer, precision)
 
+    if options.replay:
+        return replay_step(run, dataset, loss_of)
     with run.open_log() as log:
         batches, results = run_batches(dataset, options, world, steps, run.state.step, run.last), {}
         for done in training_steps(run, log, batches, loss_of):

@@ -23,7 +23,7 @@ from beit2.options import pick_precision, schedule
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
 from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.parallel import Replica
-from beit2.training.run import Run, new_run, training_steps
+from beit2.training.run import Run, new_run, replay_step, training_steps
 from beit2.training.state import Scalars
 from common import device as devices
 from common import distributed
@@ -61,6 +61,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     if run.state.step % steps == 0:
         tokenizer.quantize.reset_usage()
 
+    if options.replay:
+        return replay_step(run, dataset, loss_of)
     with run.open_log() as log:
         batches, results = run_batches(dataset, options, world, steps, run.state.step, run.last), {}
         for done in training_steps(run, log, batches, loss_of):

@@ -40,11 +40,11 @@ def main(argv: list[str] | None = None) -> dict:
         facts = identity.facts(setup, data_args, args, world, total_steps or 0)
         checkpoint, changed = None, None
         if args.do_train:
-            wanted, afresh = args.resume_from_checkpoint, args.overwrite_output_dir
+            wanted, afresh = args.resume_from_checkpoint, args.overwrite_output_dir and not args.replay
             checkpoint, changed = resume.agree(args.output_dir, wanted, afresh, facts, args.accept_changes, world)
 
         with reports.open_log(args, world, total_steps, resumed=checkpoint is not None) as log:
-            if world.is_main:
+            if world.is_main and not args.replay:
                 resume.prepare_folder(args.output_dir, checkpoint, args.do_train)
             if changed:
                 log.info(changed)
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> dict:
                 processing_class=setup.processor,
                 callbacks=[callback],
             )
+            if args.replay:
+                return reports.replay_step(trainer, log, checkpoint)
             if args.do_train:
                 reports.train(trainer, log, checkpoint)
             metrics = reports.evaluate(trainer, log, setup) if args.do_eval else {}

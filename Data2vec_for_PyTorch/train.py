@@ -11,6 +11,7 @@ Options are those of fairseq-hydra-train: a YAML file and dotted overrides. The 
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from common import device as devices
-from common import distributed
+from common import distributed, replay
 from common.checkpoint_file import CheckpointError, load
 from common.errors import UsageError, print_usage_errors
 from common.result_file import keep_aside
@@ -31,7 +32,15 @@ from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
 from data2vec.training.checkpoint import save_checkpoints
 from data2vec.training.report import Report
 from data2vec.training.resume import checkpoint_to_resume, identity_of, resume
-from data2vec.training.update import Run, TrainState, make_state, train_update, validate
+from data2vec.training.update import (
+    Run,
+    TrainState,
+    accumulate_gradients,
+    ema_decay,
+    make_state,
+    train_update,
+    validate,
+)
 from data2vec.weights.huggingface import load_huggingface
 from data2vec.weights.pretrained import load_weights
 from data2vec.weights.vision_weights import load_huggingface_vision
@@ -67,13 +76,17 @@ def main(argv: list[str] | None = None) -> None:
             notes.append(resume(state, config, checkpoint, data, options.accept_changes))
         else:
             notes.append(weights_to_begin_with(state, config))
+        if options.replay:
+            return replay_update(
+                Run(config, world, precision, forward_of(config, data, world.device), state), data, options
+            )
         goes_on = checkpoint is not None and checkpoint.resolve().parent == save_dir.resolve()
         limit = min(config.optimization.max_update, options.max_steps or config.optimization.max_update)
         log = RunLog(
             options.output_dir,
             world,
             "Data2vec_for_PyTorch",
-            config.dataset.batch_size or config.dataset.max_tokens,
+            batch_size(config),
             options.case_kind,
             total_steps=limit,
             log_every=config.common.log_interval,
@@ -107,6 +120,29 @@ def weights_to_begin_with(state: TrainState, config: DictConfig) -> str | None:
     except CheckpointError as error:
         raise UsageError(str(error)) from None
     return f"weights of {weights}{words and ': '}{words}"
+
+
+def batch_size(config: DictConfig) -> int:
+    """As the result file's name has it: of samples, or where batches are of a length, of tokens."""
+    return config.dataset.batch_size or config.dataset.max_tokens
+
+
+def replay_update(run: Run, data: SplitBatches, options: argparse.Namespace, notes: list[str | None]) -> None:
+    """--replay: the recorded update once more on the weights that the run would go on from."""
+    recorded, state = replay.read(options.replay, place=("epoch", "iterations")), run.state
+    state.num_updates = recorded.step - 1
+    state.epoch, state.iterations = recorded.place["epoch"], recorded.place["iterations"]
+    loader = data.train_batches(state.epoch, state.iterations).loader(run.config.dataset.num_workers)
+    batches = [batch.to(run.world.device) for batch in islice(loader, run.config.optimization.update_freq[0])]
+    decay = ema_decay(run.config, state.num_updates)
+    with RunLog(
+        options.output_dir, run.world, "Data2vec_for_PyTorch_replay", batch_size(run.config), options.case_kind,
+        evaluation=True,
+    ) as log:  # fmt: skip
+        for text in notes:
+            if text:
+                log.info(text)
+        replay.run(recorded, log, state.model, state.step, lambda: accumulate_gradients(run, batches, decay)[0])
 
 
 def train(run: Pretraining) -> None:

@@ -43,6 +43,7 @@ OPTION_KEYS = {
     "output_dir": "output_dir",
     "case_kind": "case_kind",
     "do_eval": "do_eval",
+    "replay": "replay",
     "accept_changes": "accept_changes",
     "profile": "profile",
 }

@@ -109,12 +109,7 @@ def agree_on(path: Path | None, world: World) -> Path | None:
     path = broadcast_object(path)
     if path is None or world.size == 1:
         return path
-    own = (socket.gethostname(), None)
-    with contextlib.suppress(OSError):
-        file = path / checkpoint_file.SEAL if (path / checkpoint_file.SEAL).exists() else path
-        with contextlib.nullcontext() if path.is_dir() and file == path else open(file, "rb") as content:
-            own = (own[0], content and (content.seek(-64, os.SEEK_END), content.read())[1])  # its digest
-    answers = gather_objects(own)
+    answers = gather_objects((socket.gethostname(), _end_of(path)))
     others = sorted({host for host, digest in answers if digest != answers[0][1]})
     if others:
         raise UsageError(
@@ -122,6 +117,19 @@ def agree_on(path: Path | None, world: World) -> Path | None:
             "an --output_dir that they share, or copy it to each"
         )
     return path
+
+
+def _end_of(path: Path) -> bytes | None:
+    """The last bytes of a checkpoint file or of a folder's seal, which hold its digest; None where it is not there."""
+    seal = path / checkpoint_file.SEAL
+    if path.is_dir() and not seal.exists():
+        return b""  # of an earlier version
+    try:
+        with open(seal if path.is_dir() else path, "rb") as file:
+            file.seek(-min(64, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return file.read()
+    except OSError:
+        return None
 
 
 # -- what a resumed run must share -----------------------------------------------------------------------------------

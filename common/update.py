@@ -145,15 +145,23 @@ class GuardedStep:
         self.clip_norm, self.clip_eps, self.after, self.remedy = clip_norm, clip_eps, after, remedy
         self.skipped_in_a_row = 0
         self._first_bad: Tensor | None = None  # int64 [2]: first step with a bad loss of this rank, with a bad gradient
-        self._samples: deque[tuple[int, Sequence[Any]]] = deque(maxlen=_REMEMBERED)
+        self._samples: deque[tuple[int, Sequence[Any], dict[str, int]]] = deque(maxlen=_REMEMBERED)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What `backward` is called on."""
         return loss * self.scale.scale if self.scale.enabled else loss
 
-    def remember(self, step: int, samples: Sequence[Any]) -> None:
-        """Which samples this rank takes in a step, so that a stop can name them. Keeps references, copies nothing."""
-        self._samples.append((step, samples))
+    def remember(self, step: int, samples: Sequence[Any], **place: int) -> None:
+        """Which samples this rank takes in a step, so that a stop can name them. Keeps references, copies nothing.
+
+        Args:
+            place: where in the data they are, for `replay.json`, if the step's number alone does not say it.
+        """
+        self._samples.append((step, samples, place))
+
+    def samples_of(self, step: int) -> list[str]:
+        """The remembered names."""
+        return [str(name) for number, names, _ in self._samples if number == step for name in names]
 
     @torch.no_grad()
     def __call__(self, step: int, loss: Tensor, divisor: Tensor | float = 1.0) -> Outcome:
@@ -225,7 +233,7 @@ class GuardedStep:
             raise NonFiniteStep(
                 f"{MAX_SKIPPED} steps in a row without an update, the last is step {step}: fp16 gradients overflow at "
                 f"every loss scale (now {self.scale.scale:g}); use bf16 or fp32. The last checkpoint is intact",
-                {"step": step, "ranks": {}},
+                self._replay(step, {}),
             )
         return finite
 
@@ -240,8 +248,7 @@ class GuardedStep:
         here = min((step for step in found if step), default=0)
         step = min((step for step in distributed.gather_objects(here) if step), default=0)
         own_loss = found[0] == step
-        samples = [list(map(str, names)) for number, names in self._samples if number == step]
-        seen = distributed.gather_objects((own_loss, [name for names in samples for name in names]))
+        seen = distributed.gather_objects((own_loss, self.samples_of(step)))
         culprits = [rank for rank, (bad_loss, _) in enumerate(seen) if bad_loss]
         what = "the loss" if culprits else "the gradient"
         where = f" on rank {', '.join(map(str, culprits))}" if culprits else ""
@@ -253,8 +260,13 @@ class GuardedStep:
         raise NonFiniteStep(
             f"{what} became inf or nan at step {step}{where}{shown}; {fate}, the last checkpoint is intact. "
             f"{self.remedy}",
-            {"step": step, "ranks": ranks},
+            self._replay(step, ranks),
         )
+
+    def _replay(self, step: int, ranks: dict[str, list[str]]) -> dict[str, Any]:
+        """What common/replay.py reads."""
+        place = next((place for number, _, place in self._samples if number == step), {})
+        return {"step": step, "ranks": ranks, "world_size": distributed.world_size(), "place": place}
 
 
 @contextlib.contextmanager

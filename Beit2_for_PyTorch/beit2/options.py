@@ -79,6 +79,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log_every", type=int, default=10, help="steps between two lines of the log")
     group.add_argument("--save_every", type=int, default=0, help="steps between two saves inside an epoch; 0 = none")
     group.add_argument("--resume", default="", help="checkpoint file or URL, or 'auto'")
+    group.add_argument("--replay", metavar="FILE", help="replay.json of a run that stopped: that one batch again")
     group.add_argument("--accept_changes", default="", metavar="NAMES", help="go on although these differ; or 'all'")
     group.add_argument("--auto_resume", action="store_true", default=True)
     group.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")

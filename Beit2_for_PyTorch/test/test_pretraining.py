@@ -199,13 +199,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(
 
     def broken(logits, labels):
         calls.append(1)
-        return real(logits, labels) * (float("nan") if len(calls) > 2 else 1.0)  # two heads a step
+        return real(logits, labels) * (float("nan") if 2 < len(calls) < 7 else 1.0)  # two heads a step
 
     monkeypatch.setattr(losses.F, "cross_entropy", broken)
     with pytest.raises(SystemExit, match=r"loss became inf or nan at step 3 on rank 0 \(samples .*\.(jpg|png)"):
         run(pictures, tokenizer_file, tmp_path)
     replay = json.loads((tmp_path / "replay.json").read_text())
     assert replay["step"] == 3 and len(replay["ranks"]["0"]) == 4
+    findings = [
+        run(pictures, tokenizer_file, tmp_path, "--replay", str(tmp_path / "replay.json"))["Replay"] for _ in "12"
+    ]
+    assert "not finite again" in findings[0] and "gradient of an output that is not finite: lm_head" in findings[0]
+    assert findings[1].startswith("finite, the loss is ")
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 

@@ -330,6 +330,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(pairs_table, tiny_model, tmp_pa
     assert stored["Status"] == "FAILED" and "ActualFPS" not in stored
     replay = json.loads((tmp_path / "out/replay.json").read_text())
     assert replay["step"] == 1 and len(replay["ranks"]["0"]) == 8
+    again = ["--replay", str(tmp_path / "out/replay.json")]
+    found = run(tmp_path / "out", folder, *train_options(pairs_table, "--max_steps", "2"), *again)["Replay"]
+    assert "not finite again" in found and "first output that is not finite: text_projection on rank 0" in found
+    found = run(tmp_path / "out", tiny_model, *train_options(pairs_table, "--max_steps", "2"), *again)["Replay"]
+    assert found.startswith("finite, the loss is ") and not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_mixed_precision_is_really_mixed(pairs_table, model_without_dropout, tmp_path):

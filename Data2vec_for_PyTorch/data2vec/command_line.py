@@ -80,6 +80,7 @@ def _options(argv: list[str] | None, description: str) -> argparse.Namespace:
     parser.add_argument("--save_every", type=int, help="over checkpoint.save_interval_updates")
     parser.add_argument("--num_workers", type=int, help="over dataset.num_workers")
     parser.add_argument("--resume", help="auto (checkpoint.restore_file when it exists), none, or a checkpoint")
+    parser.add_argument("--replay", metavar="FILE", help="replay.json of a run that stopped: that one batch again")
     parser.add_argument(
         "--accept_changes", default="", metavar="NAMES", help="go on from a checkpoint in spite of these differences"
     )
@@ -93,7 +94,7 @@ def _options(argv: list[str] | None, description: str) -> argparse.Namespace:
 
 def _apply(options: argparse.Namespace, config: DictConfig) -> list[str]:
     """Brings flags into the configuration; returns notes."""
-    if options.resume not in (None, "auto"):
+    if options.resume not in (None, "auto") and not (options.replay and options.resume == "none"):
         config.checkpoint.restore_file = options.resume
     if config.common.cpu:
         options.device = "cpu"

@@ -147,12 +147,20 @@ def test_nan_never_reaches_a_checkpoint(train_main, tiny, corpus, tmp_path, monk
     monkeypatch.setattr(train, "make_state", lambda *a: states.append(make_state(*a)) or states[-1])
     if not device_waits:
         monkeypatch.setattr(GuardedStep, "_may_apply", lambda *a: True)
+    command = [tmp_path / "out", "--log_every", "100", "--save_every", "5"]
     with pytest.raises(SystemExit, match=r"step 3 on rank 0 \(samples \d+, "):
-        run(train_main, tiny, corpus, tmp_path / "out", "--log_every", "100", "--save_every", "5")
+        run(train_main, tiny, corpus, *command)
     assert not list((tmp_path / "out").glob("checkpoints/*.pt"))
     finite = all(torch.isfinite(p).all() for p in states[0].model.parameters())
     assert finite == device_waits and states[0].num_updates == (2 if device_waits else 5)
     assert "Status = FAILED" in (tmp_path / "out" / "Data2vec_for_PyTorch_bs256_1p_acc.log").read_text()
+    if device_waits:
+        monkeypatch.setattr(train, "forward_of", whole)
+        run(train_main, tiny, corpus, *command, "--replay", str(tmp_path / "out/replay.json"))
+        replayed = (tmp_path / "out" / "Data2vec_for_PyTorch_replay_bs256_1p_acc.log").read_text()
+        assert "Replay = finite, the loss is " in replayed
+        with pytest.raises(SystemExit, match="other samples"):
+            run(train_main, tiny, corpus, *command, "--seed", "5", "--replay", str(tmp_path / "out/replay.json"))
 
 
 def test_fp16_that_overflows_for_ever_ends(train_main, tiny, corpus, tmp_path, capsys):

@@ -291,6 +291,31 @@ def test_a_diverging_run_stops_and_says_failed(pictures, tmp_path):
         assert all(torch.isfinite(value).all() for value in checkpoint_file.load(newest)["model"].values())
 
 
+def test_replay_runs_the_batch_that_was_not_finite_and_names_the_first_layer(pictures, tmp_path, monkeypatch):
+    whole, calls = engine.to_model_input, []
+
+    def broken(*arguments):
+        images, target = whole(*arguments)
+        calls.append(1)
+        return images * (float("nan") if len(calls) in (4, 5) else 1.0), target
+
+    monkeypatch.setattr(engine, "to_model_input", broken)
+    command = ["--epochs", "2", "--save_every", "1"]
+    with pytest.raises(SystemExit, match="inf or nan at step 4"):
+        train(pictures, tmp_path, *command)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    findings = []
+    for _ in range(2):
+        train(pictures, tmp_path, *command, "--replay", str(tmp_path / "replay.json"))
+        findings.append(result_file.read(tmp_path / "ViT_for_PyTorch_replay_bs4_1p_acc.log")["Replay"])
+    assert "not finite again" in findings[0] and "patch_embed.proj on rank 0" in findings[0], findings
+    assert findings[1].startswith("finite, the loss is ")
+    assert {path: path.read_bytes() for path in before} == before  # nothing is trained, saved or moved
+    with pytest.raises(SystemExit, match="seed was 3, is now 4"):
+        other = ["--seed", "4", "--replay", str(tmp_path / "replay.json")]
+        train(pictures, tmp_path, *command, *other)
+
+
 def test_a_corrupt_picture_is_skipped_named_and_counted_and_many_are_an_error(tmp_path):
     root = tmp_path / "set"
     for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):

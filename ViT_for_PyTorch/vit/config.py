@@ -89,6 +89,7 @@ class Config:
     loss_scale: str = "dynamic"  # fp16: dynamic, or a number
     load_checkpoint: str = ""  # weights to start from, to evaluate or to predict with
     resume_training: str = ""  # "auto" = the newest checkpoint in output_dir if there is one, or a file
+    replay: str = ""  # replay.json of a run that stopped: that one batch again from the checkpoint, and nothing else
     accept_changes: str = ""  # names that a resumed run may have otherwise than its checkpoint, with commas; or all
     class_weights: str = "none"  # balanced: rare classes count as much as frequent ones
     do_eval: bool = True

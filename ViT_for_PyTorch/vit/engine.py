@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import checkpoint_file, shards
+from common import checkpoint_file, replay, shards
 from common import device as devices
 from common.distributed import World, all_reduce_mean, gather_objects, process_group
 from common.preemption import until_asked
@@ -46,6 +46,8 @@ def train(config: Config) -> dict[str, Any]:
         run = prepare(config, world, data, model)
         if resumed_from is not None:
             resume(run, resumed_from)
+        if config.replay:
+            return replay_step(run, resumed_from)
         with open_log(run, resumed_from) as log:
             batches = training_batches(data.training, config.accumulate, run.state.step)
             score = evaluate_if_due(run, log)  # what a stop has interrupted
@@ -94,6 +96,18 @@ def open_log(run: Run, resumed_from: Path | None) -> RunLog:
         needs_shared=config.parallel == "fsdp",
         profile=config.profile,
     )
+
+
+def replay_step(run: Run, source: Path | None) -> dict[str, Any]:
+    """The step of a replay.json once more, on the weights of the checkpoint `source` or those a run begins with."""
+    config, recorded = run.config, replay.read(run.config.replay)
+    step = recorded.step - 1
+    batches = training_batches(run.data.training, config.accumulate, step)
+    with RunLog(
+        config.output_dir, run.world, f"{NETWORK}_replay", config.batch_size, config.case_kind, evaluation=True
+    ) as log:
+        log.info(f"weights: {source or 'those that a run begins with'}; {config.precision}")
+        return replay.run(recorded, log, run.model, run.update, lambda: forward_backward(run, step, batches, log))
 
 
 def learning_rate(config: Config, shape: RunShape, epoch: float) -> float:

@@ -147,7 +147,7 @@ def to_resume(config: Config, world: World) -> tuple[Path | None, Config]:
     """
     path, accumulate = None, config.accumulate
     if world.is_main:
-        path = checkpoint.find(config.resume_training, config.output_dir)
+        path = checkpoint.find(config.resume_training or ("auto" if config.replay else ""), config.output_dir)
     path = run_folder.agree_on(path, world)
     if world.is_main and path is not None:
         accumulate = checkpoint.accumulate_on(path, config.batch_size, config.accumulate, world.size)
@@ -171,7 +171,7 @@ def resume(run: Run, path: Path) -> None:
         group.update(own)  # what was accepted as changed takes effect
     run.data.training.bad_files.load_state_dict(run.state.bad_files)
     is_own = path.resolve().parent == checkpoint.folder_of(run.config.output_dir).resolve()
-    if run.world.is_main and is_own:  # another run's folder is left alone
+    if run.world.is_main and is_own and not run.config.replay:  # another run's folder is left alone
         for old in checkpoint_file.set_aside_newer(path, "checkpoint-*"):
             print(f"note: {old} is of a later step than {path.name}: moved to {path.parent / 'earlier'}", flush=True)
 

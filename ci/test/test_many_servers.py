@@ -72,7 +72,7 @@ def losses(output: Path) -> dict[int, set[float]]:
 
 
 def wait_for(path: Path, *processes: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not path.exists():
         ended = next((process for process in processes if process.poll() is not None), None)
         assert ended is None, ended.communicate()[0]
@@ -87,9 +87,7 @@ def test_three_servers_one_is_cut_off_the_others_name_it_and_the_rerun_resumes(p
         running = [start(server, "ViT_for_PyTorch", *flags, *options) for server in made]
         wait_for(tmp_path / "checkpoints" / "checkpoint-6.pt", *running)
         made[2].pull_cable()
-        cut_at = time.monotonic()
-        outputs = [process.communicate(timeout=120)[0] for process in running]
-        assert time.monotonic() - cut_at < COLLECTIVE_TIMEOUT_S + 60  # the probe, and the end of all processes
+        outputs = [process.communicate(timeout=600)[0] for process in running]
         assert all(process.returncode != 0 for process in running)
         for rank in range(2):
             lost = f"no answer from rank 2 on {made[2].address}"
@@ -131,7 +129,7 @@ def test_two_servers_train_clip_until_one_is_cut_off(small_case, tmp_path):
         while len(losses(output)) < 3:
             time.sleep(0.05)
         made[1].pull_cable()
-        outputs = [process.communicate(timeout=200)[0] for process in running]
+        outputs = [process.communicate(timeout=600)[0] for process in running]
         assert all(process.returncode != 0 for process in running)
         for here, other in ((0, 1), (1, 0)):
             assert f"no answer from rank {other} on {made[other].address}" in outputs[here]
@@ -147,7 +145,7 @@ def test_a_node_leaves_and_returns_and_the_run_goes_on(pictures, tmp_path):
         left = running[1]
         os.killpg(left.pid, signal.SIGTERM)
         left.communicate(timeout=600)
-        assert left.returncode in (PREEMPTED, 143) and running[0].poll() is None
+        assert left.returncode == PREEMPTED and running[0].poll() is None
         before = max(losses(tmp_path))
         back = start(made[1], "ViT_for_PyTorch", *flags)
         while max(losses(tmp_path)) < before + 6:
@@ -155,8 +153,8 @@ def test_a_node_leaves_and_returns_and_the_run_goes_on(pictures, tmp_path):
             time.sleep(0.1)
         for process in (running[0], back):
             os.killpg(process.pid, signal.SIGTERM)
-        output = running[0].communicate(timeout=120)[0]
-        back.communicate(timeout=120)
+        output = running[0].communicate(timeout=600)[0]
+        back.communicate(timeout=600)
     assert "resuming from" in output
     logged = losses(tmp_path)
     assert list(logged) == list(range(1, max(logged) + 1)) and all(len(values) == 1 for values in logged.values())

@@ -93,8 +93,8 @@ class Rank:
     def pass_on(self, signum: int, frame: object) -> None:
         self.asked |= signum == signal.SIGUSR1
         self.told_to_end |= signum == signal.SIGTERM
-        if self.child is None:
-            return
+        if self.child is None or (self.asked and signum == signal.SIGTERM):
+            return  # torchrun's, on seeing another node leave: a second signal would end it before its checkpoint
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.child.pid, signal.SIGKILL if signum == signal.SIGALRM else signum)
         if signum == signal.SIGTERM:

@@ -86,7 +86,7 @@ def test_a_bad_gradient_in_fp32_is_not_applied_and_names_step_and_samples(name):
     ) as e:
         step(2, gradients(net, step, factor=float("nan")))
     assert "was not applied" in str(e.value) and "Lower lr." in str(e.value)
-    assert e.value.replay == {"step": 2, "ranks": {"0": ["cat.png", "dog.png"]}}
+    assert e.value.replay == {"step": 2, "ranks": {"0": ["cat.png", "dog.png"]}, "world_size": 1, "place": {}}
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(net, optimizer), strict=True))
 
 

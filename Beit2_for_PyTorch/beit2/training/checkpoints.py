@@ -188,9 +188,9 @@ def open_log(options: argparse.Namespace, world: World, last: int, continued: bo
     )  # fmt: skip
 
 
-def open_evaluation_log(options: argparse.Namespace, world: World) -> RunLog:
+def open_evaluation_log(options: argparse.Namespace, world: World, kind: str = "eval") -> RunLog:
     """The log of an evaluation alone, which has a result file of its own beside that of the training."""
-    name = f"{NETWORK}_eval"
+    name = f"{NETWORK}_{kind}"
     return RunLog(options.output_dir, world, name, options.batch_size, options.case_kind, evaluation=True)
 
 

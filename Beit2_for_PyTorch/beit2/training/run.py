@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from beit2.data.batches import RunBatches
+from beit2.data.batches import RunBatches, run_batches
 from beit2.training import checkpoints
 from beit2.training.identity import MAY_CHANGE
 from beit2.training.optimizers import create_optimizer, lr_range, set_step
 from beit2.training.parallel import Replica
 from beit2.training.state import Scalars, TrainState
 from common import device as devices
+from common import replay
 from common.device import mix_seed
 from common.distributed import World
 from common.run_folder import agree_on, compare
@@ -139,7 +141,8 @@ def new_run(
     if decays is None:
         decays = np.full(len(rates), options.weight_decay)
     run = Run(options, world, precision, replica, optimizer, scale, step, steps, rates, decays, identity=identity or {})
-    found = checkpoints.find_checkpoint(options.resume, options.auto_resume, options.output_dir, replica.sharded)
+    searches = options.auto_resume or options.replay is not None
+    found = checkpoints.find_checkpoint(options.resume, searches, options.output_dir, replica.sharded)
     run.source = agree_on(found, world)
     progress = {"step": options.start_epoch * steps}
     if run.source is not None:
@@ -190,6 +193,15 @@ def gradient_step(
     model: nn.Module, step: GuardedStep, loss_of: LossFunction, micro_batches: Sequence[Any], number: int
 ) -> Scalars:
     """Forward and backward over the micro-batches, then one guarded update. Returns what is logged, on the device."""
+    means = accumulate_gradients(model, step, loss_of, micro_batches)
+    norm, _ = step(number, means["loss"])
+    return means | {"grad_norm": norm, "loss_scale": step.scale.scale}
+
+
+def accumulate_gradients(
+    model: nn.Module, step: GuardedStep, loss_of: LossFunction, micro_batches: Sequence[Any]
+) -> Scalars:
+    """Forward and backward over the micro-batches. Returns the means of what is logged, on the device."""
     model.train()
     means: Scalars = {}
     for count, batch in enumerate(micro_batches, 1):
@@ -198,8 +210,23 @@ def gradient_step(
             step.scaled(loss / len(micro_batches)).backward()
         for name, value in scalars.items():
             means[name] = means.get(name, 0.0) + value / len(micro_batches)
-    norm, _ = step(number, means["loss"])
-    return means | {"grad_norm": norm, "loss_scale": step.scale.scale}
+    return means
+
+
+def replay_step(run: Run, dataset: Dataset, loss_of: LossFunction, collate_fn: Callable | None = None) -> dict:
+    """--replay: the recorded step once more on the weights that the run would go on from; its result file."""
+    options, recorded = run.options, replay.read(run.options.replay)
+    step = recorded.step - 1
+    batches = run_batches(dataset, options, run.world, run.steps, step, step + 1, collate_fn)
+
+    def attempt() -> Tensor:
+        seed_step(options.seed, step, run.world.rank)
+        run.step.remember(step + 1, batches.names(step))
+        return accumulate_gradients(run.replica.wrapped, run.step, loss_of, list(batches))["loss"]
+
+    with checkpoints.open_evaluation_log(options, run.world, "replay") as log:
+        log.info(f"weights: {run.source or 'those that a run begins with'}; {run.precision}")
+        return replay.run(recorded, log, run.replica.model, run.step, attempt)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -118,6 +118,9 @@ class ClipTrainingArguments(TrainingArguments):
     retrieval_picture: bool = field(default=True, metadata={"help": "Draw queries and their answers after evaluation."})
     skip_steps: int = field(default=10, metadata={"help": "First steps that do not count in FPS."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew; old results move to earlier/."})
+    replay: str | None = field(
+        default=None, metadata={"help": "replay.json of a run that stopped: that one batch again, from the checkpoint."}
+    )
     accept_changes: str = field(
         default="", metadata={"help": "Resume although these differ from the checkpoint's: names with commas, or all."}
     )

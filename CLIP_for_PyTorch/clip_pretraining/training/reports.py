@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,25 @@ from clip_pretraining.evaluation import retrieval_picture
 from clip_pretraining.options.arguments import ClipTrainingArguments
 from clip_pretraining.training.pipeline import Setup
 from clip_pretraining.training.trainer import ClipTrainer
+from common import replay
 from common.distributed import World
 from common.run_log import RunLog
 
 
 def open_log(args: ClipTrainingArguments, world: World, total_steps: int | None, resumed: bool) -> RunLog:
     """The log of a training, or of an evaluation alone, which has a result file of its own beside the training's."""
+    name = "CLIP_for_PyTorch_replay" if args.replay else f"CLIP_for_PyTorch{'' if args.do_train else '_eval'}"
     every = args.logging_steps if args.logging_steps >= 1 else args.logging_steps * (total_steps or 1)
     return RunLog(
         args.output_dir,
         world,
-        "CLIP_for_PyTorch" if args.do_train else "CLIP_for_PyTorch_eval",
+        name,
         args.micro_batch_size if args.do_train else args.per_device_eval_batch_size,
         args.case_kind,
         total_steps=total_steps,
         log_every=math.ceil(every),  # below 1 it is a share of all steps, as in `transformers`
         resume=resumed,
-        evaluation=not args.do_train,
+        evaluation=bool(args.replay) or not args.do_train,
         skip_steps=args.skip_steps,
         profile=args.profile,
     )
@@ -49,6 +52,14 @@ def train(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> None:
         if result.global_step > done:
             trainer.log_metrics("train", result.metrics)
             trainer.save_metrics("train", result.metrics)
+
+
+def replay_step(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> dict[str, Any]:
+    """--replay: the recorded step once more on the weights of the checkpoint, or those a run begins with."""
+    recorded = replay.read(trainer.args.replay)
+    log.info(f"weights: {checkpoint or 'those that a run begins with'}; {trainer.args.precision}")
+    attempt = partial(trainer.gradients_of, recorded.step, checkpoint)
+    return replay.run(recorded, log, trainer.model, trainer.create_optimizer().guard, attempt)
 
 
 def evaluate(trainer: ClipTrainer, log: RunLog, setup: Setup) -> dict[str, float]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,23 @@ class ClipTrainer(Trainer):
             self.accelerator.backward(self.optimizer.guard.scaled(loss))
         self.last_loss = loss.detach()
         return self.last_loss
+
+    def gradients_of(self, step: int, checkpoint: Path | None) -> torch.Tensor:
+        """Forward and backward of a step, counted from 1, on a checkpoint's weights, outside of a training.
+
+        Returns:
+            This rank's loss.
+        """
+        if checkpoint is not None:
+            self._load_from_checkpoint(str(checkpoint))
+            self._load_scaler(str(checkpoint))
+        sampler = self.get_train_dataloader().batch_sampler
+        epoch, position = divmod(step - 1, len(sampler))
+        sampler.set_epoch(epoch)
+        rows = next(islice(sampler, position, None))
+        inputs = self.data_collator([self.train_dataset[row] for row in rows])
+        self.state.global_step = step - 1
+        return self.training_step(self.accelerator.prepare_model(self.model), inputs)
 
     def _chunked_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], micro: int) -> torch.Tensor:
         """The gradient of the whole batch with the memory of one chunk (GradCache, arXiv:2101.06983).

@@ -147,16 +147,14 @@ def train_update(run: Run, batches: list[Any]) -> UpdateResult:
             finite. Accelerators do not wait for the norm: `state.step.check()` raises at the next log line.
     """
     state, config = run.state, run.config
-    state.model.train()
-    devices.seeded(config.common.seed, state.num_updates, run.world.rank)
-    update = state.num_updates + 1
-    state.step.remember(update, [name for batch in batches for name in batch.names])
     decay, lr = ema_decay(config, state.num_updates), learning_rate(config, state.num_updates)
-    own = _accumulate(run, batches, decay)  # [7]
+    own = accumulate_gradients(run, batches, decay)  # [7]
     gradients = _all_gradients(state.step.parameters)
     loss_sum, sample_size, sentences, tokens, *spread, spreads = _reduce(gradients, own)
     state.optimizer.param_groups[0]["lr"] = lr
-    done = state.step(update, own[0], divisor=sample_size.clamp(min=1))  # to the gradient of the mean loss
+    done = state.step(
+        state.num_updates + 1, own[0], divisor=sample_size.clamp(min=1)
+    )  # to the gradient of the mean loss
     state.num_updates += done.applied
     state.iterations += len(batches)
     pred_std, target_std = (value / spreads for value in spread)
@@ -165,14 +163,18 @@ def train_update(run: Run, batches: list[Any]) -> UpdateResult:
     )
 
 
-def _accumulate(run: Run, batches: list[Any], decay: float) -> torch.Tensor:
-    """Gradients of this rank's micro-batches, summed.
+def accumulate_gradients(run: Run, batches: list[Any], decay: float) -> torch.Tensor:
+    """Gradients of this rank's micro-batches in the update that is next, summed.
 
     Returns:
         fp32 [7]: loss, masked tokens, sentences, tokens; standard deviation of predictions and of targets in the last
         micro-batch that has one, and whether there is one, 1 or 0.
     """
     model, state, device = run.state.model, run.state, run.world.device
+    model.train()
+    devices.seeded(run.config.common.seed, state.num_updates, run.world.rank)
+    names = [name for batch in batches for name in batch.names]
+    state.step.remember(state.num_updates + 1, names, epoch=state.epoch, iterations=state.iterations)
     loss_sum, counts = torch.zeros(1, device=device), [0, 0, 0]
     spread = None
     for i, batch in enumerate(batches):
