@@ -31,6 +31,7 @@ from common import checkpoint_file, distributed
 from common import device as devices
 from common.distributed import World, process_group
 from common.errors import print_usage_errors
+from common.preemption import stop_if_asked, until_asked
 from common.run_log import RunLog
 
 
@@ -64,6 +65,11 @@ def train(options: argparse.Namespace, world: World) -> dict:
     if average is not None and run.source is not None:
         load_model(average, run.kept.get("model_ema", model.state_dict()), run.source)
     best = float(run.kept.get("best_acc1", -1.0))  # below any accuracy
+
+    def kept() -> dict:
+        averaged = {} if average is None else {"model_ema": average.state_dict()}
+        return {"best_acc1": best, "classes": names, **averaged}
+
     loss_of = functools.partial(classification_loss, replica.wrapped, criterion, mixup, normalizer, precision)
 
     if options.replay:
@@ -72,15 +78,15 @@ def train(options: argparse.Namespace, world: World) -> dict:
         batches, results = run_batches(training, options, world, steps, run.state.step, run.last), {}
         for done in training_steps(run, log, batches, loss_of):
             if done.epoch_ends or done.run_ends:
-                results = end_epoch(run, log, done, average or model, test, normalizer)
+                results = end_epoch(run, log, done, average or model, test, normalizer, kept)
             if done.epoch_ends and results.get("acc1", -2.0) > best:
                 best = results["acc1"]
                 save_best(run, average or model, names, best)
             if done.saves and options.save_ckpt:
-                averaged = {} if average is None else {"model_ema": average.state_dict()}
-                run.save(log, done, best_acc1=best, classes=names, **averaged)
+                run.save(log, done, **kept())
         if test is not None and not results:  # a run that was finished before
-            results = evaluate(average or model, test, options, normalizer, world)
+            with run.evaluating(log, None, kept):
+                results = evaluate(average or model, test, options, normalizer, world)
         return finish(log, results, best)
 
 
@@ -129,12 +135,13 @@ def evaluate(model: nn.Module, test: Dataset, options, normalizer: Normalizer, w
     model.eval()
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64)
-    for pictures, labels in loader:
+    for pictures, labels in until_asked(loader):
         with devices.autocast(device, pick_precision(options, device)):
             logits = model(pictures_on_device(pictures, normalizer).to(device)).float().cpu()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)  # [B, 5]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack((loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels)))).double()
+    stop_if_asked()
     loss, top1, top5, count = distributed.all_reduce_sum(totals).tolist()
     return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
 
@@ -159,13 +166,19 @@ def evaluate_alone(options: argparse.Namespace, world: World) -> dict:
 
 
 def end_epoch(
-    run: Run, log: RunLog, done: Done, model: nn.Module, test: Dataset | None, normalizer: Normalizer
+    run: Run,
+    log: RunLog,
+    done: Done,
+    model: nn.Module,
+    test: Dataset | None,
+    normalizer: Normalizer,
+    kept: Callable[[], dict],
 ) -> dict[str, float]:
     """Evaluates and, at a whole epoch, writes its line of log.txt under the reference's keys."""
     options, state, results = run.options, run.state, {}
     wanted = not options.disable_eval_during_finetuning or state.step == options.epochs * run.steps
     if test is not None and wanted:
-        with log.pause("evaluate"):
+        with run.evaluating(log, done if options.save_ckpt else None, kept):
             results = evaluate(model, test, options, normalizer, run.world)
         log.record(state.step, "eval", **results)
     if done.epoch_ends:

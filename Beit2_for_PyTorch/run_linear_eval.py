@@ -30,6 +30,7 @@ from common import device as devices
 from common import distributed
 from common.distributed import World, process_group
 from common.errors import print_usage_errors
+from common.preemption import stop_if_asked, until_asked
 
 
 class LinearProbe(nn.Module):
@@ -78,6 +79,9 @@ def train(options: argparse.Namespace, world: World) -> dict:
     best = float(run.kept.get("best_acc1", 0.0))
     loss_of = functools.partial(probe_loss, run.replica.wrapped, encoder, normalizer, precision)
 
+    def kept() -> dict:
+        return {"best_acc1": best, "classes": names}
+
     if options.replay:
         return replay_step(run, dataset, loss_of)
     with run.open_log() as log:
@@ -85,16 +89,17 @@ def train(options: argparse.Namespace, world: World) -> dict:
         for done in training_steps(run, log, batches, loss_of):
             results = {}
             if done.run_ends or (done.epoch_ends and due(run.epoch, options.val_freq)):
-                with log.pause("evaluate"):
+                with run.evaluating(log, done, kept):
                     results = evaluate(encoder, probe, test, options, normalizer, world, precision)
                 log.record(run.state.step, "eval", **results)
             if done.epoch_ends:
                 best = max(best, results.get("acc1", 0.0))
                 end_epoch(run, results)
             if done.saves:
-                run.save(log, done, best_acc1=best, classes=names)
+                run.save(log, done, **kept())
         if not results:
-            results = evaluate(encoder, probe, test, options, normalizer, world, precision)
+            with run.evaluating(log, None, kept):
+                results = evaluate(encoder, probe, test, options, normalizer, world, precision)
         best = max(best, results["acc1"])  # of a run that was stopped inside an epoch
         return log.finish(accuracy=round(best, 3), **results)
 
@@ -147,10 +152,11 @@ def evaluate(encoder, probe, test, options, normalizer, world: World, precision:
     """Top-1 in percent of the best block and of every block, every test picture once over all ranks."""
     share = Subset(test, range(world.rank, len(test), world.size))
     hits = torch.zeros(len(probe.heads) + 1, dtype=torch.float64)
-    for pictures, labels in DataLoader(share, options.batch_size, num_workers=options.num_workers):
+    for pictures, labels in until_asked(DataLoader(share, options.batch_size, num_workers=options.num_workers)):
         logits = probe(frozen_layers(encoder, normalizer, pictures, precision)).cpu()
         hits[:-1] += (logits.argmax(dim=-1) == labels).sum(dim=1)
         hits[-1] += len(labels)
+    stop_if_asked()
     *correct, count = distributed.all_reduce_sum(hits).tolist()
     accuracies = [100 * value / count for value in correct]
     return {"acc1": max(accuracies)} | {f"acc1_block{i}": round(a, 3) for i, a in enumerate(accuracies, 1)}

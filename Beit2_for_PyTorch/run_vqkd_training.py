@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,13 @@ from beit2.options import pick_precision, schedule
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
 from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.parallel import Replica
-from beit2.training.run import Run, new_run, replay_step, training_steps
+from beit2.training.run import Done, Run, new_run, replay_step, training_steps
 from beit2.training.state import Scalars
 from common import device as devices
 from common import distributed
 from common.distributed import World, process_group
 from common.errors import print_usage_errors
+from common.preemption import stop_if_asked, until_asked
 from common.run_log import RunLog
 
 HALF = (0.5, 0.5, 0.5)
@@ -58,8 +60,11 @@ def train(options: argparse.Namespace, world: World) -> dict:
     run = new_run(options, world, precision, replica, groups, steps, schedule(options, steps), identity=identity)
     normalizer = Normalizer(HALF, HALF, world.device)
     loss_of = functools.partial(distillation_loss, replica.wrapped, normalizer, precision)
-    if run.state.step % steps == 0:
+    if run.state.step % steps == 0 and "unfinished" not in run.kept:
         tokenizer.quantize.reset_usage()
+
+    def kept() -> dict:
+        return {"teacher": teacher.config}
 
     if options.replay:
         return replay_step(run, dataset, loss_of)
@@ -67,13 +72,14 @@ def train(options: argparse.Namespace, world: World) -> dict:
         batches, results = run_batches(dataset, options, world, steps, run.state.step, run.last), {}
         for done in training_steps(run, log, batches, loss_of):
             if done.epoch_ends:
-                results = end_epoch(run, log, tokenizer, test)
+                results = end_epoch(run, log, done, tokenizer, test, kept)
             if done.saves:
-                run.save(log, done, teacher=teacher.config)
+                run.save(log, done, **kept())
             if done.epoch_ends:
                 tokenizer.quantize.reset_usage()
         if not results and test is not None:
-            results = evaluate(options, tokenizer, test, world)
+            with run.evaluating(log, None, kept):
+                results = evaluate(options, tokenizer, test, world)
             log.record(run.state.step, "eval", **results)
         return finish(log, results)
 
@@ -94,12 +100,14 @@ def distillation_loss(
     return loss, scalars
 
 
-def end_epoch(run: Run, log: RunLog, tokenizer: VQKD, test: LabelledImages | None) -> dict:
+def end_epoch(
+    run: Run, log: RunLog, done: Done, tokenizer: VQKD, test: LabelledImages | None, kept: Callable[[], dict]
+) -> dict:
     """Counts the unused codes, evaluates, writes the epoch's line of log.txt. Returns the evaluation's results."""
+    with run.evaluating(log, done, kept):
+        results = evaluate(run.options, tokenizer, test, run.world)
     means = run.state.means() | {"Unused_code": tokenizer.quantize.unused_codes()}
     run.state.begin_epoch()
-    with log.pause("evaluate"):
-        results = evaluate(run.options, tokenizer, test, run.world)
     line = {f"train_{name}": value for name, value in means.items()}
     line |= {f"test_{name}": value for name, value in results.items()}
     line["train_total_loss"] = line["train_loss"]  # the reference logs the sum under both names
@@ -144,14 +152,16 @@ def evaluate(
     quantize.reset_usage()
     tokenizer.eval()
     totals = torch.zeros(4, dtype=torch.float64)
-    for pictures, _ in loader:
+    for pictures, _ in until_asked(loader):
         _, logs = tokenizer(normalizer.unit(pictures), unit_range=True)
         values = [float(value) for value in logs.values()]
         totals += len(pictures) * torch.tensor([*values, 1.0], dtype=torch.float64)
+    unused = quantize.unused_codes()
+    quantize.cluster_size.copy_(counted)
+    stop_if_asked()
     totals = distributed.all_reduce_sum(totals)
     results = dict(zip(("quant_loss", "rec_loss", "total_loss"), (totals[:3] / totals[3]).tolist(), strict=True))
-    results["unused_code"] = quantize.unused_codes()
-    quantize.cluster_size.copy_(counted)
+    results["unused_code"] = unused
     return results
 
 

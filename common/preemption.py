@@ -6,11 +6,13 @@ A training loop asks once a step, on all ranks, through its log:
         save(run, log)
         raise log.stopped(step)          # Status = PREEMPTED, exit status 75: start the same command again
 
-A loop in which ranks do not keep step (an evaluation whose shares differ) runs over `until_asked(batches)`: it ends
-early on a rank that was asked. A loop that keeps step (FSDP) calls `log.preempted()` there as well.
+A loop in which ranks do not keep step (an evaluation whose shares differ) runs over `until_asked(batches)`, which ends
+early on a rank that was asked, and `stop_if_asked()` behind it, which raises Interrupted on all of them. A loop that
+keeps step (FSDP) calls `log.preempted()` there as well.
 
-The first signal asks; a second one, a second or more later, ends the process at once, whatever it waits for. Until the
-loop has asked for the first time a signal ends the process as it would without this file, with a word in the result.
+The first signal asks; a second one, a second or more later, ends the process at once, whatever it waits for. Until a
+loop has asked for the first time a signal ends the process as it would without this file, with a word in the result. An
+evaluation alone has nothing to save: the first signal ends it, with exit status 75.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.distributed import barrier
+from common.distributed import barrier, gather_objects
 from common.errors import PREEMPTED, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -47,12 +49,22 @@ class Ended(SystemExit):
         return f"ended by {signal.Signals(self.number).name}"
 
 
-class Watch:
-    """Signals of this process while a run lasts; a context manager of the main thread. See the file's head."""
+class Interrupted(Exception):
+    """An evaluation inside a training was asked to stop: its results are of a part."""
 
-    def __init__(self) -> None:
+
+class Watch:
+    """Signals of this process while a run lasts; a context manager of the main thread. See the file's head.
+
+    Args:
+        saves: False for an evaluation alone: it has nothing to save, so the first signal ends it at once, likewise with
+            the exit status that says start me again.
+    """
+
+    def __init__(self, saves: bool = True) -> None:
+        self.saves = saves
         self.number = 0  # of the signal that asked
-        self._is_asked_for = False  # whether a loop looks
+        self.is_asked_for = False  # whether a loop looks
         self._pending: tuple[dist.Work, np.ndarray] | None = None
         self._first = 0.0
 
@@ -76,7 +88,7 @@ class Watch:
     def __exit__(self, kind: type | None, *_: object) -> None:
         global _current
         _current = self._outer
-        if kind in (None, Preempted) and dist.is_initialized():
+        if (kind is None or (kind is Preempted and self.saves)) and dist.is_initialized():
             # Nobody leaves before the main rank has written everything: a launcher ends the others when the first goes.
             with contextlib.suppress(RuntimeError):  # of a rank that is gone, which is told elsewhere
                 if self._pending is not None:
@@ -96,7 +108,7 @@ class Watch:
 
         The ranks' answers travel while the next step is computed, so that nothing waits for them.
         """
-        self._is_asked_for = True
+        self.is_asked_for = True
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.number != 0
         asked = 0
@@ -116,10 +128,14 @@ class Watch:
         return Preempted(message, 128 + signal.SIGINT if self.number == signal.SIGINT else PREEMPTED)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if not self._is_asked_for:
+        if self.number:
+            return
+        self.number = number
+        if not self.saves:
+            name, again = signal.Signals(number).name, number != signal.SIGINT
+            raise Preempted(f"{name}: the evaluation was ended, it has nothing to save", PREEMPTED if again else 130)
+        if not self.is_asked_for:
             raise Ended(number)
-        if not self.number:
-            self.number = number
 
     def _end_on_second(self, reader: int) -> None:
         with contextlib.suppress(OSError), os.fdopen(reader, "rb", buffering=0) as pipe:
@@ -133,7 +149,7 @@ class Watch:
                     os._exit(128 + byte[0])
 
     def _say(self, number: int) -> None:
-        if self._is_asked_for and os.environ.get("RANK", "0") == "0":
+        if self.is_asked_for and os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
             text = f"{name}: the step is ended and a checkpoint written; a second signal ends the run at once"
             print(text, file=sys.stderr, flush=True)
@@ -161,7 +177,21 @@ def asked() -> bool:
 
 def until_asked(batches: Iterable[Item]) -> Iterator[Item]:
     """`batches` up to the moment in which this process is asked to stop."""
+    if _current is not None:
+        _current.is_asked_for = True
     for batch in batches:
         if asked():
             return
         yield batch
+
+
+def stop_if_asked() -> None:
+    """Behind a loop over `until_asked`; all ranks call it.
+
+    Raises:
+        Interrupted: on all ranks, where one has been asked to stop.
+    """
+    number = max(gather_objects(0 if _current is None else _current.number))
+    if _current is not None and number:
+        _current.number = _current.number or number
+        raise Interrupted

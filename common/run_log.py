@@ -89,7 +89,7 @@ class RunLog:
         self._losses: dict[int, float] = {}  # by step
         self._has_trained = False
         self._is_finished = False
-        self._signals = Watch()
+        self._signals = Watch(saves=not evaluation)
         self._held = contextlib.ExitStack()
         self._started = time.perf_counter()
 

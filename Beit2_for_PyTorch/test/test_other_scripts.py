@@ -1,7 +1,9 @@
 """run_vqkd_training.py, run_class_finetuning.py and run_linear_eval.py: training, exact resume, files, errors."""
 
 import json
+import os
 import re
+import signal
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ import run_linear_eval
 import run_vqkd_training
 from beit2.data.labelled import find_classes
 from beit2.weights.files import read_checkpoint
-from common.errors import UsageError
+from common import preemption
+from common.errors import PREEMPTED, UsageError
 
 TOKENIZER = (
     "--model vqkd_test_clip --input_size 32 --codebook_n_emd 32 --codebook_emd_dim 8 --quantize_kmeans_init --epochs 2 "
@@ -58,6 +61,19 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
+def stop_in_evaluation(script, start):
+    """A signal at the first batch of a script's first evaluation, which ends with a checkpoint."""
+
+    def until_asked(batches):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return preemption.until_asked(batches)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(script, "until_asked", until_asked)
+        start()
+    assert stopped.value.code == PREEMPTED
+
+
 def same_weights(a, b):
     a, b = (read_checkpoint(folder / "checkpoint.pth")["model"] for folder in (a, b))
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
@@ -71,8 +87,10 @@ def test_tokenizer_training_and_resume(pictures, teacher_file, tmp_path):
     result = run("whole")
     assert 0 <= result["unused_code"] <= 32 and result["total_loss"] > 0
     assert result["TrainAccuracy"] == pytest.approx(100 * (1 - result["rec_loss"]), abs=1e-2)
-    run("cut", "--max_steps", "3")
+    stop_in_evaluation(run_vqkd_training, lambda: run("cut"))
+    assert max(losses(tmp_path / "cut")) == 4  # an epoch has four steps
     run("cut")
+    assert (tmp_path / "whole/log.txt").read_text() == (tmp_path / "cut/log.txt").read_text()
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
     log = [json.loads(text) for text in (tmp_path / "cut/log.txt").read_text().splitlines()]
@@ -119,7 +137,8 @@ def test_finetuning_and_resume(pictures, pretrained, tmp_path):
 
     result = run("whole")
     assert 0 <= result["TrainAccuracy"] <= 100 and result["BestAccuracy"] >= result["TrainAccuracy"]
-    run("cut", "--max_steps", "3")
+    stop_in_evaluation(run_class_finetuning, lambda: run("cut"))
+    assert max(losses(tmp_path / "cut")) == 4  # an epoch has four steps
     for resumed in (run("cut", "--num_workers", "1"), run("cut")):  # the second has nothing left to do
         assert all(resumed[key] == result[key] for key in ("TrainAccuracy", "BestAccuracy"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
@@ -201,6 +220,7 @@ def test_linear_probe(pictures, pretrained, tmp_path):
     assert result["TrainAccuracy"] == 100  # the colours are in the features of any encoder
     assert {f"acc1_block{i}" for i in range(1, 5)} <= set(result)
     run("cut", "--max_steps", "5")  # an epoch has two steps
+    stop_in_evaluation(run_linear_eval, lambda: run("cut"))
     cut = run("cut")
     assert {name: cut[name] for name in cut if name.startswith("acc1")} == {
         name: result[name] for name in result if name.startswith("acc1")

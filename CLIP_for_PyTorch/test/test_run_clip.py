@@ -16,8 +16,10 @@ from transformers import AutoTokenizer, CLIPModel, HfArgumentParser, VisionTextD
 
 import run_clip
 from clip_pretraining import resume
+from clip_pretraining.evaluation import encoder
 from clip_pretraining.options import arguments, legacy
 from clip_pretraining.training.trainer import ClipTrainer
+from common import preemption
 from common.errors import PREEMPTED
 from common.result_file import read as read_result
 
@@ -129,6 +131,33 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(pairs_table, tiny_m
     assert read_result(tmp_path / "part/CLIP_for_PyTorch_bs8_1p_acc.log")["Status"] == "PREEMPTED"
     run(tmp_path / "part", tiny_model, *options)
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_signal_in_an_evaluation_saves_and_the_evaluation_is_made_up_for(
+    pairs_table, tiny_model, tmp_path, monkeypatch, strategy
+):
+    """While training, and after its last step with nothing saved so far."""
+    evaluation = ["--do_eval", "--validation_file", str(pairs_table), "--eval_strategy", strategy, "--eval_steps", "2"]
+    options = train_options(pairs_table, "--max_steps", "4", *evaluation)
+    whole = run(tmp_path / "whole", tiny_model, *options)
+
+    def ask(batches):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return preemption.until_asked(batches)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(encoder, "until_asked", ask)
+        run(tmp_path / "part", tiny_model, *options)
+    step = {"steps": 2, "no": 4}[strategy]
+    assert stopped.value.code == PREEMPTED and (tmp_path / f"part/checkpoint-{step}").is_dir()
+    part = run(tmp_path / "part", tiny_model, *options)
+    assert part["EvalLoss"] == whole["EvalLoss"] and losses(tmp_path / "part") == losses(tmp_path / "whole")
+    evaluated = [
+        [(line["step"], line["eval_loss"]) for line in map(json.loads, path.open()) if line["kind"] == "eval"]
+        for path in (tmp_path / "part/metrics.jsonl", tmp_path / "whole/metrics.jsonl")
+    ]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == {"steps": 3, "no": 1}[strategy]
 
 
 def test_a_loss_scale_of_apex_stays_and_one_beyond_fp16_adapts(pairs_table, tiny_model, tmp_path):

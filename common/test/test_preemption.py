@@ -24,7 +24,8 @@ from common.distributed import process_group
 from common.run_log import RunLog
 
 folder, kind = sys.argv[1:3]
-with process_group("cpu") as world, RunLog(folder, world, "Net", 4, log_every=1) as log:
+alone = kind == "evaluation"
+with process_group("cpu") as world, RunLog(folder, world, "Net", 4, log_every=1, evaluation=alone) as log:
     if kind == "deaf":
         import torch.distributed as dist
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -35,7 +36,7 @@ with process_group("cpu") as world, RunLog(folder, world, "Net", 4, log_every=1)
     for step in range(1, 100000):
         time.sleep(0.01)
         log.step(step, 4, loss=1.0, lr=0.1)
-        if kind != "unwatched" and log.preempted():
+        if kind not in ("unwatched", "evaluation") and log.preempted():
             if world.is_main:
                 time.sleep(1.5)  # as a checkpoint takes
             print("saved at", step, flush=True)
@@ -122,6 +123,26 @@ def test_before_the_loop_asks_a_signal_ends_the_run_with_a_word(tmp_path):
     assert run.wait(timeout=600) == 128 + signal.SIGTERM
     values = result(tmp_path)
     assert values["Status"] == "FAILED" and values["Error"].endswith("ended by SIGTERM")
+
+
+def test_an_evaluation_alone_ends_at_the_first_signal_and_says_start_me_again(tmp_path):
+    runs = start(tmp_path, "evaluation", ranks=2)
+    for run in runs:
+        wait_for(run, "ready")
+    for run in runs:
+        run.send_signal(signal.SIGUSR1)
+    outputs = [run.communicate(timeout=600)[0] for run in runs]
+    assert [run.returncode for run in runs] == [PREEMPTED, PREEMPTED], outputs
+    assert result(tmp_path)["Status"] == "PREEMPTED" and "Traceback" not in "".join(outputs)
+
+
+def test_an_evaluation_inside_a_training_ends_on_all_ranks():
+    with preemption.Watch():
+        signal_at_two = (signal.raise_signal(signal.SIGTERM) or n if n == 2 else n for n in range(9))
+        assert list(preemption.until_asked(signal_at_two)) == [0, 1]
+        with pytest.raises(preemption.Interrupted):
+            preemption.stop_if_asked()
+    preemption.stop_if_asked()  # nobody is asked any more
 
 
 def test_a_log_inside_a_log_gives_the_signals_back():

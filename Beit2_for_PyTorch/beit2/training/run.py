@@ -9,6 +9,7 @@ with run.open_log() as log:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from common import device as devices
 from common import replay
 from common.device import mix_seed
 from common.distributed import World
+from common.preemption import Interrupted
 from common.run_folder import agree_on, compare
 from common.run_log import RunLog
 from common.update import GuardedStep, LossScale, gradients_stay_local, loss_scale
@@ -92,6 +94,25 @@ class Run:
             progress = self.state.plain() | checkpoints.run_shape(self.steps)
             extra |= {"identity": self.identity}
             self.replica.save(self.options, self.optimizer, self.scale, progress, self.epoch, done.numbered, extra)
+
+    @contextlib.contextmanager
+    def evaluating(self, log: RunLog, done: Done | None, kept: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """Around an evaluation after a step, which raises Interrupted where it was asked to stop (preemption.py).
+
+        Args:
+            done: the step that it comes after; None where there is nothing to save.
+            kept: () -> what its checkpoint has besides.
+
+        Raises:
+            Preempted: on all ranks. The checkpoint says that what follows the step is still to be done.
+        """
+        try:
+            with log.pause("evaluate"):
+                yield
+        except Interrupted:
+            if done is not None:
+                self.save(log, done, unfinished=True, **kept())
+            raise log.stopped(self.state.step) from None
 
 
 @dataclass(frozen=True)
@@ -166,6 +187,8 @@ def training_steps(run: Run, log: RunLog, batches: RunBatches, loss_of: LossFunc
         Preempted: on all ranks, after the checkpoint of a run that was asked to stop.
     """
     options, state = run.options, run.state
+    if run.kept.pop("unfinished", False):  # what came after that step was interrupted
+        yield done_of(run, saves=True)
     for step in range(state.step, run.last):
         with log.data_wait():
             micro_batches = [next(batches) for _ in range(options.update_freq)]
@@ -183,10 +206,16 @@ def training_steps(run: Run, log: RunLog, batches: RunBatches, loss_of: LossFunc
         if due_to_save or due(state.step, options.log_every):
             run.step.check()
         log.step(state.step, run.samples, epoch=state.step / run.steps, **scalars)
-        numbered = epoch_ends and due(run.epoch + 1, getattr(options, "save_ckpt_freq", 0))
-        yield Done(epoch_ends, run_ends, due_to_save and options.case_kind == "acc", numbered)
+        yield done_of(run, due_to_save)
         if stops and not run_ends:
             raise log.stopped(state.step)
+
+
+def done_of(run: Run, saves: bool) -> Done:
+    """What the last step was."""
+    epoch_ends = run.state.step % run.steps == 0
+    numbered = epoch_ends and due(run.epoch + 1, getattr(run.options, "save_ckpt_freq", 0))
+    return Done(epoch_ends, run.state.step == run.last, saves and run.options.case_kind == "acc", numbered)
 
 
 def gradient_step(

@@ -18,6 +18,7 @@ from clip_pretraining.model.loading import ImageSettings, encode_images, encode_
 from common import distributed
 from common.device import autocast, pins_memory
 from common.distributed import World
+from common.preemption import stop_if_asked, until_asked
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Encoder:
         device = self.world.device
         mean, std = torch.tensor(self.settings.mean, device=device), torch.tensor(self.settings.std, device=device)
         parts = []
-        for pixels in loader:
+        for pixels in until_asked(loader):
             with autocast(device, self.precision):
                 parts.append(
                     encode_images(self.model, normalise_pixels(pixels.to(device, non_blocking=True), mean, std))
@@ -59,7 +60,7 @@ class Encoder:
         """L2-normalised features [T, d] of all captions, on every rank; similar lengths share a batch."""
         by_length = np.argsort(np.diff(tokens.offsets), kind="stable")[self.world.rank :: self.world.size]
         parts = []
-        for start in range(0, len(by_length), self.batch_size):
+        for start in until_asked(range(0, len(by_length), self.batch_size)):
             rows = [tokens[i] for i in by_length[start : start + self.batch_size]]
             batch = pad_captions(rows, self.pad_token_id, self.max_length)
             batch = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
@@ -68,7 +69,8 @@ class Encoder:
         return self._all_ranks(parts, by_length.tolist(), len(tokens))
 
     def _all_ranks(self, parts: list[torch.Tensor], rows: Sequence[int], total: int) -> torch.Tensor:
-        """Every rank's rows in one tensor: each adds its own to zeros."""
+        """Every rank's rows in one tensor: each adds its own to zeros. Interrupted where any was asked to stop."""
+        stop_if_asked()
         features = torch.zeros(total, self.model.config.projection_dim, device=self.world.device)
         if parts:
             features[torch.as_tensor(rows, device=features.device)] = torch.cat(parts)

@@ -25,9 +25,11 @@ from clip_pretraining.training.guarded_optimizer import GuardedOptimizer, scale_
 from common import checkpoint_file, distributed
 from common.device import pins_memory, seeded
 from common.distributed import World
+from common.preemption import Interrupted
 from common.run_log import RunLog
 
 MAX_LOGIT_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
+UNFINISHED = "unfinished_evaluation"  # in a checkpoint's log history: a signal came during it
 SCALE_FILE = "scaler.pt"  # Trainer's name for it
 
 
@@ -262,11 +264,21 @@ class ClipTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """In-batch loss and retrieval of the validation split (evaluation.py), on all ranks."""
         self.check_finite()
-        with self.run_log.pause("evaluate"):
-            metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
+        try:
+            with self.run_log.pause("evaluate"):
+                metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
+        except Interrupted:
+            self._stop_in_evaluation()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _stop_in_evaluation(self) -> None:
+        """Raises Preempted; the checkpoint says that the evaluation is still to be done."""
+        if self.is_in_train:
+            self.state.log_history.append({UNFINISHED: True, "step": self.state.global_step})
+        self._save_checkpoint(self.model, None)
+        raise self.run_log.stopped(self.state.global_step)
 
     def _get_output_dir(self, trial) -> str:
         """Where `Trainer` puts a checkpoint: aside, until all of it is there."""
@@ -303,6 +315,11 @@ class RunLogCallback(TrainerCallback):
     def __init__(self):
         self.trainer: ClipTrainer  # set once the trainer exists
         self.grad_norm: torch.Tensor | float = 0.0  # of the last step that was applied
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if any(UNFINISHED in line for line in state.log_history[-1:]):
+            state.log_history.pop()
+            self.trainer.evaluate()
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         trainer = self.trainer
