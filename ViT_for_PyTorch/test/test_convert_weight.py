@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import convert_weight
 from common.checkpoint_file import CheckpointError
 from vit import mindspore_checkpoint, weights
 
@@ -115,7 +116,7 @@ def test_other_content_is_named(tmp_path):
             weights.read_state_dict(tmp_path / name)
 
 
-def test_command_line_mistakes_end_with_one_sentence(tmp_path):
+def test_command_line_mistakes_end_with_one_sentence(tmp_path, capsys):
     (tmp_path / "there.ckpt").write_bytes(b"precious")
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "w.pth")
     cases = [
@@ -124,9 +125,11 @@ def test_command_line_mistakes_end_with_one_sentence(tmp_path):
         (["--torch_pth_path", tmp_path / "w.pth", "--ms_ckpt_path", tmp_path / "new.txt"], "new.txt"),
     ]
     for arguments, message in cases:
-        result = convert(*arguments)
-        assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
-        assert result.stderr.count("\n") == 1
+        with pytest.raises(SystemExit) as ended:
+            convert_weight.main([str(word) for word in arguments])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and message in said
+        assert said.count("\n") == 1
     assert (tmp_path / "there.ckpt").read_bytes() == b"precious"
     assert not (tmp_path / "new.ckpt").exists()
 

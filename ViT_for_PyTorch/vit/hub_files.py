@@ -145,6 +145,8 @@ def _of_timm(content: dict[str, Any]) -> dict[str, Any]:
 def _of_hugging_face(content: dict[str, Any], preprocessing: dict[str, Any]) -> dict[str, Any]:
     if content.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act {content['hidden_act']}: only gelu is supported")
+    size, crop = preprocessing.get("size", {}), preprocessing.get("crop_size", {})
+    cropped = preprocessing.get("do_center_crop") and "shortest_edge" in size
     fields: dict[str, Any] = {
         "num_heads": content["num_attention_heads"],
         "norm_eps": content.get("layer_norm_eps", 1e-12),
@@ -154,7 +156,8 @@ def _of_hugging_face(content: dict[str, Any], preprocessing: dict[str, Any]) -> 
         "mean": preprocessing.get("image_mean", (0.5, 0.5, 0.5)),
         "std": preprocessing.get("image_std", (0.5, 0.5, 0.5)),
         "interpolation": RESAMPLING[preprocessing.get("resample", 2)],
-        "crop_ratio": 1.0,  # its image processor resizes to the square
+        # its usual image processor resizes to the square
+        "crop_ratio": crop["height"] / size["shortest_edge"] if cropped else 1.0,
     }
     return fields
 
