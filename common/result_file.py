@@ -20,6 +20,7 @@ OF_A_RUN = (
     "metrics.jsonl",
     "tensorboard",
     "profile*",
+    "dump_precision",
     "loss.png",
     "log.txt",
     "replay.json",

@@ -26,6 +26,7 @@ from common.distributed import World
 from common.errors import Preempted, UsageError
 from common.metrics_file import MetricsFile, TensorBoard, plot_loss, read_losses
 from common.preemption import Watch
+from common.profile.precision_dump import PrecisionDump
 from common.profile.step_profiler import StepProfiler
 from common.result_file import ResultFile, keep_aside
 from common.throughput import SteadyClock
@@ -85,6 +86,7 @@ class RunLog:
         )
         self._clock = SteadyClock(world.device, skip_steps)
         self._profiler = StepProfiler(self.folder, network, world, total_steps) if profile else None
+        self._dump = PrecisionDump(self.folder, world, of_training=not evaluation)
         self._window = _Window()
         self._losses: dict[int, float] = {}  # by step
         self._has_trained = False
@@ -100,6 +102,7 @@ class RunLog:
             lock = f".{self.result.case_name}.lock" if self.evaluation else folder_lock.NAME
             held.enter_context(run_folder.owned(self.folder, self.world, lock))
             held.enter_context(self._signals)
+            held.enter_context(self._dump)
             if self.world.is_main:
                 self._open_files()
             self._check_hosts()
@@ -260,6 +263,7 @@ class RunLog:
         """
         if self.resume and not (self._has_trained or self._window.steps):
             self._continue_at(step)
+        self._tell(self._dump.finish(step))
         self._clock.tick(samples)
         scalars = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **extra}
         self._window.add(step, samples, epoch, {k: v for k, v in scalars.items() if v is not None})

@@ -3,8 +3,9 @@
     echo '[[8, ["--device", "cpu", ...]], [2, [...]]]' | python -m ci.gates.forked_ranks run_vit.py vit.engine
 
 For tests on CPUs: importing torch, timm or transformers takes seconds, which torchrun's ranks each pay again. A run is
-a number of ranks and their arguments; runs follow one another. The ranks meet over gloo as under torchrun and call the
-script's `main`. The output of rank 0 and of the first failing rank goes to stdout; the exit code is the latter's.
+a number of ranks, their arguments and, if need be, an object of environment variables; runs follow one another. The
+ranks meet over gloo as under torchrun and call the script's `main`. The output of rank 0 and of the first failing rank
+goes to stdout; the exit code is the latter's.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(
-    script: Path, preload: Sequence[str], *runs: tuple[int, list[str]], **environment: str
-) -> subprocess.CompletedProcess:
+def run(script: Path, preload: Sequence[str], *runs: tuple, **environment: str) -> subprocess.CompletedProcess:
     """Runs `script` as described above in a process of its own; `preload` are modules that the script imports late."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run(
@@ -52,7 +51,9 @@ def load_script(path: Path) -> Callable[[list[str]], object]:
     return module.main
 
 
-def run_ranks(size: int, main: Callable[[list[str]], object], arguments: list[str]) -> int:
+def run_ranks(
+    size: int, main: Callable[[list[str]], object], arguments: list[str], environment: dict[str, str] | None = None
+) -> int:
     """Runs `main(arguments)` on `size` forked ranks; returns the exit code of the first that failed, or 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -63,6 +64,7 @@ def run_ranks(size: int, main: Callable[[list[str]], object], arguments: list[st
     for rank, log in enumerate(logs):
         pid = os.fork()
         if pid == 0:
+            os.environ.update(environment or {})
             _be_rank(rank, size, port, log.fileno(), main, arguments)
         rank_of[pid] = rank
     codes: dict[int, int] = {}
@@ -105,7 +107,8 @@ def main(arguments: list[str]) -> int:
     main_of_script = load_script(Path(script).resolve())
     for name in preload:
         importlib.import_module(name)
-    return next((code for size, words in json.load(sys.stdin) if (code := run_ranks(size, main_of_script, words))), 0)
+    codes = (run_ranks(size, main_of_script, *rest) for size, *rest in json.load(sys.stdin))
+    return next((code for code in codes if code), 0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ci.gates import forked_ranks
 from ci.npu import fake as fake_npu
 from ci.training_cases import CASES, COUNTED, ROOT
 from common import result_file
+from common.profile import precision_compare
 
 pytestmark = pytest.mark.skipif(fake_npu.why_missing() is not None, reason=str(fake_npu.why_missing()))
 
@@ -33,6 +34,7 @@ class Project:
         options: of the entry script, after `--`.
         resume: options that make a run go on in its folder.
         sharded: options for FSDP2, where the project has it.
+    gelu: the first module whose GELU is the tanh form where the patch that makes it exact is left out.
         evaluation: (data, folder of the training run) -> flags and options of train_eval_1p.sh.
         late_imports: modules that the entry script imports late, to be imported once for all forked runs.
     """
@@ -43,6 +45,7 @@ class Project:
     flags: Callable[[Path], list[str]]
     options: Callable[[Path], list[str]]
     evaluation: Callable[[Path, Path], tuple[list[str], list[str]]]
+    gelu: str
     resume: tuple[str, ...] = ()
     sharded: tuple[str, ...] | None = None
     prepare: Callable[[Path], None] | None = None
@@ -122,22 +125,25 @@ PROJECTS = {
     for project in (
         Project(
             "ViT_for_PyTorch", "train_full_8p.sh", "run_vit.py", small_batches(), vit_options, vit_evaluation,
+            "ClassifyingViT.blocks.0.mlp.act",
             resume=("--resume_training", "auto"), sharded=("--parallel", "fsdp"), late_imports=("vit.engine",),
         ),
         Project(
             "Beit2_for_PyTorch", "train_full_8p.sh", "run_beitv2_pretraining.py", small_batches(), beit2_options,
-            beit2_evaluation, sharded=("--fsdp",),
+            beit2_evaluation, "VQKD.encoder.blocks.0.mlp.act", sharded=("--fsdp",),
         ),
         Project(
             "CLIP_for_PyTorch", "train_full_8p.sh", "run_clip.py",
             lambda data: [f"--data_path={data / 'coco'}", f"--model_path={data / 'clip-roberta'}", "--batch_size=4",
                           "--epochs=1000", "--workers=0"],
-            clip_options, clip_evaluation, resume=("--resume", "auto"), prepare=prepare_clip,
+            clip_options, clip_evaluation,
+            "VisionTextDualEncoderModel.text_model.encoder.layer.0.intermediate.intermediate_act_fn",
+            resume=("--resume", "auto"), prepare=prepare_clip,
         ),
         Project(
             "Data2vec_for_PyTorch", "train_full_8p.sh", "train.py",
             lambda data: [f"--data_path={data / 'corpus'}", "--config_name=case"],
-            data2vec_options, data2vec_evaluation,
+            data2vec_options, data2vec_evaluation, "SentenceEncoder.layers.0.activation",
         ),
     )
 }  # fmt: skip
@@ -215,12 +221,15 @@ def runs(request, tmp_path_factory) -> Runs:
     if project.sharded:
         cut, whole = (entry_arguments(project, data, root / "sharded", n, *project.sharded) for n in (STOP, STEPS))
         commands += [(2, cut), (2, [*whole, *project.resume])]
+    for name, off in (("dump", ""), ("dump_tanh", "exact_gelu")):
+        variables = {"DUMP_PRECISION": "1", "NPU_PATCHES_OFF": off}
+        commands.append((1, entry_arguments(project, data, root / name, 1), variables))
     environment = fake_npu.environment(report)
     environment.pop("OMP_NUM_THREADS")
     script = ROOT / project.folder / project.entry
     done = forked_ranks.run(script, project.late_imports, *commands, **environment)
     assert done.returncode == 0, done.stdout[-6000:]
-    reports = [r for r in fake_npu.read_reports(report) if r.steps == STOP]
+    reports = [r for r in fake_npu.read_reports(report) if r.steps == STOP]  # not those of a single step
     # two ranks of each run on npu but the sharded one that goes on: torch loads its optimizer with a step more
     assert len(reports) == 2 * (2 if project.sharded else 1)
     return Runs(project, data, root, [event for r in reports for event in r.between(*STEADY)])
@@ -253,6 +262,13 @@ def assert_steady(events: list[fake_npu.Event]) -> None:
 
 def test_a_step_does_not_wait_for_the_device(runs):
     assert_steady(runs.steady_events)
+
+
+def test_a_planted_tanh_gelu_is_named_by_its_layer(runs, capsys):
+    dumps = [str(runs.root / name) for name in ("dump", "dump_tanh")]
+    assert precision_compare.main(dumps) == 1
+    found = capsys.readouterr().out
+    assert f"They part first at **{runs.project.gelu}**" in found and "of inputs that differ by 0." in found
 
 
 def test_the_evaluation_script_runs(runs):

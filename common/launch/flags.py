@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common.launch.world import LaunchError, shell_assignments
 
-SWITCHES = ("dry_run", "help", "profile", "deterministic")
+SWITCHES = ("dry_run", "help", "profile", "deterministic", "dump_precision")
 NUMBERS = (  # and the least that each may be
     ("batch_size", 0), ("epochs", 0), ("max_steps", 0), ("device_id", 0), ("nproc", 0), ("nnodes", 0), ("node_rank", 0),
     ("master_port", 1), ("devices_per_server", 1), ("max_restarts", 0), ("min_nodes", 1), ("collective_timeout", 1),
@@ -230,7 +230,7 @@ def usage(script: Path, names: Sequence[str]) -> str:
     return "\n".join(
         [
             *head,
-            f"Flags: {flags} --profile --deterministic --dry_run --help; after a lone --, arguments for Python",
+            f"Flags: {flags} {' '.join('--' + name for name in SWITCHES)}; after a lone --, arguments for Python",
         ]
     )
 

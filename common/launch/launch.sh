@@ -22,7 +22,7 @@ project_dir=$(realpath "$(dirname "$launcher_script")/..")
 house_flags="data_path batch_size epochs max_steps device device_id nproc precision ckpt_path output_dir
   nnodes node_rank master_addr master_port rank_table_file devices_per_server hostfile cpu_bind
   max_restarts min_nodes collective_timeout"
-switches="dry_run help profile deterministic" # flags without a value
+switches="dry_run help profile deterministic dump_precision" # flags without a value
 on_restart=()
 
 die() {
@@ -68,6 +68,7 @@ launch() {
   if [[ $deterministic == true ]]; then # common/distributed.py reads the first, env_npu.sh the second
     export DETERMINISTIC=1 NPU_PRESET=${NPU_PRESET:-deterministic}
   fi
+  [[ $dump_precision != true ]] || export DUMP_PRECISION=1 # common/profile/precision_dump.py
   if [[ $npu_is_meant == true && $dry_run != true && ${etp_running_flag:-} != true ]]; then
     source "$launch_dir/env_npu.sh"
   fi
