@@ -22,7 +22,7 @@ from vit import config as configuration
 from vit.config import Config
 from vit.download import PUBLISHED, DownloadError
 
-RUN_MODES = ("train", "finetune", "eval", "predict")
+RUN_MODES = ("train", "finetune", "eval", "knn", "linear", "predict")
 # option of the reference's run_mindformer.py -> key of our configuration
 OPTION_KEYS = {
     "device": "device",
@@ -137,13 +137,15 @@ def _free_overrides(rest: list[str]) -> list[str]:
 
 def check(options: argparse.Namespace, config: Config) -> None:
     """What each mode cannot do without, said before anything is built."""
-    if options.run_mode in ("train", "finetune") and not config.data.train_dataset_dir:
-        raise UsageError("--train_dataset_dir is required for training: a folder with one sub-folder a class")
+    if options.run_mode in ("train", "finetune", "knn", "linear") and not config.data.train_dataset_dir:
+        raise UsageError(
+            f"--train_dataset_dir is required for {options.run_mode}: a folder with one sub-folder a class"
+        )
     if options.run_mode == "finetune" and not (config.load_checkpoint or config.resume_training):
         raise UsageError("--run_mode finetune needs --load_checkpoint: a file, or mae_vit_base_p16 to download it")
-    if options.run_mode == "eval" and not config.data.eval_dataset_dir:
-        raise UsageError("--eval_dataset_dir is required for evaluation: a folder with one sub-folder a class")
-    if options.run_mode in ("eval", "predict") and not config.load_checkpoint:
+    if options.run_mode in ("eval", "knn", "linear") and not config.data.eval_dataset_dir:
+        raise UsageError(f"--eval_dataset_dir is required for {options.run_mode}: a folder with one sub-folder a class")
+    if options.run_mode in ("eval", "knn", "linear", "predict") and not config.load_checkpoint:
         raise UsageError(f"--load_checkpoint is required for {options.run_mode}: a file, or vit_base_p16")
     if options.run_mode == "predict" and not options.predict_data:
         raise UsageError("--predict_data is required for prediction: pictures, or folders of pictures")
@@ -159,7 +161,7 @@ def check(options: argparse.Namespace, config: Config) -> None:
 def main(argv: list[str] | None = None, published_weights: bool = False) -> None:
     """Runs what the options say. `published_weights`: evaluate and predict with them where none are given."""
     options, config = parse(argv)
-    none_given = options.run_mode in ("eval", "predict") and not config.load_checkpoint
+    none_given = options.run_mode in ("eval", "knn", "linear", "predict") and not config.load_checkpoint
     if published_weights and none_given and config.model.name in PUBLISHED:
         config.load_checkpoint = config.model.name
         print(f"--load_checkpoint {config.load_checkpoint}: the published weights, since none were given")
@@ -173,12 +175,12 @@ def main(argv: list[str] | None = None, published_weights: bool = False) -> None
 
 
 def run(options: argparse.Namespace, config: Config) -> None:
-    from vit import engine, prediction
+    from vit import engine, evaluation, prediction
 
     if options.run_mode in ("train", "finetune"):
         engine.train(config)
-    elif options.run_mode == "eval":
-        engine.evaluate(config)
+    elif options.run_mode in evaluation.METHODS:
+        evaluation.evaluate(config, options.run_mode)
     else:
         prediction.predict(config, options.predict_data, options.predict_batch_size, options.top_k)
 

@@ -2,7 +2,7 @@
 # Starts this server's ranks of a run that a rank table describes; the arguments are those of the reference's script.
 # Usage: bash run_distribute.sh RANK_TABLE CONFIG [a,b] MODE [RANK_SIZE] [PREDICT_DATA] [--device=... -- KEY=VALUE ...]
 #   [a,b]  b is left out. Without RANK_SIZE: the devices of the only server. With it: this server's ranks of RANK_SIZE.
-#   MODE   train, finetune, eval or predict, which rank 0 does alone.
+#   MODE   train, finetune, eval, knn, linear, or predict, which rank 0 does alone.
 #   --data_path=DIR replaces the data folders of CONFIG by DIR/train and DIR/val; --resume=auto goes on in --output_dir,
 #   which --max_restarts=N implies.
 #   On one server it waits for the training and ends with its exit code. Of several servers each returns at once, as the
@@ -24,7 +24,7 @@ if [[ ${1:-} != --help ]]; then
   project=$(realpath "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/..")
   share=$(PYTHONPATH=$project python3 "$project/vit/rank_range.py" "${positional[@]}" "$@") || exit 2 # not -m: no torch
   eval "$share"
-  [[ $run_mode != eval ]] || Network=ViT_for_PyTorch_eval
+  [[ $run_mode != @(eval|knn|linear) ]] || Network=ViT_for_PyTorch_$run_mode
   if [[ -n $starts_nothing ]]; then
     echo "$starts_nothing"
     exit 0
@@ -38,7 +38,7 @@ if [[ ${1:-} != --help ]]; then
   fi
 fi
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../../common/launch.sh" "$@"
-if [[ ${run_mode:-} != eval && ${run_mode:-} != predict ]]; then
+if [[ ${run_mode:-} == @(train|finetune) ]]; then
   on_restart=(--resume_training auto)
   ((${max_restarts:-0} == 0)) || resume=${resume:-auto}
 fi

@@ -81,7 +81,7 @@ def test_a_sane_call_starts_the_ranks_of_the_reference(folder, name, table):
         ("bad_range", "eight.json", "range '[a,8]' is not [a,b]"),
         ("no_brackets", "eight.json", "range '0,8' is not [a,b]"),
         ("three_args", "eight.json", "3 arguments are too few: bash run_distribute.sh"),
-        ("unknown_mode", "eight.json", "MODE 'fly' is unknown: choose train, finetune, eval, predict"),
+        ("unknown_mode", "eight.json", "MODE 'fly' is unknown: choose train, finetune, eval, knn, linear, predict"),
     ],
 )
 def test_an_invalid_world_is_refused_where_the_reference_may_start_it(folder, name, table, message):

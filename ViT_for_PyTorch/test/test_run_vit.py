@@ -144,7 +144,7 @@ def test_evaluation_counts_every_picture_once_on_any_number_of_ranks(pictures, t
 def test_an_evaluation_in_the_training_s_folder_takes_nothing_away(pictures, tmp_path):
     """As the scripts do it: train_eval_1p.sh and train_full_1p.sh have the same folder by default."""
     trained = train(pictures, tmp_path, "--epochs", "1", "--log_every", "3")
-    before = {path.name for path in tmp_path.iterdir()} | {f"{EVALUATION}.log"}
+    before = {path.name for path in tmp_path.iterdir()} | {f"{EVALUATION}.log", "evaluation.json", "confusion.png"}
     plot, logged = (tmp_path / "loss.png").stat().st_mtime_ns, losses(tmp_path)
     options = ["--run_mode", "eval", "--load_checkpoint", str(tmp_path / "checkpoints" / "best.pt"), "--device", "cpu"]
     options += [*TINY, "--eval_dataset_dir", str(pictures / "val"), "--output_dir", str(tmp_path)]

@@ -72,12 +72,21 @@ class OptimizerConfig:
 
 
 @dataclass
+class KnnConfig:
+    """Of --run_mode knn, with DINO's values."""
+
+    neighbours: int = 20
+    temperature: float = 0.07  # a neighbour's vote counts exp(cosine / temperature)
+
+
+@dataclass
 class Config:
     """One run. `batch_size` is per device; the global batch is batch_size x accumulate x ranks."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
     epochs: int = 100
     batch_size: int = 32
     accumulate: int = 1

@@ -35,6 +35,8 @@ RANGES = {
     "optimizer.eps": positive,
     "optimizer.clip_grad": not_negative,
     "optimizer.ema_decay": below_one,
+    "knn.neighbours": at_least_one,
+    "knn.temperature": Range(0.01, 1000),  # exp(1 / 0.01) is the largest vote that fp32 holds
     "epochs": at_least_one,
     "batch_size": at_least_one,
     "accumulate": at_least_one,

@@ -17,10 +17,14 @@ from vit.model import PRESETS, ViTConfig, field_names, preset
 from vit.weights import read_checkpoint
 
 
-def config_of_run(config: Config, checkpoint: Path | None, training: bool) -> ViTConfig:
+def config_of_run(config: Config, checkpoint: Path | None, training: bool, pooling: bool = False) -> ViTConfig:
     """What a configured run builds, but for the number of classes: of `model.name`, or of the checkpoint itself.
 
-    A training builds the model that it names ("auto": the checkpoint's); evaluation always the checkpoint's.
+    A training builds the model that it names ("auto": the checkpoint's); evaluation always the checkpoint's. What a
+    file does not tell (heads, mean, pooling of bare tensors) a name of timm's in `model.name` does.
+
+    Args:
+        pooling: whether an evaluation takes `model.global_pool`, as one of features may.
 
     Raises:
         UsageError: `model.name=auto` without a checkpoint.
@@ -30,7 +34,9 @@ def config_of_run(config: Config, checkpoint: Path | None, training: bool) -> Vi
     given = {"image_size": options.img_size, "mean": prepared.mean, "std": prepared.std}
     given |= {"interpolation": prepared.interpolation, "crop_ratio": prepared.crop_ratio}
     if training:
-        given |= {"drop_path_rate": options.drop_path, "global_pool": options.global_pool}
+        given["drop_path_rate"] = options.drop_path
+    if training or pooling:
+        given["global_pool"] = options.global_pool
     changes = {key: value for key, value in given.items() if value is not None}
     if "global_pool" in changes:
         changes["fc_norm"] = None  # follows the pooling
@@ -38,6 +44,11 @@ def config_of_run(config: Config, checkpoint: Path | None, training: bool) -> Vi
         return named(options.name, **changes)
     if checkpoint is None:
         raise UsageError("model.name=auto builds the model of a checkpoint: give --load_checkpoint")
+    if options.name not in ("auto", *PRESETS):  # timm's
+        state, recorded = read_checkpoint(checkpoint)
+        if not recorded:
+            classes = {"num_classes": len(state["head.weight"])} if "head.weight" in state else {}
+            return named(options.name, **classes, **changes)
     try:
         return config_of_file(checkpoint, **changes)
     except ValueError as error:

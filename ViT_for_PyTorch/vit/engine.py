@@ -1,8 +1,8 @@
-"""Training and evaluation of a configured run, in the order in which it happens."""
+"""Training of a configured run, in the order in which it happens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common import checkpoint_file, replay, shards
 from common import device as devices
-from common.distributed import World, all_reduce_mean, gather_objects, process_group
+from common.distributed import all_reduce_mean, gather_objects, process_group
 from common.preemption import until_asked
 from common.run_log import RunLog
 from common.update import gradients_stay_local
@@ -21,17 +21,16 @@ from vit.config import Config
 from vit.data.loader import Batch, to_model_input
 from vit.data.mixup import apply_mix, draw_mix
 from vit.description import config_of_run
-from vit.labels import load_class_names, save_class_names
+from vit.evaluation import NETWORK
+from vit.labels import save_class_names
 from vit.preparation import Run, build, local_checkpoint, prepare, resume, to_resume
 from vit.training import checkpoint
 from vit.training.checkpoint import RunShape
-from vit.training.data import open_evaluation_data, open_training_data, training_batches
+from vit.training.data import open_training_data, training_batches
 from vit.training.evaluate import Score, evaluate_model
 from vit.training.metrics import soft_target_cross_entropy
 from vit.training.optim import set_learning_rate
 from vit.training.schedule import learning_rate_at, scaled_lr
-
-NETWORK = "ViT_for_PyTorch"
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -243,36 +242,3 @@ def finish(run: Run, log: RunLog, score: Score | None) -> dict[str, Any]:
         log.info(f"evaluation: {score}")
         keys |= {"Top5Accuracy": score.top5_percent, "BestAccuracy": run.state.best_top1, "EvalCount": score.count}
     return log.finish(accuracy=score.top1_percent if score else None, **keys)
-
-
-def evaluate(config: Config) -> dict[str, Any]:
-    """Scores `config.load_checkpoint` on the evaluation folder; returns counts, percentages and the mean loss."""
-    with process_group(config.device) as world:
-        names = load_class_names(config.load_checkpoint) if Path(config.load_checkpoint).exists() else None
-        weights = local_checkpoint(config.load_checkpoint, world)
-        description = config_of_run(config, weights, training=False)
-        data = open_evaluation_data(config, description, world, class_names=names)
-        description = replace(description, num_classes=len(data.class_names))
-        model = build(config, description, weights, world, head="required")
-        # resume: an evaluation adds to a folder and moves nothing of a training run aside
-        with RunLog(
-            config.output_dir,
-            world,
-            f"{NETWORK}_eval",
-            config.batch_size,
-            config.case_kind,
-            evaluation=True,
-            skip_steps=1,
-            profile=config.profile,
-        ) as log:
-            score = evaluate_model(model, counted(data.evaluation, log, world), world, config.precision)
-            log.info(f"ViT: Top1 Accuracy = {{'Top1 Accuracy': {score.top1 / score.count}}}; {score}")
-            keys = {"Top1": score.top1, "Top5": score.top5, "Count": score.count, "Top5Accuracy": score.top5_percent}
-            return log.finish(accuracy=score.top1_percent, loss=score.loss, **keys)
-
-
-def counted(batches: Iterable[Batch], log: RunLog, world: World) -> Iterator[Batch]:
-    """Counts evaluated pictures of all ranks in FPS; shares differ by less than a batch."""
-    for batch in batches:
-        yield batch
-        log.count(len(batch.targets) * world.size)

@@ -20,7 +20,7 @@ from pathlib import Path
 from common.launch.world import LaunchError, Node, nodes_of_table
 
 USAGE = "bash run_distribute.sh RANK_TABLE CONFIG [a,b] MODE [RANK_SIZE], or ... predict [RANK_SIZE] PREDICT_DATA"
-MODES = ("train", "finetune", "eval", "predict")
+MODES = ("train", "finetune", "eval", "knn", "linear", "predict")
 
 
 def share_of_server(words: Sequence[str], devices_per_server: int | None = None) -> dict[str, str]:

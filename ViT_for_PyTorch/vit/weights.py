@@ -1,6 +1,7 @@
 """Loads weights into a ViT: MAE pretrain and fine-tuned .pth, this project's checkpoints, MindSpore .ckpt."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from common import checkpoint_file, shards
+from common.distributed import rank
 from vit import hub_files, lora, mindspore_checkpoint
 from vit.hub_files import MODEL_FILES
 from vit.model import PRESETS, reset_head
@@ -113,6 +115,9 @@ def _fit_pos_embed(state: dict[str, Tensor], model: VisionTransformer) -> None:
     if source.shape[-1] != model.pos_embed.shape[-1] or patches < 1 or math.isqrt(patches) ** 2 != patches:
         return  # not this model's embedding: reported with the other shapes
     grid = list(model.patch_embed.grid_size)
+    if rank() == 0:
+        side = math.isqrt(patches)
+        print(f"note: positions of {side} x {side} patches are interpolated to {grid[0]} x {grid[1]}", file=sys.stderr)
     state["pos_embed"] = resample_abs_pos_embed(source, grid, num_prefix_tokens=prefix, antialias=False)
 
 

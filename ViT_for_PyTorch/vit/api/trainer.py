@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vit import config as configuration
-from vit import engine
+from vit import engine, evaluation
 from vit.api.predictor import Prediction, check_task, pipeline
 from vit.config import Config
 from vit.model import PRESETS
@@ -110,7 +110,7 @@ class Trainer:
         if not self.settings["data.eval_dataset_dir"]:
             raise ValueError("evaluate() needs pictures: Trainer(..., eval_dataset='imageNet-1k/val')")
         folder = str(self.output_dir / "evaluation")
-        return engine.evaluate(
+        return evaluation.evaluate(
             self.config(load_checkpoint=self._file(eval_checkpoint or self.model), output_dir=folder)
         )
 

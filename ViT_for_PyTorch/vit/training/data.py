@@ -41,7 +41,7 @@ def open_training_data(config: Config, model: ViTConfig, world: World) -> Data:
             raise UsageError("--eval_dataset_dir is not given: give it, or switch evaluation off with do_eval=false")
         evaluation_folder = scan(options.eval_dataset_dir)
         check_same_classes(folder, evaluation_folder)
-        evaluation = _evaluation_loader(config, model, world, evaluation_folder)
+        evaluation = evaluation_loader(config, model, world, evaluation_folder)
     transform = TrainTransform(model.image_size, options)
     training = TrainLoader(
         folder,
@@ -56,27 +56,8 @@ def open_training_data(config: Config, model: ViTConfig, world: World) -> Data:
     return Data(folder.classes, training, evaluation)
 
 
-def open_evaluation_data(config: Config, model: ViTConfig, world: World, class_names: list[str] | None) -> Data:
-    """The loader of the evaluation folder alone.
-
-    Args:
-        class_names: those the checkpoint was trained with, where they are known.
-
-    Raises:
-        UsageError: the folder is missing or malformed, or has other classes than the checkpoint.
-    """
-    folder = scan(config.data.eval_dataset_dir)
-    _check_num_classes(config, folder)
-    if class_names is not None and class_names != folder.classes:
-        raise UsageError(
-            f"the class folders of {folder.root} are not the classes that {config.load_checkpoint} was trained on: "
-            f"{len(folder.classes)} ({', '.join(folder.classes[:3])} ...) against "
-            f"{len(class_names)} ({', '.join(class_names[:3])} ...)"
-        )
-    return Data(folder.classes, None, _evaluation_loader(config, model, world, folder))
-
-
-def _evaluation_loader(config: Config, model: ViTConfig, world: World, folder: ImageFolder) -> EvalLoader:
+def evaluation_loader(config: Config, model: ViTConfig, world: World, folder: ImageFolder) -> EvalLoader:
+    """This rank's share of a folder's pictures, prepared for a model as evaluation does it."""
     return EvalLoader(
         folder,
         EvalTransform.of(model),
