@@ -111,7 +111,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         for part in (text, *re.split(r'(?=\{"kind": )', text)[1:]):
             try:
                 line = json.loads(part)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(line, dict):
                 yield line
@@ -119,8 +119,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_losses(metrics: Path) -> dict[int, float]:
-    """Loss by step of a metrics.jsonl; where a run repeats a step, its later line counts."""
-    return {line["step"]: line["loss"] for line in read_lines(metrics) if line.get("kind") == "train"}
+    """Loss by step of a metrics.jsonl; where a run repeats a step, its later line counts; a line without is none."""
+    lines = ((line.get("step"), line.get("loss")) for line in read_lines(metrics) if line.get("kind") == "train")
+    return {step: loss for step, loss in lines if type(step) is int and type(loss) in (int, float)}
 
 
 def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:

@@ -82,7 +82,7 @@ def _absolute(value: str, folder: Path) -> str:
     if value.startswith("~/"):  # a shell leaves it in --key=~/data
         value = os.path.expanduser(value)
     path = folder / value
-    return os.path.realpath(path) if value and path.exists() else value
+    return os.path.realpath(path) if value and os.path.exists(path) else value  # a name too long does not
 
 
 def check(flags: Flags, environ: Mapping[str, str], unused: Sequence[str] = (), script: str = "") -> None:
@@ -105,10 +105,10 @@ def check(flags: Flags, environ: Mapping[str, str], unused: Sequence[str] = (), 
     if (flags.number("master_port") or 0) > 65535:
         raise LaunchError(f"--master_port={flags['master_port']}: ports end at 65535")
     data, checkpoint = flags["data_path"], flags["ckpt_path"]
-    if data and not Path(data).exists():
+    if data and not os.path.exists(data):
         raise LaunchError(f"--data_path={data}: no such file or folder")
     # a bare word such as mae_vit_base_p16 is a published name, which Python looks up
-    if re.search("[./]", checkpoint) and "://" not in checkpoint and not Path(checkpoint).exists():
+    if re.search("[./]", checkpoint) and "://" not in checkpoint and not os.path.exists(checkpoint):
         raise LaunchError(f"--ckpt_path={checkpoint}: no such file or folder")
     for name, allowed in CHOICES.items():
         if flags[name] not in ("", *allowed):

@@ -78,9 +78,12 @@ class Dictionary:
             FileNotFoundError: no such file.
         """
         dictionary = cls()
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                dictionary._add_line(line.rstrip(), f"{path}, line {number}")
+        try:
+            with open(path, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    dictionary._add_line(line.rstrip(), f"{path}, line {number}")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a dictionary in UTF-8 ({error})") from None
         return dictionary
 
     def _add_line(self, line: str, where: str) -> None:
