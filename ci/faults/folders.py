@@ -6,12 +6,14 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from ci.faults.runs import NotHere, Runs, Trial, checkpoints, losses, one_line, states, wait_for_step
 from common import checkpoint_file
+from common.errors import PREEMPTED
 
 FLIPS = 20  # bits a trial, one after the other, each of which has to be noticed
 TMPFS = "1g"
@@ -114,13 +116,17 @@ def flip(path: Path, draw: random.Random | None = None, place: tuple[int, int] =
 def two_runs(runs: Runs, draw: random.Random, whole: dict[int, float]) -> list[str]:
     """The second is refused with the first one's name, which does not notice."""
     output = runs.folder / f"output{runs.number}"
-    first, _ = runs.start(output)
+    first, _ = runs.start(output, "--max_steps", "10000000", *runs.script.endless)
     wait_for_step(first, output, draw.randrange(1, runs.script.last // 4))
     code, said = runs.run(output)
     problems = one_line(said, "belongs to the run of process") + ([] if code == 2 else [f"exit code {code}"])
-    if first.wait() != 0 or states(output) != {"OK"}:
+    wait_for_step(first, output, max(losses(output)) + 2)
+    first.send_signal(signal.SIGTERM)
+    if first.wait() != PREEMPTED or states(output) != {"PREEMPTED"}:
         problems.append(f"the first: exit code {first.returncode}, Status {states(output)}")
-    return problems + ([] if losses(output) == whole else ["the first one has other losses"])
+    steps = list(losses(output))
+    shutil.rmtree(output)
+    return problems + ([] if steps == list(range(1, len(steps) + 1)) else ["the first one has lost or repeated steps"])
 
 
 FOLDERS: dict[str, Trial] = {
