@@ -77,9 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             notes.append(weights_to_begin_with(state, config))
         if options.replay:
-            return replay_update(
-                Run(config, world, precision, forward_of(config, data, world.device), state), data, options
-            )
+            run = Run(config, world, precision, forward_of(config, data, world.device), state)
+            return replay_update(run, data, options, notes)
         goes_on = checkpoint is not None and checkpoint.resolve().parent == save_dir.resolve()
         limit = min(config.optimization.max_update, options.max_steps or config.optimization.max_update)
         log = RunLog(
