@@ -11,4 +11,4 @@ prediction take the model's published weights where none are given. MindFormers'
 import run_vit
 
 if __name__ == "__main__":
-    run_vit.main(published_weights=True)
+    run_vit.main(published_weights=True, description=__doc__)

@@ -113,6 +113,20 @@ class Config:
     log_every: int = 10
 
 
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "model.global_pool": (None, *POOLINGS),
+    "model.init": tuple(INITIALISATIONS),
+    "model.train": ("all", "head", "lora"),
+    "data.interpolation": (None, *INTERPOLATIONS),
+    "class_weights": ("none", "balanced"),
+    "metric_for_best": ("top1", "top5", "loss"),
+    "device": DEVICES,
+    "precision": PRECISIONS,
+    "case_kind": ("acc", "perf"),
+    "parallel": ("ddp", "fsdp"),
+}
+
+
 def load(path: str | Path | None, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
     """Reads a YAML file and lays overrides over it.
 
@@ -146,14 +160,19 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Sequence[str] =
 
 def known_keys() -> list[str]:
     """All keys, dotted, e.g. "optimizer.base_lr"."""
+    return list(values_by_key(Config()))
 
-    def walk(node: dict[str, Any], prefix: str) -> list[str]:
-        keys: list[str] = []
+
+def values_by_key(config: Config) -> dict[str, Any]:
+    """`{"optimizer.base_lr": 5e-4, ...}`."""
+
+    def walk(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
         for name, value in node.items():
-            keys += walk(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
-        return keys
+            flat |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        return flat
 
-    return walk(as_dict(Config()), "")
+    return walk(as_dict(config), "")
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -200,21 +219,10 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
 
 
 def _check(config: Config) -> None:
-    choices = {
-        "model.global_pool": (config.model.global_pool, (None, *POOLINGS)),
-        "data.interpolation": (config.data.interpolation, (None, *INTERPOLATIONS)),
-        "model.init": (config.model.init, tuple(INITIALISATIONS)),
-        "model.train": (config.model.train, ("all", "head", "lora")),
-        "class_weights": (config.class_weights, ("none", "balanced")),
-        "metric_for_best": (config.metric_for_best, ("top1", "top5", "loss")),
-        "device": (config.device, DEVICES),
-        "precision": (config.precision, PRECISIONS),
-        "case_kind": (config.case_kind, ("acc", "perf")),
-        "parallel": (config.parallel, ("ddp", "fsdp")),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UsageError(f"{key}={value}: choose one of {', '.join(filter(None, allowed))}")
+    values = values_by_key(config)
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            raise UsageError(f"{key}={values[key]}: choose one of {', '.join(filter(None, allowed))}")
     check_ranges(config)
     lora.chosen_layers(config.model.lora_layers)
     if config.model.name not in (*PRESETS, "auto") and not timm_models.is_known(config.model.name):
