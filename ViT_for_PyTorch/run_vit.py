@@ -4,7 +4,7 @@
         --load_checkpoint mae_vit_base_p16 --train_dataset_dir imageNet-1k/train --eval_dataset_dir imageNet-1k/val
     torchrun --nproc_per_node 8 run_vit.py ...            the same on eight devices
     python run_vit.py --config ... --run_mode eval --load_checkpoint FILE --eval_dataset_dir imageNet-1k/val
-    python run_vit.py --run_mode knn --load_checkpoint FILE --train_dataset_dir DIR --eval_dataset_dir DIR    (or linear)
+    python run_vit.py --run_mode knn --load_checkpoint FILE --train_dataset_dir DIR --eval_dataset_dir DIR  (or linear)
     python run_vit.py --config ... --run_mode predict --load_checkpoint FILE --predict_data PICTURE [PICTURE ...]
 
 Any key of the YAML file can be overridden: `optimizer.base_lr=1e-3` or `--optimizer.base_lr 1e-3`.
