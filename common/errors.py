@@ -69,6 +69,12 @@ def sentence(error: BaseException) -> str | None:
     return None
 
 
+def name_place(error: BaseException | None, folder: str | os.PathLike[str]) -> None:
+    """An error of a disk that came in the middle of a file does not know its name: it gets that of the run's folder."""
+    if isinstance(error, OSError) and error.errno in _OF_A_DISK and error.filename is None:
+        error.filename = os.fspath(folder)
+
+
 def print_usage_errors(main):
     """Decorator of an entry script's `main`: errors that are for the user end as one `error: ...` line on stderr.
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import device as devices
 from common import folder_lock, run_folder
 from common.distributed import World
-from common.errors import Preempted, UsageError
+from common.errors import Preempted, UsageError, name_place
 from common.metrics_file import MetricsFile, TensorBoard, plot_loss, read_losses
 from common.preemption import Watch
 from common.profile.precision_dump import PrecisionDump
@@ -140,6 +140,7 @@ class RunLog:
             print(f"note: {self.folder} is not shared by {absent}: all files are on this host alone", flush=True)
 
     def __exit__(self, kind, error, traceback) -> None:
+        name_place(error, self.folder)
         self.progress.close()
         try:
             if self.world.is_main:

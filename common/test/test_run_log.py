@@ -13,7 +13,7 @@ import torch
 
 from common import result_file
 from common.distributed import World
-from common.errors import UsageError
+from common.errors import UsageError, sentence
 from common.run_log import RunLog
 from common.update import NonFiniteStep
 
@@ -148,6 +148,13 @@ def test_tensorboard_goes_on_at_the_checkpoint_s_step(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_file_is_told_with_the_folder(tmp_path):
+    with pytest.raises(OSError) as full, RunLog(tmp_path, World(), "Net", batch_size=4), open("/dev/full", "w") as file:
+        file.write("a file of nobody's care")
+        file.flush()
+    assert sentence(full.value) == f"{tmp_path}: No space left on device"
 
 
 def test_a_step_that_was_not_finite_leaves_what_to_replay(tmp_path):
