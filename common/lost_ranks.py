@@ -30,6 +30,8 @@ _OF_A_COLLECTIVE = re.compile(
 class RanksLost(RuntimeError):
     """A collective failed; the message says which ranks and hosts do not answer any more."""
 
+    for_user = True
+
 
 class Place(NamedTuple):
     """Where a rank can be knocked at."""

@@ -150,11 +150,16 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Sequence[str] =
             overrides = [*theirs.items(), *_pairs(overrides)]
         else:
             config = _merge(config, from_file, f"{path}")
-    for key, value in _pairs(overrides):
+    given = _pairs(overrides)
+    for key, value in given:
         _check_known(key)
         config = _merge(config, _nested(key, value), f"{key}={value}")
     result = OmegaConf.to_object(config)
-    _check(result)
+    try:
+        _check(result)
+    except UsageError as error:
+        is_of_file = path is not None and error.message.partition("=")[0] not in dict(given)
+        raise UsageError(f"{path}: {error.message}" if is_of_file else error.message) from None
     return result
 
 

@@ -14,6 +14,7 @@ import torch
 from common import result_file
 from common.distributed import World
 from common.errors import UsageError, sentence
+from common.lost_ranks import RanksLost
 from common.run_log import RunLog
 from common.update import NonFiniteStep
 
@@ -155,6 +156,10 @@ def test_a_disk_that_fills_in_the_middle_of_a_file_is_told_with_the_folder(tmp_p
         file.write("a file of nobody's care")
         file.flush()
     assert sentence(full.value) == f"{tmp_path}: No space left on device"
+
+
+def test_a_rank_that_lost_the_others_says_so_in_a_line():
+    assert sentence(RanksLost("rank 0 could not go on:\nended: rank 1")) == "rank 0 could not go on: ended: rank 1"
 
 
 def test_a_step_that_was_not_finite_leaves_what_to_replay(tmp_path):
