@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> dict:
         model_args, data_args, args = arguments.parse(argv, world)
         if world.is_main:
             print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
+        if args.torch_compile:
+            device.require_eager(world.device, "--torch_compile")
         device.seed_everything(args.seed)
 
         setup = pipeline.build(model_args, data_args, args, world)

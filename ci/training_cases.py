@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ COUNTED, TIMED, FULL = SIZES = ("counted", "timed", "full")  # milliseconds, hal
 EPOCHS = "1000"
 # On an accelerator a loader must keep up with the device, and epochs be long: both are part of a timed step there.
 PICTURES = {COUNTED: 64, TIMED: 64, FULL: 4096}
+OVERFLOWS = "1e15"  # a loss scale with which no gradient stays finite
 WORKERS = {COUNTED: "0", TIMED: "0", FULL: "8"}
 WORDS = "a the red blue green small large dog cat house tree runs sits on under near two three old new".split()
 
@@ -32,12 +33,14 @@ class Case:
         entry: module of the entry script.
         prepare: writes what the run reads into a folder, for one of SIZES.
         arguments: the entry script's own, for (folder, size); device, precision and output_dir are added.
+        variants: more arguments, by name, for what the plain case does not have.
     """
 
     project: str
     entry: str
     prepare: Callable[[Path, str], None]
     arguments: Callable[[Path, str], list[str]]
+    variants: Mapping[str, list[str]] = field(default_factory=dict)
 
     def command(self, data: Path, size: str, output: Path, device: str, precision: str, *more: str) -> list[str]:
         """The arguments of `main`. A run logs no line of its own accord: reading the loss would be a step's work."""
@@ -185,12 +188,26 @@ def data2vec_arguments(folder: Path, size: str) -> list[str]:
 CASES = {
     case.project: case
     for case in (
-        Case("ViT_for_PyTorch", "run_vit", prepare_pictures, vit_arguments),
-        Case("Beit2_for_PyTorch", "run_beitv2_pretraining", prepare_pictures, beit2_arguments),
-        Case("CLIP_for_PyTorch", "run_clip", prepare_clip, clip_arguments),
-        Case("Data2vec_for_PyTorch", "train", prepare_data2vec, data2vec_arguments),
+        Case(
+            "ViT_for_PyTorch", "run_vit", prepare_pictures, vit_arguments,
+            {"accumulation": ["accumulate=2"], "fsdp": ["--parallel", "fsdp"], "ema": ["optimizer.ema_decay=0.99"],
+             "overflow": ["--loss_scale", OVERFLOWS]},
+        ),
+        Case(
+            "Beit2_for_PyTorch", "run_beitv2_pretraining", prepare_pictures, beit2_arguments,
+            {"accumulation": ["--update_freq", "2"], "fsdp": ["--fsdp"], "overflow": ["--loss_scale", OVERFLOWS]},
+        ),
+        Case(
+            "CLIP_for_PyTorch", "run_clip", prepare_clip, clip_arguments,
+            {"accumulation": ["--gradient_accumulation_steps", "2"], "overflow": ["--loss_scale", OVERFLOWS]},
+        ),
+        # an update that overflows is no step of its log, and the teacher is an average in every run
+        Case(
+            "Data2vec_for_PyTorch", "train", prepare_data2vec, data2vec_arguments,
+            {"accumulation": ["optimization.update_freq=[2]"]},
+        ),
     )
-}
+}  # fmt: skip
 
 
 def short_names(names: list[str] | None) -> list[str]:

@@ -124,6 +124,19 @@ def require_precision(device: torch.device, precision: str) -> None:
             raise UsageError(f"--precision bf16: {describe(device)} has no bf16; give --precision fp16 or fp32")
 
 
+def require_eager(device: torch.device, option: str) -> None:
+    """Refuses torch.compile on an npu, where graph mode was never tried with this code.
+
+    Raises:
+        UsageError: naming `option`.
+    """
+    if device.type == "npu":
+        raise UsageError(
+            f"{option}: torch.compile on npu (torchair, npugraph_ex or inductor) was never tried with this code; leave "
+            "it out"
+        )
+
+
 def fused_adamw(device: torch.device) -> bool:
     """Whether AdamW runs as one kernel on this device; `torch.optim.AdamW(..., fused=fused_adamw(device))`."""
     if device.type != "npu":

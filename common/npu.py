@@ -60,9 +60,13 @@ def set_up() -> None:
       BEiT, CLIP and data2vec batches do change shape.
     - `allow_internal_format=False`: keep tensors in their plain layout. The private formats speed up some convolutions,
       but our models have a single one (the patch embedding) and pay for every conversion around it.
+    - `conv.allow_hf32=False`: fp32 means fp32. torch_npu multiplies an fp32 convolution in HF32 (11 bits of mantissa)
+      unless told otherwise (Ascend/pytorch, EnvVariables.cpp, ALLOW_CONV_HF32), and the patch embedding is one.
+      Products of matrices are in fp32 already. fp16 and bf16 are not touched.
     """
     torch.npu.set_compile_mode(jit_compile=False)
     torch.npu.config.allow_internal_format = False
+    torch.npu.conv.allow_hf32 = False
 
 
 def deterministic() -> None:

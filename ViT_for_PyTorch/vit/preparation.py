@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint_file, run_folder, shards
+from common import device as devices
 from common.distributed import World, barrier, broadcast_object
 from common.errors import UsageError
 from common.update import GuardedStep, LossScale, loss_scale
@@ -128,6 +129,8 @@ def freeze(model: ClassifyingViT, options: ModelConfig) -> None:
 
 def over_ranks(config: Config, world: World, model: ClassifyingViT, ema: ModelEmaV3 | None) -> nn.Module:
     """The model as it is trained: with --parallel fsdp in shards, in place; on several ranks otherwise under DDP."""
+    if config.model.compile:
+        devices.require_eager(world.device, "model.compile=true")
     if config.parallel == "fsdp":
         for module in (model, ema.module) if ema else (model,):
             shards.shard(module, module.blocks, world, config.precision)

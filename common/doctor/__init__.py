@@ -4,7 +4,8 @@
     python -m common.doctor --table                          the known-good sets as Markdown, for a README
 
 Prints the versions of Python, torch, torchvision, torch_npu, CANN, driver and firmware and the cards with their
-health, compares them with known_good_sets.json, multiplies two matrices on the device and lets two ranks meet.
+health, generation and links, the size of /dev/shm and NVIDIA's driver, compares them with known_good_sets.json,
+multiplies two matrices on the device and lets two ranks meet.
 Exit code: 0 all good, 1 something is wrong, 2 a wrong command line. It runs without torch, which only the tests import,
 and on Python 3.8, of which it then says that it is too old.
 """
@@ -19,28 +20,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.doctor import host
 from common.doctor.facts import CANN_PACKAGES, Facts, gather
+from common.doctor.report import GOOD, NOTE, WRONG, Line, install_torch, release
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("known_good_sets.json")
-GOOD, NOTE, WRONG = "good", "note", "wrong"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the report."""
-
-    verdict: str
-    text: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        arrow = f"\n         -> {self.remedy}" if self.remedy else ""
-        return f"  {self.verdict:<6} {self.text}{arrow}"
 
 
 # What a failing import or operator prints -> its cause, and the remedy, with the reports it was taken from.
@@ -89,8 +77,11 @@ def diagnose(
         # in the order in which they have to be mended
         lines += [*check_driver(facts), *check_cards(facts), *check_cann(facts, wanted, table)]
         lines += [*check_torch_npu(facts, wanted), *check_cann_packages(facts)]
+        lines += [*host.check_generation(facts), *host.check_links(facts)]
     else:
         lines += check_no_ascend(facts)
+    lines += host.check_cuda(facts, wanted, device)
+    lines += host.check_shared_memory(facts, has_card=facts.has_ascend or device == "cuda")
     return [*lines, *nearest_set(facts, table, wanted), *tests]
 
 
@@ -238,16 +229,6 @@ def nearest_set(facts: Facts, table: dict[str, Any], wanted: dict[str, Any]) -> 
         yield Line(
             NOTE, f"this is the published set '{entry['name']}'" + (", but " + ", ".join(strays) if strays else "")
         )
-
-
-def release(version: str) -> tuple[int, ...]:
-    """(8, 3) of "8.3.RC1": the leading numbers."""
-    numbers = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(number) for number in numbers.group().split(".")) if numbers else ()
-
-
-def install_torch(wanted: dict[str, Any]) -> str:
-    return f"pip install torch=={wanted['torch']} torchvision=={wanted['torchvision']}"
 
 
 def install_torch_npu(wanted: dict[str, Any]) -> str:

@@ -5,9 +5,11 @@ An Ascend host is most often broken in a way that makes `import torch` itself fa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,6 +78,10 @@ class Facts:
     device_nodes: list[str] = field(default_factory=list)
     closed_nodes: list[str] = field(default_factory=list)  # device nodes that this user may not open
     environment: dict[str, str] = field(default_factory=dict)
+    links: dict[int, str] = field(default_factory=dict)  # by card, of its network: UP, DOWN
+    shm_bytes: int | None = None  # size of /dev/shm
+    nvidia_smi: str | None = None  # what it prints
+    torch_cuda: str | None = None  # the CUDA that torch is built for
 
     @property
     def has_ascend(self) -> bool:
@@ -107,19 +113,50 @@ def gather(
         firmware=_info_value(root / "usr/local/Ascend/firmware/version.info", "version"),
         environment={name: environment[name] for name in VARIABLES if name in environment},
     )
+    run = run or _run
+    facts.torch_cuda = torch_cuda()
+    with contextlib.suppress(OSError):
+        facts.shm_bytes = shutil.disk_usage(root / "dev" / "shm").total
+    with contextlib.suppress(FileNotFoundError):
+        facts.nvidia_smi = run(["nvidia-smi"])[1]
     facts.cann, facts.cann_folder = _find_cann(root, environment)
     facts.device_nodes = sorted(str(p) for p in (root / "dev").glob("davinci*") if re.search(r"davinci\d+$", p.name))
     facts.closed_nodes = [node for node in facts.device_nodes if not os.access(node, os.R_OK | os.W_OK)]
     try:
-        code, output = (run or _run)(["npu-smi", "info"])
+        code, output = run(["npu-smi", "info"])
     except FileNotFoundError:
         return facts
     if code == 0:
         facts.npu_smi, facts.cards, facts.processes = read_npu_smi(output)
+        facts.links = _links({card.number for card in facts.cards}, root, run)
     else:
         lines = output.strip().splitlines()
         facts.npu_smi_error = lines[-1] if lines else f"exit code {code}"
     return facts
+
+
+def _links(cards: set[int], root: Path, run: Callable[[list[str]], tuple[int, str]]) -> dict[int, str]:
+    """UP or DOWN by card, from the driver's hccn_tool; empty where there is none, or it does not say."""
+    tool = root / "usr/local/Ascend/driver/tools/hccn_tool"
+    found = {}
+    for card in sorted(cards):
+        try:
+            _, output = run([str(tool), "-i", str(card), "-link", "-g"])
+        except (FileNotFoundError, PermissionError):
+            return {}
+        if status := re.search(r"link status:\s*(\w+)", output):
+            found[card] = status.group(1).upper()
+    return found
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version in torch's own version.py; None without torch, or of one without CUDA."""
+    try:
+        files = metadata.distribution("torch").locate_file("torch/version.py")
+        found = re.search(r"^cuda\b.*=\s*'([\d.]+)'", Path(str(files)).read_text(), re.M)
+    except (metadata.PackageNotFoundError, OSError):
+        return None
+    return found.group(1) if found else None
 
 
 def package_version(name: str) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.launch.world import LaunchError
+from common.rank_table.servers import ip_address
 
 _VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
@@ -129,9 +130,26 @@ def common_environment(plan: Mapping[str, Any], cores: int) -> dict[str, str]:
         found["GLOO_SOCKET_IFNAME"] = interface
         where = plan["node_addresses"][int(plan["node_rank"])] or f"the way to {plan['master_addr']}"
         print(f"GLOO_SOCKET_IFNAME={interface}, the interface of {where}", flush=True)
+    if plan["npu_is_meant"] and not {"HCCL_IF_IP", "HCCL_SOCKET_IFNAME"} & set(os.environ):
+        found |= _hccl_network(plan)
     ranks = int(plan["node_nproc"][int(plan["node_rank"])])
     if ranks > 1 and not os.environ.get("OMP_NUM_THREADS"):
         found["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
+    return found
+
+
+def _hccl_network(plan: Mapping[str, Any]) -> dict[str, str]:
+    """How HCCL's hosts meet: over the address that rank table or host file give this node, else its interface.
+
+    Left to itself HCCL takes the first network of the host, which on a server with several may lead nowhere.
+    """
+    address, interface = plan["node_addresses"][int(plan["node_rank"])], plan["node_interface"]
+    if address and ip_address(address) is not None and not ip_address(address).is_loopback:
+        found = {"HCCL_IF_IP": address}
+    else:
+        found = {"HCCL_SOCKET_IFNAME": f"={interface}"} if interface else {}  # "=": this one, not all that begin so
+    for name, value in found.items():
+        print(f"{name}={value}, this node's place in the run", flush=True)
     return found
 
 

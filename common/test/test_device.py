@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,3 +102,9 @@ def test_a_torchvision_whose_ops_load_is_left_alone():
         "print(repair_torchvision(), len(loaded), hasattr(torch.ops.torchvision, 'nms'))"
     )
     assert run_python(code) == "False 1 False\n"
+
+
+def test_graph_mode_is_refused_on_npu_alone():
+    with pytest.raises(device.UsageError, match="--torch_compile: torch.compile on npu"):
+        device.require_eager(SimpleNamespace(type="npu"), "--torch_compile")
+    device.require_eager(torch.device("cpu"), "--torch_compile")

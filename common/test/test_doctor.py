@@ -101,12 +101,54 @@ def test_a_sound_ascend_host_is_good():
         ({"environment": {"ASCEND_RT_VISIBLE_DEVICES": "0,2"}}, "only 2 cards", "=0,1"),
         ({"environment": {"ASCEND_RT_VISIBLE_DEVICES": "1,0"}}, "must ascend", "=0,1"),
         ({"environment": {"ASCEND_RT_VISIBLE_DEVICES": "all"}}, "not numbers", "=0,1"),
+        ({"shm_bytes": 64 << 20}, "/dev/shm has 64 MiB", "docker run --shm-size=16g"),
+        ({"cards": [Card(0, "310P3", "OK")]}, "310P3 is an inference card", "Atlas A2"),
     ],
 )
 def test_the_wrong_line_is_named_with_its_remedy(changes, text, remedy):
     lines = wrong(host(**changes))
     assert any(text in line.text and remedy in line.remedy for line in lines), lines
     assert len(lines) <= 2, "one broken thing does not make everything wrong"
+
+
+def test_generation_and_links_are_told():
+    def notes(**changes) -> list[str]:
+        lines = doctor.diagnose(host(**changes), TABLE, "auto", [])
+        return [f"{line.text} {line.remedy}" for line in lines if line.verdict == doctor.NOTE]
+
+    for name, first in (
+        ("910A", 1),
+        ("Ascend910ProB", 1),
+        ("910B", 1),
+        ("910B2", 0),
+        ("Ascend910", 0),
+        ("910_9392", 0),
+    ):
+        told = [text for text in notes(cards=[Card(0, name, "OK")]) if "Atlas training series: no bf16" in text]
+        assert len(told) == first and all("--precision=fp16" in text for text in told), name
+    assert any("card 1 is down" in text and "hccn_tool -i 1" in text for text in notes(links={0: "UP", 1: "DOWN"}))
+    assert not any("network link" in text for text in notes(links={0: "UP", 1: "UP"}))
+
+
+NVIDIA = "| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06      CUDA Version: 13.0     |\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "remedy"),
+    [
+        ({"nvidia_smi": None}, "no nvidia-smi", "docker run --gpus all"),
+        ({"nvidia_smi": "Failed to initialize NVML: Driver/library version mismatch\n"}, "version mismatch", "reboot"),
+        ({"nvidia_smi": NVIDIA, "torch_cuda": None}, "torch 2.13.0 is built without CUDA",
+         "pip install torch==2.13.0 torchvision==0.28.0 --force-reinstall"),
+        ({"nvidia_smi": NVIDIA.replace("13.0", "12.4"), "torch_cuda": "13.0"}, "the driver knows CUDA 12.4", "cu126"),
+        ({"nvidia_smi": NVIDIA, "torch_cuda": "13.0", "shm_bytes": 1 << 20}, "/dev/shm has 1 MiB", "--shm-size"),
+        ({"nvidia_smi": NVIDIA, "torch_cuda": "13.0"}, None, None),
+    ],
+)  # fmt: skip
+def test_a_cuda_host_gets_the_command_that_mends_it(changes, text, remedy):
+    plain = {"driver": None, "cann": None, "cann_folder": None, "npu_smi": None, "cards": [], "environment": {}}
+    lines = wrong(host(**plain, packages={"torch_npu": None}, **changes), "cuda")
+    assert [(text in line.text, remedy in line.remedy) for line in lines] == ([(True, True)] if text else [])
 
 
 def test_numpy_2_is_refused_by_an_old_cann_only():

@@ -5,8 +5,9 @@
     python -m ci.gates.counters --accept           # write what is counted now, for the commit that means to change it
 
 Each project trains three steps through its entry script on made-up data: two to warm up, one counted. Operations by
-dtype, host reads, dynamic shapes, bytes and optimizer tensors are counted in fp32 and in bf16, and the collectives on
-rank 0 of two. There is no noise and no tolerance. The counts do not
+dtype, host reads, dynamic shapes, bytes, optimizer tensors and learning rates are counted in fp32 and in bf16, with a
+weight average and in an fp16 step that overflows, and the collectives on rank 0 of two, with gradient accumulation and
+sharded, too. There is no noise and no tolerance. The counts do not
 depend on the host: kernels that are chosen by the CPU's instructions are switched to what an accelerator would run.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -23,7 +25,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +37,17 @@ from ci.training_cases import CASES, COUNTED, short_names
 ROOT = Path(__file__).resolve().parents[3]
 BASELINES = ROOT / "ci" / "baselines" / "counters"
 WARM_STEPS = 2  # the first makes the optimizer's state; in the second, DDP settles its buckets
-# name of a run: precision, ranks; the one that forks comes first, before autograd has threads
-RUNS = {"fp32, 2 ranks": ("fp32", 2), "fp32": ("fp32", 1), "bf16": ("bf16", 1)}
+# name of a run: precision, ranks, variant of the case (training_cases.py) where the project has it. Those that fork
+# come first, before autograd has threads.
+RUNS = {
+    "fp32, 2 ranks": ("fp32", 2, ""),
+    "fp32, 2 ranks, accumulation": ("fp32", 2, "accumulation"),
+    "fp32, 2 ranks, fsdp": ("fp32", 2, "fsdp"),
+    "fp32": ("fp32", 1, ""),
+    "bf16": ("bf16", 1, ""),
+    "fp32, ema": ("fp32", 1, "ema"),
+    "fp16, overflow": ("fp16", 1, "overflow"),
+}
 ACCEPT = "python -m ci.gates.counters --accept --project"
 
 Counts = dict[str, Any]  # of one run
@@ -48,26 +61,26 @@ class _OneStep(training_steps.Observer):
         from ci.gates.counters.operation_counter import OperationCounter
 
         self.counter = OperationCounter()
-        self._counting = False
+        self.is_counting = False
 
     def step_ended(self, step: int, samples: int) -> None:
         if step == WARM_STEPS:
             gc.collect()
             gc.disable()  # memory is then freed at the same place in every run
-            self._counting = True
+            self.is_counting = True
             self.counter.__enter__()
         elif step > WARM_STEPS:
             self.counter.__exit__(None, None, None)
-            self._counting = False
+            self.is_counting = False
             gc.enable()
             raise training_steps.TrainingStopped
 
     def data_begins(self) -> None:
-        if self._counting:
+        if self.is_counting:
             self.counter.__exit__(None, None, None)
 
     def data_ends(self) -> None:
-        if self._counting:
+        if self.is_counting:
             self.counter.__enter__()
 
 
@@ -94,14 +107,35 @@ def measure(tree: Path, project: str, runs: list[str]) -> Report:
     case = CASES[project]
     with tempfile.TemporaryDirectory() as folder:
         case.prepare(Path(folder), COUNTED)
+        importlib.import_module(case.entry)  # once, for all ranks
         report = {}
         for name in runs:
-            precision, ranks = RUNS[name]
+            precision, ranks, variant = RUNS[name]
+            if variant and variant not in case.variants:
+                continue
             output = Path(folder) / name.replace(", ", "-")
-            report[name] = count_step(
-                case.entry, case.command(Path(folder), COUNTED, output, "cpu", precision, "--seed", "1"), ranks
-            )
+            more = case.variants.get(variant, [])
+            command = case.command(Path(folder), COUNTED, output, "cpu", precision, "--seed", "1", *more)
+            count = functools.partial(count_step, case.entry, command, ranks)
+            report[name] = in_a_fork(count, Path(folder) / "counts.json") if ranks > 1 else count()
     return report
+
+
+def in_a_fork(count: Callable[[], Counts], path: Path) -> Counts:
+    """What `count` returns, counted by a fork of this process, which so stays one that can fork again."""
+    sys.stdout.flush()
+    if (process := os.fork()) == 0:
+        code = 1
+        try:
+            path.write_text(json.dumps(count()))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    if os.waitpid(process, 0)[1]:
+        raise RuntimeError("the counting of several ranks failed")
+    return json.loads(path.read_text())
 
 
 def count_step(entry: str, arguments: list[str], ranks: int) -> Counts:
@@ -109,17 +143,20 @@ def count_step(entry: str, arguments: list[str], ranks: int) -> Counts:
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    observer, optimizers = _OneStep(), []
-    hook = register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.append(optimizer))
+    observer, optimizers, steps = _OneStep(), [], []
+
+    def optimizer_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        optimizers.append(optimizer)
+        steps.append(observer.is_counting)
+
+    hook = register_optimizer_step_post_hook(optimizer_stepped)
     try:
         with rank_0_of(ranks, entry, arguments):
             if not training_steps.train(entry, arguments, observer):
                 raise RuntimeError(f"{entry} ended before the step to be counted")
     finally:
         hook.remove()
-    counter, optimizer = observer.counter, optimizers[-1]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+    counter = observer.counter
     counts: Counts = {
         "totals": {
             "operations": counter.operations.total(),
@@ -127,23 +164,36 @@ def count_step(entry: str, arguments: list[str], ranks: int) -> Counts:
             "dynamic shapes": counter.dynamic_shapes.total(),
             "allocated bytes": counter.allocated_bytes,
             "peak live bytes": counter.peak_bytes,
-            "parameters": sum(p.numel() for p in parameters),
-            "parameter tensors": len(parameters),
-            "optimizer tensors": len(state),
-            "optimizer bytes": sum(tensor.nbytes for tensor in state),
-            "optimizer steps": len(optimizers) - WARM_STEPS,
+            "optimizer steps": sum(steps),
         },
-        "optimizer": {describe_optimizer(optimizer): len(optimizer.param_groups)},  # parameter groups
         "operations": dict(sorted(counter.operations.items())),
         "host reads": dict(sorted(counter.host_reads.items())),
         "dynamic shapes": dict(sorted(counter.dynamic_shapes.items())),
     }
+    if optimizers:  # none where every step overflowed
+        counts["totals"] |= sizes_of(optimizers[-1])
+        counts["optimizer"] = {describe_optimizer(optimizers[-1]): len(optimizers[-1].param_groups)}
+        rates = Counter(f"lr {group['lr']:.8g}" for group in optimizers[-1].param_groups)
+        counts["rates of the last step"] = dict(sorted(rates.items()))  # and how many parameter groups have it
     if ranks > 1:
         counts = {
             "totals": {"collectives": counter.collectives.total(), "collective bytes": counter.collective_bytes},
             "collectives": dict(sorted(counter.collectives.items())),
         }
     return counts
+
+
+def sizes_of(optimizer: Any) -> dict[str, int]:
+    import torch
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "parameter tensors": len(parameters),
+        "optimizer tensors": len(state),
+        "optimizer bytes": sum(tensor.nbytes for tensor in state),
+    }
 
 
 def describe_optimizer(optimizer: Any) -> str:
@@ -158,7 +208,6 @@ def rank_0_of(ranks: int, entry: str, arguments: list[str]) -> Iterator[None]:
     if ranks == 1:
         yield
         return
-    importlib.import_module(entry)  # once, for all ranks
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -33,6 +33,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("card", &fake_npu::card);
   m.def("overflow_flag", [] { return fake_npu::overflowed.load(); });
   m.def("clear_overflow_flag", [] { fake_npu::overflowed = false; });
+  m.def("conv_hf32", [] { return fake_npu::conv_hf32.load(); });
+  m.def("allow_conv_hf32", [](bool allowed) { fake_npu::conv_hf32 = allowed; });
   m.def("first_generation", &fake_npu::first_generation);
   m.def("in_bad_fork", [] { return fake_npu::in_bad_fork.load(); });
   m.def("observe", &observe, "calls function(kind, operator) for what observe.h lists; None stops it");

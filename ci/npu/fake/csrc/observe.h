@@ -35,8 +35,13 @@ inline void note_waits(const c10::OperatorHandle& op, const std::string& name, c
   const bool indexes = name == "aten::index" || name == "aten::index_put" || name == "aten::index_put_" ||
       name == "aten::_index_put_impl_" || name == "aten::_unsafe_index" || name == "aten::_unsafe_index_put";
   if (indexes) {
+    // op-plugin, IndexPutKernelNpuOpApi.cpp: a mask and one value become masked_fill with value.item()
+    const bool puts_one = name != "aten::index" && name != "aten::_unsafe_index" && arguments[2].toTensor().numel() == 1 &&
+        !(name == "aten::_index_put_impl_" && arguments[3].toBool());
     for (const auto& index : arguments[1].toOptionalTensorVector()) {
-      if (is_boolean(index)) note("dynamic_shape", name + " (boolean)");
+      if (is_boolean(index) && puts_one) {
+        if (!arguments[2].toTensor().is_cpu()) note("host_wait", name + " (one value of the device under a mask)");
+      } else if (is_boolean(index)) note("dynamic_shape", name + " (boolean)");
       else if (index && index->defined() && index->is_cpu()) note("host_wait", name + " (index on the host)");
     }
   } else if (op.hasTag(at::Tag::dynamic_output_shape)) {

@@ -233,6 +233,34 @@ inline at::Tensor gelu_backward(const at::Tensor& gradient, const at::Tensor& x,
   return aliases.npu(at::gelu_backward(aliases.host(gradient), aliases.host(x), "tanh"));
 }
 
+// op-plugin, ConvolutionKernelNpuOpApi.cpp and ConvolutionBackward...: fp32 is multiplied in HF32 (11 bits of mantissa,
+// the hidden one included) unless torch.npu.conv.allow_hf32 is False. Matrix products are not (ALLOW_MATMUL_HF32).
+inline std::atomic<bool> conv_hf32{true};
+
+inline at::Tensor as_multiplied(const at::Tensor& host) {
+  if (!conv_hf32 || host.scalar_type() != at::kFloat) return host;
+  const auto bits = host.contiguous().view(at::kInt);
+  return at::bitwise_and(bits + 0x800, ~0xFFF).view(at::kFloat);
+}
+
+// aclnnSort is told that the order of equal values does not matter (op-plugin, SortKernelNpuOpApi.cpp): here the last
+// comes first, where a CPU keeps the first first.
+inline std::tuple<at::Tensor, at::Tensor> sort(
+    const at::Tensor& x, std::optional<bool> stable, int64_t dim, bool descending) {
+  operators_run++;
+  check_type("aten::sort", x);
+  Aliases aliases;
+  aliases.device = x.device().index();
+  at::AutoDispatchBelowADInplaceOrView below;
+  const auto host = aliases.host(x);
+  if (stable.value_or(false) || host.dim() == 0) {
+    auto [values, order] = at::sort(host, true, dim, descending);
+    return {aliases.npu(values), aliases.npu(order)};
+  }
+  auto [values, order] = at::sort(host.flip({dim}), true, dim, descending);
+  return {aliases.npu(values), aliases.npu(host.size(dim) - 1 - order)};
+}
+
 // Core torch sends an accelerator's convolutions to these two, which have no CPU kernel.
 inline at::Tensor convolution(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
@@ -246,7 +274,7 @@ inline at::Tensor convolution(
   at::AutoDispatchBelowADInplaceOrView below;
   const auto host_bias = bias ? std::optional<at::Tensor>(aliases.host(*bias)) : std::nullopt;
   return aliases.npu(at::convolution(
-      aliases.host(x), aliases.host(weight), host_bias, stride, padding, dilation, transposed, output_padding, groups));
+      as_multiplied(aliases.host(x)), as_multiplied(aliases.host(weight)), host_bias, stride, padding, dilation, transposed, output_padding, groups));
 }
 
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
@@ -261,7 +289,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
   const int64_t bias_size = transposed ? weight.size(1) * groups : weight.size(0);
   at::AutoDispatchBelowADInplaceOrView below;
   const auto [dx, dweight, dbias] = at::convolution_backward(
-      aliases.host(gradient), aliases.host(x), aliases.host(weight),
+      as_multiplied(aliases.host(gradient)), as_multiplied(aliases.host(x)), as_multiplied(aliases.host(weight)),
       wanted[2] ? at::OptionalIntArrayRef(bias_size) : std::nullopt, stride, padding, dilation, transposed,
       output_padding, groups, wanted);
   return {aliases.npu(dx), aliases.npu(dweight), aliases.npu(dbias)};
@@ -279,6 +307,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   for (const char* name : {"native_layer_norm", "native_layer_norm_backward", "mse_loss", "smooth_l1_loss"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   m.impl("_copy_from", copy_from);
+  m.impl("sort.stable", sort);
   m.impl("gelu", gelu);
   m.impl("gelu_backward", gelu_backward);
   m.impl("convolution_overrideable", convolution);

@@ -28,3 +28,4 @@ def events(monkeypatch):
 def simulated():
     assert torch_npu.SIMULATED
     torch.manual_seed(0)
+    torch.npu.conv.allow_hf32 = False  # as common.npu.set_up; a new process begins with True

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import device as devices
+
 NPU = torch.device("npu")
 
 
@@ -180,6 +182,37 @@ def test_options_are_torch_npu_s():
         torch.npu.config.alow_internal_format = False
     with pytest.raises(AttributeError):
         torch.npu.config.allow_internal_format  # noqa: B018 - cannot be read back, as in torch_npu
+
+
+def test_fp32_convolutions_are_in_hf32_until_the_device_is_resolved():
+    """As ConvolutionKernelNpuOpApi.cpp with ALLOW_CONV_HF32's default; common.npu.set_up switches it off."""
+    torch.npu.conv.allow_hf32 = True
+    patches, pixels = nn.Conv2d(3, 8, 4, 4), torch.rand(2, 3, 16, 16, requires_grad=True)
+    expected = patches(pixels)
+    slope = torch.autograd.grad(expected.square().sum(), patches.weight)[0]
+
+    def gaps() -> tuple[float, float]:
+        there = copy.deepcopy(patches).to(NPU)
+        result = there(pixels.to(NPU))
+        found = torch.autograd.grad(result.square().sum(), there.weight)[0]
+        return tuple((((a.cpu() - b) / b.norm()).norm().item()) for a, b in ((result, expected), (found, slope)))
+
+    assert all(1e-5 < gap < 1e-3 for gap in gaps())
+    with pytest.raises(TypeError, match="allow_hf32 must be a bool"):
+        torch.npu.conv.allow_hf32 = "no"
+    devices.resolve("npu")
+    assert torch.npu.conv.allow_hf32 is False and all(gap < 1e-6 for gap in gaps())
+
+
+def test_equal_values_have_no_order_unless_it_is_asked_for():
+    """aclnnSort gets `stable`, and False leaves ties as they come (SortKernelNpuOpApi.cpp)."""
+    mask = torch.tensor([[0, 1, 0, 1, 1]], device=NPU)
+    for descending in (False, True):
+        plain, kept = (mask.sort(dim=1, descending=descending, stable=stable) for stable in (False, True))
+        assert torch.equal(plain.values, kept.values) and torch.equal(mask.gather(1, plain.indices), plain.values)
+        assert torch.equal(kept.indices.cpu(), mask.cpu().sort(dim=1, descending=descending, stable=True).indices)
+        assert not torch.equal(plain.indices, kept.indices)
+    assert mask.argsort(descending=True, stable=True).tolist() == [[1, 3, 4, 0, 2]]
 
 
 @pytest.mark.parametrize("name", ["mm", "linear", "layer_norm", "cross_entropy"])

@@ -9,6 +9,8 @@ from torch_npu import watch
 import run_vit
 from ci.npu.fake import Event, Report
 from ci.training_cases import CASES, COUNTED
+from common import npu
+from common.profile import precision_compare
 from vit import engine
 
 CASE = CASES["ViT_for_PyTorch"]
@@ -66,6 +68,25 @@ def test_a_boolean_index(train, monkeypatch):
     seen = train()
     assert {e.step for e in seen if e.kind == "dynamic_shape"} == set(range(2, STEPS + 1))
     assert "aten::index (boolean)" in {e.operator for e in seen}  # and its gradient's, "at backward"
+
+
+def test_compile_on_npu_is_refused(pictures, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_vit.main(CASE.command(pictures, COUNTED, tmp_path, "npu", "fp32", "--max_steps", "2", "model.compile=true"))
+    assert stop.value.code == 2 and "model.compile=true: torch.compile on npu" in capsys.readouterr().err
+
+
+def test_hf32_convolutions_change_the_losses(train, monkeypatch, tmp_path):
+    """Where set_up forgets its switch, the patch embedding is not fp32's: the dumps of the two part at it."""
+    monkeypatch.setenv("DUMP_PRECISION", "1")
+    train()
+    (tmp_path / "dump_precision").rename(tmp_path.parent / f"{tmp_path.name}-right")
+    monkeypatch.setattr(npu, "set_up", lambda: None)
+    torch.npu.conv.allow_hf32 = True
+    train()
+    right = precision_compare.read(next(tmp_path.parent.glob(f"{tmp_path.name}-right/*/rank0/dump.json")))
+    rows = precision_compare.compare(right, precision_compare.read(tmp_path))
+    assert "ClassifyingViT.patch_embed.proj** (Conv2d): the result" in precision_compare.verdict(rows)
 
 
 def test_double_precision(train, monkeypatch):

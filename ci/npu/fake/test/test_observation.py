@@ -17,11 +17,14 @@ WAITS = {
     "from the host": lambda x: torch.tensor(VALUES, device=NPU),
     "pageable memory": lambda x: torch.ones(3).to(NPU, non_blocking=True),
     "index on the host": lambda x: x[torch.tensor([0, 2])],
+    # masked_fill_ with value.item() (IndexPutKernelNpuOpApi.cpp), also of x[mask] = 0.0, which torch puts on the device
+    "one value under a mask": lambda x: x.index_put_((x > 0,), torch.zeros((), device=NPU)),
+    "a number under a mask": lambda x: x.__setitem__(x > 0, 0.0),
     "synchronize": lambda x: torch.npu.synchronize(),
 }
 SHAPES = {
     "boolean index": lambda x: x[x > 0],
-    "boolean assignment": lambda x: x.index_put_((x > 0,), torch.zeros((), device=NPU)),
+    "boolean assignment": lambda x: x.index_put_((x > 0,), torch.zeros(2, device=NPU)),
     "nonzero": lambda x: x.nonzero(),
     "masked_select": lambda x: x.masked_select(x > 0),
     "unique": lambda x: x.unique(),

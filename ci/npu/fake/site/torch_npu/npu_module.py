@@ -21,6 +21,23 @@ class Config:
             raise TypeError(f"torch.npu.config.{name} must be a bool, not {value!r}")
 
 
+class Conv:
+    """`torch.npu.conv`: whether fp32 convolutions multiply in HF32, which they do unless told otherwise."""
+
+    def __init__(self, native: ModuleType):
+        object.__setattr__(self, "_native", native)
+
+    def __setattr__(self, name: str, value: bool) -> None:
+        if name != "allow_hf32":
+            return  # torch_npu passes over it without a word
+        if not isinstance(value, bool):
+            raise TypeError(f"allow_hf32 must be a bool, but got {type(value).__name__}")
+        self._native.allow_conv_hf32(value)
+
+    def __getattr__(self, name: str) -> bool | None:
+        return self._native.conv_hf32() if name == "allow_hf32" else None
+
+
 class Event(torch.Event):
     def __new__(cls, enable_timing=False, blocking=False, interprocess=False):
         return torch.Event.__new__(
@@ -43,6 +60,7 @@ def make(native: ModuleType) -> ModuleType:
     _add_memory(module, native, index)
     _add_streams(module, native, index)
     module.config = Config()
+    module.conv = Conv(native)
     module.set_compile_mode = lambda jit_compile=False: None
     module.amp = types.SimpleNamespace(
         autocast=lambda *args, **kwargs: torch.amp.autocast("npu", *args, **kwargs),
