@@ -3,9 +3,12 @@
     python -m ci.first_run --device npu                 # doctor, then every project in fp32, bf16 and fp16
     python -m ci.first_run --device cuda --project ViT --precision fp32
     python -m ci.first_run --device cpu --store         # the curves that others are compared with
+    python -m ci.first_run --device npu --store         # and this card's own, which later runs on it must repeat
 
-The report is Markdown, on stdout and in ci/reports/; it ends in words about what is wrong first. Exit code: 0 nothing
-is wrong, 1 something is, 2 a wrong command line.
+All runs are deterministic (DETERMINISTIC=1). A card without stored curves (ci/baselines/losses/<device>/) is compared
+with the CPU's, up to rounding; one that has them must repeat them. The first precision's runs are profiled as well
+(--profile): what the host waits for, and where the time goes. The report is Markdown, on stdout and in ci/reports/; it
+ends in words about what is wrong first. Exit code: 0 nothing is wrong, 1 something is, 2 a wrong command line.
 """
 
 from __future__ import annotations
@@ -13,48 +16,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+from ci.first_run.report import Run, page
 from ci.gates.losses import loss_files
 from ci.training_cases import CASES, COUNTED, ROOT, short_names
+from common import device as devices
 from common import result_file
 from common.device import DEVICES, PRECISIONS
+from common.errors import UsageError
 
-CURVES = ROOT / "ci" / "baselines" / "losses" / "cpu"
+CURVES = ROOT / "ci" / "baselines" / "losses"
 REPORTS = ROOT / "ci" / "reports"
 STEPS = 20
 # Largest mean relative difference from the CPU's fp32 losses. data2vec drops activations, and no two kinds of device
 # draw alike; the others are the same numbers up to rounding.
 LIMITS = {"fp32": 0.002, "bf16": 0.02, "fp16": 0.02}
 DRAWS_DROPOUT = {"Data2vec_for_PyTorch": 0.08}
+REPEATS = 1e-6  # likewise from a device's own stored losses, which have six digits
 
 
-@dataclass
-class Run:
-    """What twenty steps of one project in one precision came to."""
-
-    project: str
-    precision: str
-    problem: str = ""
-    losses: tuple[float, ...] = ()
-    gap: float | None = None
-    fps: str = ""
-    memory: str = ""
-
-
-def train(project: str, precision: str, device: str, data: Path, folder: Path) -> Run:
+def train(project: str, precision: str, device: str, data: Path, folder: Path, profile: bool = False) -> Run:
     """Runs the entry script in a process of its own and reads what it left."""
     case, run = CASES[project], Run(project, precision)
     output = folder / f"{project}-{precision}"
-    more = ("--log_every", "1", "--max_steps", str(STEPS), "--seed", "1")
+    more = ("--log_every", "1", "--max_steps", str(STEPS), "--seed", "1", *(["--profile"] if profile else []))
     command = [sys.executable, f"{case.entry}.py", *case.command(data, COUNTED, output, device, precision, *more)]
-    done = subprocess.run(command, cwd=ROOT / project, capture_output=True, text=True)
+    environment = {**os.environ, "DETERMINISTIC": "1"}
+    done = subprocess.run(command, cwd=ROOT / project, env=environment, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
         run.problem = f"exit code {done.returncode}: {said[-1][:300]}"
@@ -62,71 +57,58 @@ def train(project: str, precision: str, device: str, data: Path, folder: Path) -
     run.losses = tuple(loss_files.read(output).losses.values())
     result = result_file.read(next(output.glob("*_perf.log")))
     run.fps, run.memory = result.get("ActualFPS", ""), result.get("PeakMemoryMiB", "")
+    run.step_ms = result.get("StepTimeMs", "")
+    page = output / "profile" / "summary.txt"
+    run.profile = page.read_text(encoding="utf-8") if page.is_file() else ""
     return run
 
 
-def compare(run: Run) -> None:
-    """Sets the gap to the stored curve, and the problem where it is too large."""
-    stored = CURVES / f"{run.project}.json"
-    if not run.losses or not stored.is_file():
+def folder_of(device: str) -> str:
+    """Of a device's curves: cpu, or the card's name as in a result file, such as nvidia-h100-80gb-hbm3."""
+    resolved = devices.resolve(device)
+    if resolved.type == "cpu":
+        return "cpu"
+    return re.sub("[^a-z0-9]+", "-", devices.describe(resolved).lower()).strip("-")
+
+
+def compare(run: Run, own: str) -> None:
+    """Sets the gap to the stored curve, and the problem where it is too large.
+
+    Args:
+        own: folder of this device's curves.
+    """
+    curves = {}
+    for folder in (own, "cpu"):
+        stored = CURVES / folder / f"{run.project}.json"
+        curves = json.loads(stored.read_text())["losses"] if stored.is_file() else {}
+        if folder == "cpu" or run.precision in curves:
+            break
+    reference = curves.get(run.precision) or curves.get("fp32")
+    if not run.losses or reference is None:
         return
-    reference = json.loads(stored.read_text())["losses"]
+    if folder == own and folder != "cpu":
+        run.reference = "its own"
     run.gap = statistics.mean(abs(a - b) / abs(b) for a, b in zip(run.losses, reference, strict=True))
     limit = max(LIMITS[run.precision], DRAWS_DROPOUT.get(run.project, 0.0))
+    if run.reference == "its own":
+        limit = REPEATS
     if run.gap > limit:
         first = next(n for n, (a, b) in enumerate(zip(run.losses, reference, strict=True), 1) if abs(a / b - 1) > limit)
         run.problem = (
-            f"losses are {100 * run.gap:.2f} % away from the CPU's (limit {100 * limit:g} %), from step {first} on"
+            f"losses are {100 * run.gap:.2g} % away from {run.reference}'s (limit {100 * limit:g} %), "
+            f"from step {first} on"
         )
 
 
-def advice(runs: list[Run], doctor_failed: bool) -> str:
-    """What to look at first, in the order in which causes lie behind one another."""
-    bad = [run for run in runs if run.problem]
-    if doctor_failed:
-        return "Start with the first line that the doctor calls wrong: what follows may come from it."
-    if not bad:
-        return "Nothing is wrong: every run ended, and its losses are the CPU's within the limits above."
-    crashed = [run for run in bad if not run.losses]
-    if crashed:
-        run = crashed[0]
-        return (
-            f"Start with {run.project} in {run.precision}: {run.problem}. NPU_PRESET=debug names the line that failed."
-        )
-    names = {run.project for run in bad}
-    if len(names) > 1 or any(run.precision == "fp32" for run in bad):
-        run = next((run for run in bad if run.precision == "fp32"), bad[0])
-        return (
-            f"Start with {run.project} in {run.precision}: {run.problem}. Leave the device's patches out one by one "
-            "(NPU_PATCHES_OFF=NAME) and compare again with `python -m ci.gates.losses`."
-        )
-    return (
-        f"Only half precision differs, in {', '.join(sorted(names))}: compare fp16 with bf16; look at the loss scale."
-    )
-
-
-def report(device: str, doctor: str, runs: list[Run], seconds: float, doctor_failed: bool) -> str:
-    """The page."""
-    lines = [f"# First run on {device}", "", "```", doctor.strip(), "```", ""]
-    lines += [f"{STEPS} steps of each project's small case, {seconds:.0f} s in all. Losses beside a CPU's in fp32.", ""]
-    lines += ["| project | precision | first, last loss | from the CPU's | samples/s | memory, MiB | problem |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+def store(runs: list[Run], own: str) -> None:
+    """Keeps the losses of this device: of a CPU the fp32 ones, which are what all others are compared with."""
     for run in runs:
-        ends = f"{run.losses[0]:.4f}, {run.losses[-1]:.4f}" if run.losses else ""
-        gap = "" if run.gap is None else f"{100 * run.gap:.3f} %"
-        lines.append(
-            f"| {run.project} | {run.precision} | {ends} | {gap} | {run.fps} | {run.memory} | {run.problem or 'none'} |"
-        )
-    return "\n".join([*lines, "", f"**{advice(runs, doctor_failed)}**", ""])
-
-
-def store(runs: list[Run]) -> None:
-    """Keeps the fp32 losses of this CPU as the reference."""
-    CURVES.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        if run.precision == "fp32" and run.losses:
-            text = json.dumps({"steps": STEPS, "losses": [round(loss, 6) for loss in run.losses]}, indent=1)
-            (CURVES / f"{run.project}.json").write_text(text + "\n")
+        if run.losses and (run.precision == "fp32" or own != "cpu"):
+            path = CURVES / own / f"{run.project}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known = json.loads(path.read_text())["losses"] if path.is_file() else {}
+            known[run.precision] = [round(loss, 6) for loss in run.losses]
+            path.write_text(json.dumps({"steps": STEPS, "losses": known}, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,6 +124,10 @@ def main(argv: list[str] | None = None) -> int:
         projects = short_names(options.project)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        own = folder_of(options.device)
+    except UsageError as error:
+        parser.error(str(error))
     began, runs = time.perf_counter(), []
     print("doctor ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "common.doctor", "--device", options.device]
@@ -153,14 +139,14 @@ def main(argv: list[str] | None = None) -> int:
             CASES[project].prepare(data, COUNTED)
             for precision in options.precision:
                 print(f"{project} {precision} ...", file=sys.stderr, flush=True)
-                runs.append(train(project, precision, options.device, data, Path(name)))
+                profile = precision == options.precision[0]
+                runs.append(train(project, precision, options.device, data, Path(name), profile))
                 if not options.store:
-                    compare(runs[-1])
+                    compare(runs[-1], own)
     if options.store:
-        store(runs)
-    text = report(
-        options.device, doctor.stdout + doctor.stderr, runs, time.perf_counter() - began, doctor.returncode != 0
-    )
+        store(runs, own)
+    head = f"{STEPS} steps of each project's small case, {time.perf_counter() - began:.0f} s in all"
+    text = page(options.device, head, doctor.stdout + doctor.stderr, doctor.returncode != 0, runs)
     REPORTS.mkdir(parents=True, exist_ok=True)
     path = REPORTS / f"first_run-{options.device}.md"
     path.write_text(text, encoding="utf-8")

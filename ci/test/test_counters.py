@@ -85,3 +85,32 @@ def test_planted_faults_are_named(counted, tmp_path):
     assert any(f"operations: addmm float32 {head} {head + 8}" in row for row in words)
     assert any("fp32, 2 ranks collectives " in row for row in words)
     assert "--accept --project ViT_for_PyTorch" in problem
+
+
+def test_a_lost_no_sync_a_doubled_rate_and_a_doubled_average_are_named(tmp_path):
+    """In a copy of the project, beside the accepted counts of the code as it is."""
+    runs = ["fp32, 2 ranks, accumulation", "fp32, ema"]
+    tree = tmp_path / "tree"
+    for folder in ("common", PROJECT):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("golden", "output", "__pycache__"))
+    engine = tree / PROJECT / "vit" / "engine.py"
+    text = engine.read_text()
+    planted = text.replace("gradients_stay_local(run.trained, micro + 1 < config.accumulate)", "nullcontext()")
+    planted = planted.replace("set_learning_rate(run.optimizer, lr)", "set_learning_rate(run.optimizer, 2 * lr)")
+    planted = planted.replace("import torch\n", "from contextlib import nullcontext\nimport torch\n", 1)
+    assert planted.count("nullcontext") == 2 and "2 * lr)" in planted
+    engine.write_text(planted)
+    preparation = tree / PROJECT / "vit" / "preparation.py"
+    text = preparation.read_text()
+    assert text.count("lambda: ema.update(model)") == 1
+    preparation.write_text(text.replace("lambda: ema.update(model)", "lambda: [ema.update(model), ema.update(model)]"))
+
+    accepted = json.loads((counters.BASELINES / f"{PROJECT}.json").read_text())[counters.torch_version()]
+    accepted = {run: accepted[run] for run in runs}
+    rows = counters.differences(accepted, counters.count_project(PROJECT, tree, runs))
+    changed = {(run, what): (old, new) for run, what, old, new in rows}
+    old, new = changed[runs[0], "collectives"]
+    assert new > old, "the gradients travel in every micro-step"
+    assert any(what.startswith("rates of the last step") for run, what in changed if run == runs[1])
+    lerp = changed[runs[1], "operations: _foreach_lerp_.Scalar float32"]
+    assert lerp == (1, 2), "the average moves twice"

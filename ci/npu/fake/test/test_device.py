@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -202,6 +203,23 @@ def test_fp32_convolutions_are_in_hf32_until_the_device_is_resolved():
         torch.npu.conv.allow_hf32 = "no"
     devices.resolve("npu")
     assert torch.npu.conv.allow_hf32 is False and all(gap < 1e-6 for gap in gaps())
+
+
+def test_hccl_sums_the_types_that_it_has():
+    """checkSupportedDataType in ProcessGroupHCCL.cpp; broadcast takes every type."""
+    dist.init_process_group("cpu:gloo,npu:hccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for kind in (torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float32):
+            dist.all_reduce(torch.ones(2, device=NPU, dtype=kind))
+        for kind in (torch.float64, torch.bool, torch.uint8):
+            value = torch.ones(2, device=NPU, dtype=kind)
+            with pytest.raises(RuntimeError, match="hccl: allreduce does not support"):
+                dist.all_reduce(value)
+            dist.broadcast(value, 0)
+        with pytest.raises(RuntimeError, match="hccl: tensors must be contiguous"):
+            dist.all_reduce(torch.ones(4, 4, device=NPU)[:, ::2])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_equal_values_have_no_order_unless_it_is_asked_for():
