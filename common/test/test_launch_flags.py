@@ -126,3 +126,27 @@ def test_secrets_are_not_shown_and_a_tokenizer_is_none():
 
 def test_a_plan_is_json():
     assert json.loads(json.dumps(plan("--nproc=2"))) == plan("--nproc=2")
+
+
+@pytest.mark.parametrize(
+    ("addresses", "interface", "given", "expected"),
+    [
+        (["10.0.0.7"], "eth1", {}, {"HCCL_IF_IP": "10.0.0.7"}),  # of a rank table or host file
+        (["node-7"], "eth1", {}, {"HCCL_SOCKET_IFNAME": "=eth1"}),
+        ([""], "eth1", {}, {"HCCL_SOCKET_IFNAME": "=eth1"}),  # the way to --master_addr
+        (["127.0.0.1"], "", {}, {}),
+        ([""], "", {}, {}),
+        (["10.0.0.7"], "eth1", {"HCCL_SOCKET_IFNAME": "bond"}, {}),
+        (["10.0.0.7"], "eth1", {"HCCL_IF_IP": "10.0.0.8"}, {}),
+    ],
+)
+def test_hccl_s_hosts_meet_where_the_rank_table_says(monkeypatch, capsys, addresses, interface, given, expected):
+    for name in ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    made = plan("--device=npu", "--nproc=2") | {"node_addresses": addresses, "node_interface": interface}
+    found = commands.common_environment(made, 4)
+    assert {name: value for name, value in found.items() if name.startswith("HCCL_")} == expected
+    assert all(f"{name}={value}" in capsys.readouterr().out for name, value in expected.items())
+    assert not any(name.startswith("HCCL") for name in commands.common_environment(made | {"npu_is_meant": False}, 4))
