@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 WAITS_FOR_DATA = 10.0  # percent of a step from which the loader is the first thing to mend
-SYNCS = 2.0  # host waits a step that every project may have: its log line and the norm of the gradient
+SYNCS = 10.0  # host waits a step; here every step has a log line, which reads each of its values
 
 
 @dataclass
