@@ -1,11 +1,11 @@
-"""--deterministic in ViT and BEiT v2: a second run and a cut and resumed one have the bits of the first, and all are
-held to the stored curves of a CPU (ci/baselines/losses/cpu)."""
+"""--deterministic in ViT, BEiT v2 and data2vec: a second run and a cut and resumed one have the bits of the first, and
+all are held to the stored curves of a CPU (ci/baselines/losses/cpu)."""
 
 import json
 
 import pytest
 
-from ci.first_run.__main__ import CURVES, LIMITS
+from ci.first_run.__main__ import CURVES, DRAWS_DROPOUT, LIMITS
 from ci.gates import forked_ranks
 from ci.training_cases import CASES, COUNTED, ROOT
 
@@ -14,6 +14,7 @@ STEPS, STOP = 6, 3
 RESUME = {
     "ViT_for_PyTorch": ([], [], ["--resume_training", "auto"]),
     "Beit2_for_PyTorch": ([], ["--no_auto_resume"], []),
+    "Data2vec_for_PyTorch": (["checkpoint.no_save=false"], ["--resume", "none"], []),
 }
 
 
@@ -43,4 +44,4 @@ def test_runs_are_equal_to_the_last_bit(project, tmp_path):
     assert len(first) == STEPS and losses(tmp_path / "b") == first
     assert losses(tmp_path / "c") == first, "cut after three steps and gone on"
     stored = json.loads((CURVES / "cpu" / f"{project}.json").read_text())["losses"]["fp32"][:STEPS]
-    assert first == pytest.approx(stored, rel=LIMITS["fp32"])
+    assert first == pytest.approx(stored, rel=max(LIMITS["fp32"], DRAWS_DROPOUT.get(project, 0.0) / 10))
