@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Trains a small ViT from scratch on emoji, whole families of emoji held out, names pictures it has not seen, and holds its
-# accuracy against what needs no learning. The config's head says what it promises, demo.json whether it was kept.
+# Trains a small ViT from scratch on emoji, whole families of emoji held out, asks it about the held-out ones as the same and
+# as another artist draws them, and holds its accuracy against what needs no learning. The config's head says what it
+# promises, demo.json whether it was kept.
 # Usage: bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]] ; called by `make demo` and `make outcomes`.
 # OUTPUT_DIR/demo.json holds the numbers that it ends with.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 pictures=$(realpath "$1")/images
+other_artist=$(realpath "$1")/images_openmoji
 output=$(realpath -m "${2:-$project/test/output/demo}")
 cd "$project"
 seed=${3:-0}
@@ -24,6 +26,11 @@ last=$(find "$output/checkpoints" -name 'checkpoint-*.pt' | sort -V | tail -n 1)
 python3 run_vit.py --config configs/run_vit_demo.yaml --run_mode predict --load_checkpoint "$last" \
   --predict_data "${held_out[@]}" --output_dir "$output"
 
+echo
+echo "The same emoji as another artist draws them:"
+python3 run_vit.py --config configs/run_vit_demo.yaml --run_mode eval --load_checkpoint "$last" \
+  --eval_dataset_dir "$other_artist/val" --output_dir "$output/other_artist"
+
 times >"$output/times.txt"
 echo
-python3 test/demo_report.py "$pictures" "$output"
+python3 test/demo_report.py "$pictures" "$other_artist" "$output"

@@ -1,4 +1,5 @@
-"""The end of demo.sh: accuracy beside guessing and the nearest training picture; arguments: PICTURES OUTPUT."""
+"""The end of demo.sh: accuracy beside guessing and the nearest training picture; arguments: PICTURES OTHER_ARTIST
+OUTPUT."""
 
 import sys
 from pathlib import Path
@@ -9,19 +10,28 @@ sys.path.insert(0, str(PROJECT.parent))
 from ci.yardsticks import pixels, report  # noqa: E402
 
 
-def main(pictures: Path, output: Path) -> int:
-    promise = report.promises(PROJECT / "configs" / "run_vit_demo.yaml")
-    evaluations = report.read_evaluations(output / "metrics.jsonl")
-    without = pixels.nearest_class(pictures / "train", pictures / "val")
+def line(metric: str, label: str, run: Path, train: Path, val: Path) -> report.Line:
+    """The last top-1 of `run` on the image folder `val`, beside what needs no learning."""
+    without = pixels.nearest_class(train, val)
     beside = {"guessing": without["guessing"], "nearest pixels": without["nearest_pixels"]}
-    line = report.Line("top1", "top-1, held-out emoji families, %", evaluations[-1]["top1"], beside)
-    thresholds = {"top1_yardstick": line.yardstick, "top1_goal": promise.least["top1"]}
+    return report.Line(metric, label, report.read_evaluations(run / "metrics.jsonl")[-1]["top1"], beside)
+
+
+def main(pictures: Path, other_artist: Path, output: Path) -> int:
+    promise = report.promises(PROJECT / "configs" / "run_vit_demo.yaml")
+    train = pictures / "train"
+    same = line("top1", "top-1, held-out emoji families, %", output, train, pictures / "val")
+    other = line(
+        "top1_other_artist", "the same by another artist, %", output / "other_artist", train, other_artist / "val"
+    )
+    thresholds = {"top1_yardstick": same.yardstick, "top1_goal": promise.least["top1"]}
+    evaluations = report.read_evaluations(output / "metrics.jsonl")
     seconds = {name: report.cpu_seconds_to(evaluations, "top1", least) for name, least in thresholds.items()}
     spent = report.cpu_seconds_of(output / "times.txt")
-    code = report.conclude([line], output / "demo.json", promise, spent, cpu_seconds_to=seconds)
+    code = report.conclude([same, other], output / "demo.json", promise, spent, cpu_seconds_to=seconds)
     print(f"loss plot: {output}/loss.png; predictions as pictures: {output}/predictions.png")
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:3])))
+    sys.exit(main(*map(Path, sys.argv[1:4])))
