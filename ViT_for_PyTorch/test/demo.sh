@@ -13,7 +13,7 @@ cd "$project"
 seed=${3:-0}
 
 bash test/train_full_1p.sh --data_path="$pictures" --config=configs/run_vit_demo.yaml \
-  --batch_size=64 --epochs=100 --output_dir="$output" -- --seed "$seed" --save_every 100000
+  --batch_size=64 --epochs=80 --output_dir="$output" -- --seed "$seed" --save_every 100000
 
 echo
 echo "Pictures the model has not seen, of every class the four that stand evenly in its sorted list:"

@@ -2,8 +2,8 @@
 
 Xiao et al., "Early convolutions help transformers see better" (arXiv:2106.14881): 3 x 3 convolutions of stride 2, each
 with a norm and ReLU, then one of 1 x 1 to the width. The encoder after it is the same, with as many tokens. The norm is
-over each picture alone (GroupNorm of one group) where the paper has batch norm, whose result would depend on the number
-of ranks and of accumulated batches.
+over each picture alone (GroupNorm, four channels a group) where the paper has batch norm, whose result would depend on
+the number of ranks and of accumulated batches.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from timm.layers import PatchEmbed
 from torch import nn
+
+NORM_CHANNELS = 4  # a group of one picture's channels; one group of all learns more slowly (docs/experiments.md)
 
 
 class ConvStem(PatchEmbed):
@@ -30,7 +32,7 @@ class ConvStem(PatchEmbed):
             wider = embed_dim >> (count - 1 - step)
             layers += [
                 nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False),
-                nn.GroupNorm(1, wider),
+                nn.GroupNorm(max(1, wider // NORM_CHANNELS), wider),
                 nn.ReLU(),
             ]
             channels = wider
