@@ -76,7 +76,11 @@ def test_a_sane_call_starts_the_ranks_of_the_reference(folder, name, table):
         ("half_4_8_5args_BUG_device_ids", "half.json", "[4,8] of 4 ranks is no server's share"),
         ("half_4_8_4args", "eight.json", "[4,8] means devices 4 to 7, the rank table has 0,1,2,3,4,5,6,7"),
         ("single_0_8_train_4args", "sixteen.json", "has 2 servers: give RANK_SIZE (16) after MODE"),
-        ("readme_literal_device_num", "eight.json", "8*12"),
+        (
+            "readme_literal_device_num",
+            "eight.json",
+            "'8*12', but the rank table has 8 ranks: bash has not multiplied; write ",
+        ),
         ("missing_table", "nope.json", "nope.json: cannot be read"),
         ("bad_range", "eight.json", "range '[a,8]' is not [a,b]"),
         ("no_brackets", "eight.json", "range '0,8' is not [a,b]"),

@@ -121,7 +121,7 @@ def _report(config: Config, world: World, answers: dict[str, Answer], classes: S
         print(f"{shown(path)}: " + ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in entries))
     for reason in unreadable.values():
         print(f"warning: {reason}", file=sys.stderr)
-    print(f"{len(labels)} pictures and {len(unreadable)} unreadable: {seconds:.2f} s, {len(answers) / seconds:.2f} FPS")
+    print(f"{len(labels)} pictures and {len(unreadable)} unreadable: {seconds:.2f} s, {len(labels) / seconds:.2f} FPS")
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     keep_aside(folder, [RESULTS, UNREADABLE, GRID])
@@ -131,7 +131,7 @@ def _report(config: Config, world: World, answers: dict[str, Answer], classes: S
     print(f"written to {folder / RESULTS}")
     if any(labels.values()):  # none with --top_k 0
         prediction_grid.draw(labels, classes, folder / GRID)
-        print(f"the first {prediction_grid.MOST} are drawn in {folder / GRID}")
+        print(f"the first {min(len(labels), prediction_grid.MOST)} are drawn in {folder / GRID}")
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -75,7 +75,8 @@ def _only_node(nodes: Sequence[Node], first: int, end: int) -> int:
 def _node_of_ranks(nodes: Sequence[Node], first: int, end: int, rank_size: str) -> int:
     size = sum(node.nproc for node in nodes)
     if rank_size != str(size):
-        raise LaunchError(f"RANK_SIZE {rank_size!r}, but the rank table has {size} ranks")
+        remedy = ": bash has not multiplied; write device_num=$((8*server_count))" if "*" in rank_size else ""
+        raise LaunchError(f"RANK_SIZE {rank_size!r}, but the rank table has {size} ranks{remedy}")
     begin, shares = 0, []
     for index, node in enumerate(nodes):
         if (begin, begin + node.nproc) == (first, end):

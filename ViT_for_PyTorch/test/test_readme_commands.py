@@ -1,0 +1,144 @@
+"""Every command line of the README, and of MindFormers' page, from the folder that it says, on small stand-ins.
+
+Python's run in this process, one after another as a reader types them, on data and weights by the README's names; what
+`test/*.sh` and the launchers would start on eight devices or two servers is shown by `--dry_run`, and parsed by the
+script that it would start. Commands that other tests run are named with those tests.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import convert_weight
+import run_vit
+import vit
+from common import rank_table
+from vit import options
+from vit.labels import imagenet_labels
+
+PROJECT = Path(__file__).resolve().parents[1]
+RECIPE = "python run_mindformer.py --config ./configs/vit/run_vit_base_p16_224_100ep.yaml"
+REFERENCE = [  # of MindFormers' page, as the table at the top of the README promises them
+    f"{RECIPE} --run_mode train",
+    f"{RECIPE} --run_mode eval --eval_dataset_dir DIR",
+    f"{RECIPE} --run_mode predict --predict_data FILE",
+]
+ELSEWHERE = {  # first words -> why it is not run here
+    "pip install": "installing is `make install`",
+    "python -m common.launch.cluster": "common/test runs it",
+    "python -m common.rank_table check": "common/test runs it",
+    "python ../common/": "common/test runs hccl_tools.py and merge_hccl.py",
+    "python -m common.shards": "test_sharded.py runs it",
+    "python convert_weight.py --to onnx": "test_export.py runs it",
+    "torchrun --nproc_per_node 8 run_vit.py ...": "test_run_vit.py runs it on two and three ranks",
+}
+
+
+def commands(page: str) -> list[str]:
+    """Lines of a page's bash blocks without comments, continued lines as one."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (PROJECT / page).read_text(encoding="utf-8"), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines) if line]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with what the README's lines name: data, published weights, a run's output, a MindSpore file."""
+    root = tmp_path_factory.mktemp("reader")
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("n02206856", "n11939491"):  # bee, daisy
+            folder = root / "imageNet-1k" / split / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    (root / "configs").symlink_to(PROJECT / "configs")
+    weights = root / "torch" / "hub" / "checkpoints"
+    weights.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = vit.create_model("vit_demo", 1000, img_size=16)
+    torch.nn.init.normal_(model.head.weight)
+    encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(("head.", "fc_norm."))}
+    encoder |= {"norm.weight": torch.ones(96), "norm.bias": torch.zeros(96)}
+    for name, state in (("mae_finetuned_vit_base", model.state_dict()), ("mae_pretrain_vit_base", encoder)):
+        torch.save({"model": state}, weights / f"{name}.pth")
+        digest = subprocess.run(["sha256sum", weights / f"{name}.pth"], capture_output=True, text=True, check=True)
+        (weights / f"{name}.pth.sha256").write_text(digest.stdout)
+        shutil.copy(weights / f"{name}.pth", root)
+    vit.save_pretrained(vit.create_model("vit_demo", 1000, global_pool="token"), root / "output", imagenet_labels())
+    return root
+
+
+SMALL = ["model.img_size=16", "epochs=1", "max_steps=2", "batch_size=2", "data.num_workers=0"]
+SMALL += ["precision=fp32", "device=cpu", "accumulate=1"]
+
+
+def run_python(words: list[str], place: Path) -> None:
+    """One of the project's scripts, in this process; paths of the README's as they are in `place`."""
+    script, arguments = words[0], words[1:]
+    if script in ("run_vit.py", "run_mindformer.py"):
+        arguments = ["imageNet-1k/val" if word in ("DIR", "FILE", "PICTURE_OR_FOLDER") else word for word in arguments]
+        arguments = [word for word in arguments if word != "[...]"]
+        mode = arguments[arguments.index("--run_mode") + 1]
+        output = place / "runs" / f"{mode}{len(list(place.glob('runs/*')))}"
+        small = [*SMALL, f"output_dir={output}", *(["model.name=vit_demo"] if mode in ("train", "finetune") else [])]
+        run_vit.main([*arguments, "--options", *small], published_weights=script == "run_mindformer.py")
+        assert (output / "predictions.json").exists() or list(output.glob("*_acc.log")), words
+    elif script == "convert_weight.py":
+        convert_weight.main(arguments)
+    else:
+        raise AssertionError(f"nothing runs {words}")
+
+
+def run_shell(words: list[str], place: Path) -> None:
+    """A script of test/, or run_distribute.sh: `--dry_run`, and what it would start is parsed."""
+    known = {"/data/imageNet-1k": str(place / "imageNet-1k"), "../.sample_data/images": str(place / "imageNet-1k")}
+    known |= {"hccl_2s_16p.json": str(place / "sixteen.json"), "hosts": str(place / "hosts")}
+    arguments = [word for word in words if word != "..."]
+    for old, new in known.items():
+        arguments = [re.sub(rf"(^|=){re.escape(old)}$", rf"\g<1>{new}", word) for word in arguments]
+    arguments = [word.replace("=...", f"={place / 'imageNet-1k'}") for word in arguments]
+    if not any(word.startswith("--data_path") for word in arguments) and "run_distribute" not in arguments[0]:
+        arguments.append(f"--data_path={place / 'imageNet-1k'}")
+    arguments = [re.sub(r"^--ckpt_path=/.*", "--ckpt_path=mae_vit_base_p16", word) for word in arguments]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", *arguments, "--device=cpu", "--dry_run"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    started = [line for line in done.stdout.splitlines() if "run_vit.py" in line]
+    assert started, done.stdout
+    parsed, _ = options.parse(shlex.split(started[0].split("run_vit.py", 1)[1]), "")
+    assert parsed.run_mode in options.RUN_MODES
+
+
+def test_every_command_of_the_readme_runs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
+    two = [rank_table.generate(f"10.0.0.{n}", {i: f"192.168.{n}.{i + 1}" for i in range(8)}) for n in (1, 2)]
+    rank_table.write(rank_table.merge(two), place / "sixteen.json")
+    (place / "hosts").write_text("10.0.0.1 slots=8\n10.0.0.2 slots=8\n")
+    for line in [*commands("README.md"), *REFERENCE]:
+        words = shlex.split(line)
+        if any(line.startswith(first) for first in ELSEWHERE):
+            continue
+        if words[0] == "python":
+            run_python(words[1:], place)
+        else:
+            assert words[0] == "bash", line
+            run_shell(words[1:], place)
+    assert json.loads((place / "my_timm_vit" / "config.json").read_text())["num_classes"] == 1000
+    assert (place / "my_hf_vit" / "model.safetensors").is_file() and (place / "vit_base_p16.pth").is_file()
+
+
+def test_the_chinese_page_has_the_same_lines():
+    assert set(commands("README.zh-CN.md")) == set(commands("README.md"))
