@@ -154,7 +154,11 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Sequence[str] =
     for key, value in given:
         _check_known(key)
         config = _merge(config, _nested(key, value), f"{key}={value}")
-    result = OmegaConf.to_object(config)
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation of a key that is not there
+        where = f"{path}: " if path is not None else ""
+        raise UsageError(f"{where}{str(error).splitlines()[0]} (in {getattr(error, 'full_key', '')})") from None
     try:
         _check(result)
     except UsageError as error:

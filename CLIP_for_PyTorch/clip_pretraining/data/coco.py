@@ -57,7 +57,7 @@ def read_captions(json_file: Path, image_dir: Path, name: str, limit: float = le
         names = [image["file_name"] for image in content["images"]]
     except FileNotFoundError:
         raise UsageError(f"{json_file}: missing; it is in {ANNOTATIONS}.zip") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{json_file}: not valid JSON ({error}); copy it again") from None
     except (KeyError, TypeError) as error:
         raise UsageError(f"{json_file}: not a COCO captions file (lacks {error})") from None

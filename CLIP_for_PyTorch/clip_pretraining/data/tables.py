@@ -107,7 +107,7 @@ def _json_records(file, path: Path) -> Iterator[tuple[int, dict]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets without end
         raise UsageError(f"{path}: not valid JSON: {error}") from None
 
 

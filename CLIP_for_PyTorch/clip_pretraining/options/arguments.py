@@ -161,7 +161,7 @@ def spelled_out(argv: Sequence[str]) -> list[str]:
         options = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{argv[0]}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{argv[0]}: not valid JSON ({error})") from None
     if not isinstance(options, dict):
         raise UsageError(f'{argv[0]}: must hold one object, {{"option": value, ...}}')
