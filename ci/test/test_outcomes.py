@@ -89,7 +89,8 @@ def test_a_run_that_failed_or_is_missing_fails(tmp_path, capsys):
 
 def test_update_stores_a_reference_that_then_passes(tmp_path):
     project = "ViT_for_PyTorch"
-    write_runs(tmp_path / "runs", project, [{"top1": 70.0}, {"top1": 74.0}, {"top1": 72.0}])
+    runs = [dict.fromkeys(outcomes.METRICS[project], value) for value in (70.0, 74.0, 72.0)]
+    write_runs(tmp_path / "runs", project, runs)
     assert judged(tmp_path / "runs", project, "--update", "--stored", str(tmp_path / "stored")) == 0
     record = json.loads((tmp_path / "stored" / f"{project}.json").read_text())
     limit = outcomes.limit_of([70.0, 74.0, 72.0], outcomes.METRICS[project]["top1"])
@@ -110,9 +111,9 @@ def test_update_without_all_runs_changes_nothing(tmp_path):
 
 def test_a_real_run_that_cannot_learn_fails(tmp_path, sample_data, capsys):
     """The demo itself, on too few pictures: one step an epoch."""
-    for split, count in (("train", 8), ("val", 5)):
-        for folder in sorted((sample_data / "images" / split).iterdir()):
-            few = tmp_path / "data" / "images" / split / folder.name
+    for split, count in (("images/train", 8), ("images/val", 5), ("images_openmoji/val", 5)):
+        for folder in sorted((sample_data / split).iterdir()):
+            few = tmp_path / "data" / split / folder.name
             few.mkdir(parents=True)
             for picture in sorted(folder.iterdir())[:count]:
                 (few / picture.name).symlink_to(picture)
