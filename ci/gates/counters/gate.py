@@ -14,24 +14,18 @@ depend on the host: kernels that are chosen by the CPU's instructions are switch
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import gc
 import importlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ci.gates import training_steps
+from ci.gates import forked_ranks, training_steps
 from ci.training_cases import CASES, COUNTED, short_names
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -116,24 +110,23 @@ def measure(tree: Path, project: str, runs: list[str]) -> Report:
             output = Path(folder) / name.replace(", ", "-")
             more = case.variants.get(variant, [])
             command = case.command(Path(folder), COUNTED, output, "cpu", precision, "--seed", "1", *more)
-            count = functools.partial(count_step, case.entry, command, ranks)
-            report[name] = in_a_fork(count, Path(folder) / "counts.json") if ranks > 1 else count()
+            if ranks > 1:
+                report[name] = count_ranks(case.entry, command, ranks, Path(folder) / "counts.json")
+            else:
+                report[name] = count_step(case.entry, command, ranks)
     return report
 
 
-def in_a_fork(count: Callable[[], Counts], path: Path) -> Counts:
-    """What `count` returns, counted by a fork of this process, which so stays one that can fork again."""
-    sys.stdout.flush()
-    if (process := os.fork()) == 0:
-        code = 1
-        try:
-            path.write_text(json.dumps(count()))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(code)
-    if os.waitpid(process, 0)[1]:
+def count_ranks(entry: str, arguments: list[str], ranks: int, path: Path) -> Counts:
+    """What `count_step` counts on rank 0 of several, which are forks of this process."""
+
+    def train(words: list[str]) -> None:
+        if os.environ["RANK"] == "0":
+            path.write_text(json.dumps(count_step(entry, words, ranks)))
+        elif not training_steps.train(entry, words, _Along()):
+            raise RuntimeError(f"{entry} ended before the step to be counted")
+
+    if forked_ranks.run_ranks(ranks, train, arguments):
         raise RuntimeError("the counting of several ranks failed")
     return json.loads(path.read_text())
 
@@ -151,9 +144,8 @@ def count_step(entry: str, arguments: list[str], ranks: int) -> Counts:
 
     hook = register_optimizer_step_post_hook(optimizer_stepped)
     try:
-        with rank_0_of(ranks, entry, arguments):
-            if not training_steps.train(entry, arguments, observer):
-                raise RuntimeError(f"{entry} ended before the step to be counted")
+        if not training_steps.train(entry, arguments, observer):
+            raise RuntimeError(f"{entry} ended before the step to be counted")
     finally:
         hook.remove()
     counter = observer.counter
@@ -200,40 +192,6 @@ def describe_optimizer(optimizer: Any) -> str:
     """Its class, and how it is computed: fused, foreach or one parameter at a time."""
     ways = [way for way in ("fused", "foreach") if optimizer.defaults.get(way)]
     return " ".join([type(optimizer).__name__, *ways])
-
-
-@contextlib.contextmanager
-def rank_0_of(ranks: int, entry: str, arguments: list[str]) -> Iterator[None]:
-    """Sets torchrun's variables for rank 0 and starts the other ranks as forks of this process, which train along."""
-    if ranks == 1:
-        yield
-        return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    variables = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
-    os.environ.update(variables | {"MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0"})
-    sys.stdout.flush()
-    others = []
-    for rank in range(1, ranks):
-        if (process := os.fork()) == 0:
-            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            code = 1
-            with contextlib.suppress(BaseException):
-                code = int(not training_steps.train(entry, arguments, _Along()))
-            os._exit(code)
-        others.append(process)
-    try:
-        yield
-    except Exception:
-        for process in others:  # they would wait for this rank until their time-out
-            os.kill(process, signal.SIGKILL)
-        raise
-    finally:
-        for name in (*variables, "MASTER_PORT", "RANK", "LOCAL_RANK"):
-            del os.environ[name]
-        for process in others:
-            os.waitpid(process, 0)
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------
