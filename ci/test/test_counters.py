@@ -1,6 +1,7 @@
 """Step counters: the same on every run, and each planted fault is named in the difference."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -114,3 +115,20 @@ def test_a_lost_no_sync_a_doubled_rate_and_a_doubled_average_are_named(tmp_path)
     assert any(what.startswith("rates of the last step") for run, what in changed if run == runs[1])
     lerp = changed[runs[1], "operations: _foreach_lerp_.Scalar float32"]
     assert lerp == (1, 2), "the average moves twice"
+
+
+def test_every_operator_has_a_row():
+    """ci/npu/fake/README.md says of every operator of a steady step what torch_npu does otherwise, if anything."""
+    operators = set()
+    for path in counters.BASELINES.glob("*.json"):
+        for runs in json.loads(path.read_text()).values():
+            for run in runs.values():
+                operators |= {name.split()[0].split(".")[0] for name in run.get("operations", ())}
+    page = (ROOT / "ci" / "npu" / "fake" / "README.md").read_text()
+    table = page[page.index("## Where torch_npu differs from torch") :]
+    named = set()
+    for line in table.splitlines():
+        if line.startswith("| "):
+            named |= set(re.findall(r"`(\w+)`", line.split(" | ")[0]))
+    assert operators - named == set(), "operators without a row"
+    assert f"for the {len(operators)} operators" in table

@@ -6,6 +6,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <map>
+
 #include "aliases.h"
 #include "runtime.h"
 #include "types.h"
@@ -34,6 +36,14 @@ inline void saturate(const at::Tensor& result) {
   overflowed = true;
   at::AutoDispatchBelowADInplaceOrView guard;
   const_cast<at::Tensor&>(result).clamp_(-65504.0, 65504.0);
+}
+
+// op-plugin, MmKernelNpuOpApi.cpp and its kind, with GetCubeMathType and IsAllowFP32ToFP16 of Ascend/pytorch: cards before
+// 910B1 multiply fp32 in fp16, which is cut at 65504 there, and sum in fp32.
+inline at::Tensor in_half(const at::Tensor& host) {
+  if (host.scalar_type() != at::kFloat) return host;
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return host.clamp(-65504.0, 65504.0).to(at::kHalf).to(at::kFloat);
 }
 
 // The arguments of one boxed call, with what is done to them.
@@ -82,6 +92,10 @@ struct BoxedCall {
       });
       if (value.isDevice() && value.toDevice().type() == kNpu && !device) device = value.toDevice();
     }
+    TORCH_CHECK(
+        name != "aten::ge" || !argument(1).isTensor() || argument(0).toTensor().device().type() == kNpu,
+        "aten::ge with a host's number on the left asks aclnnLessScalar on npu, which is False for equal values "
+        "(op-plugin, GeKernelNpuOpApi.cpp): write `tensor <= number`");
     aliases.device = device && device->has_index() ? device->index() : current;
     note_waits(op, name, &argument(0));
   }
@@ -132,6 +146,15 @@ struct BoxedCall {
         value = c10::IValue();
       }
     }
+    multiply_in_half();
+  }
+
+  void multiply_in_half() {
+    static const std::map<std::string, size_t> first_factor = {
+        {"aten::mm", 0}, {"aten::bmm", 0}, {"aten::addmm", 1}, {"aten::baddbmm", 1}};
+    const auto found = first_factor.find(name);
+    if (!first_generation() || found == first_factor.end()) return;
+    for (size_t i = found->second; i < found->second + 2; i++) argument(i) = in_half(argument(i).toTensor());
   }
 
   at::Generator generator(const c10::IValue& value) {
@@ -234,10 +257,12 @@ inline at::Tensor gelu_backward(const at::Tensor& gradient, const at::Tensor& x,
 }
 
 // op-plugin, ConvolutionKernelNpuOpApi.cpp and ConvolutionBackward...: fp32 is multiplied in HF32 (11 bits of mantissa,
-// the hidden one included) unless torch.npu.conv.allow_hf32 is False. Matrix products are not (ALLOW_MATMUL_HF32).
+// the hidden one included) unless torch.npu.conv.allow_hf32 is False. Matrix products are not (ALLOW_MATMUL_HF32). Cards
+// before 910B1 have no HF32 and multiply in fp16.
 inline std::atomic<bool> conv_hf32{true};
 
 inline at::Tensor as_multiplied(const at::Tensor& host) {
+  if (first_generation()) return in_half(host);
   if (!conv_hf32 || host.scalar_type() != at::kFloat) return host;
   const auto bits = host.contiguous().view(at::kInt);
   return at::bitwise_and(bits + 0x800, ~0xFFF).view(at::kFloat);

@@ -233,6 +233,15 @@ def test_equal_values_have_no_order_unless_it_is_asked_for():
     assert mask.argsort(descending=True, stable=True).tolist() == [[1, 3, 4, 0, 2]]
 
 
+def test_a_host_s_number_on_the_left_of_ge_is_refused():
+    """GeKernelNpuOpApi.cpp calls aclnnLessScalar there, not aclnnLeScalar."""
+    values = torch.arange(3.0, device=NPU)
+    assert (values <= torch.tensor(1.0)).tolist() == (values.cpu() <= 1.0).tolist()
+    assert (values >= torch.tensor(1.0)).tolist() == [False, True, True]
+    with pytest.raises(RuntimeError, match="aclnnLessScalar on npu, which is False for equal values"):
+        torch.tensor(1.0) >= values  # noqa: B015 - refused
+
+
 @pytest.mark.parametrize("name", ["mm", "linear", "layer_norm", "cross_entropy"])
 def test_float64_is_refused_where_the_card_has_none(name):
     wide = torch.ones(3, 3, device=NPU, dtype=torch.float64)
@@ -297,6 +306,19 @@ else:
 layer = torch.nn.Linear(4, 4).to(device)
 optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=devices.fused_adamw(device))
 step = GuardedStep(optimizer, layer.parameters(), loss_scale(device, "fp16", 2.0**14))
+pictures, bank = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 4, 4)
+a, b, c = torch.randn(6, 5), torch.randn(5, 7), torch.randn(7)
+for function, given in (
+    (torch.mm, (a, b)),
+    (lambda c, a, b: torch.addmm(c, a, b), (c, a, b)),  # c is added, not multiplied
+    (lambda a, b: torch.bmm(a[None], b[None]), (a, b)),
+    (lambda x, w: torch.nn.functional.conv2d(x, w, stride=4), (pictures, bank)),
+):
+    found, wide = function(*(x.to(device) for x in given)).cpu(), function(*given)
+    half = function(*(x if x is c else x.half().float() for x in given))
+    torch.testing.assert_close(found, half, rtol=1e-6, atol=1e-6)
+    assert 1e-5 < float((found - wide).norm() / wide.norm()) < 1e-3
+assert float(torch.full((1, 1), 1e6, device=device) @ torch.ones(1, 1, device=device)) == 65504
 before = layer.weight.clone()
 for number, size in ((1, 1e3), (2, 1e-3)):
     with devices.autocast(device, "fp16"):
@@ -310,7 +332,7 @@ print("held")
 """
 
 
-def test_the_first_atlas_training_card_has_no_bf16_no_fused_adamw_and_saturates():
+def test_the_first_atlas_training_card_has_no_bf16_no_fused_adamw_and_saturates_and_multiplies_in_fp16():
     environment = os.environ | {"FAKE_NPU_CARD": "Ascend910A"}
     done = subprocess.run([sys.executable, "-c", FIRST_CARD], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("held\n"), done.stdout + done.stderr
