@@ -16,9 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UsageError, print_usage_errors
+from data2vec.data.bpe import load_tokenizer
 from data2vec.data.text_files import map_chunks, read_lines
-
-_tokenizers: dict[tuple[str, str], object] = {}  # one a process
 
 
 @print_usage_errors
@@ -102,19 +101,6 @@ def encode_chunk(encoder_json: str, vocab_bpe: str, keep_empty: bool, path: str,
     encodings = load_tokenizer(encoder_json, vocab_bpe).encode_batch(kept)
     text = "".join(" ".join(map(str, encoding.ids)) + "\n" for encoding in encodings)
     return text, len(lines) - len(kept)
-
-
-def load_tokenizer(encoder_json: str, vocab_bpe: str):
-    """The tokenizer of the two files, loaded once a process. ValueError when they are something else."""
-    key = (encoder_json, vocab_bpe)
-    if key not in _tokenizers:
-        from tokenizers import ByteLevelBPETokenizer
-
-        try:
-            _tokenizers[key] = ByteLevelBPETokenizer.from_file(encoder_json, vocab_bpe)
-        except Exception as error:  # the library has no class of its own
-            raise ValueError(f"{encoder_json} and {vocab_bpe} are not GPT-2's two files ({error})") from None
-    return _tokenizers[key]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Command line shared by train.py and validate.py: Hydra's spelling, as fairseq's users have it, plus the house's."""
+"""The scripts' command line: Hydra's spelling, as fairseq's users have it, plus the house's."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from common.checkpoint_file import CheckpointError, load
 from common.errors import UsageError
 from data2vec.config import checkpoint_path, load_config
 
-TEXT_CONFIGS = "configs/text/pretraining"
+TEXT_CONFIGS, FINE_TUNING_CONFIGS = "configs/text/pretraining", "configs/text/finetuning"
+FINE_TUNING = "sentence_prediction"
 # the house's flags that are keys by another name
 FLAGS = {
     "seed": "common.seed",
@@ -30,17 +32,53 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     """(options, configuration, notes about keys without effect). Errors are UsageError."""
     options = _options(argv, description)
     config, notes = load_config(options.config_dir, options.config_name, options.overrides)
+    if config.task._name == FINE_TUNING:
+        raise UsageError(f"--config-name {options.config_name}: task._name={FINE_TUNING} is for finetune.py")
     return options, config, [*notes, *_apply(options, config)]
 
 
-def parse_evaluation(
+def parse_finetuning(
     argv: list[str] | None, description: str
+) -> tuple[argparse.Namespace, DictConfig, list[str], dict[str, torch.Tensor] | None]:
+    """(options, configuration, notes, the pretrained encoder's weights if any) of finetune.py. Errors are UsageError.
+
+    The encoder's sizes are those of the weights.
+    """
+    options = _options(argv, description, FINE_TUNING_CONFIGS)
+    place = (options.config_dir, options.config_name)
+    path = checkpoint_path(*place, options.overrides, "checkpoint.finetune_from_model")
+    weights, sizes = (None, []) if path in (None, "none") else _encoder_of(Path(path))
+    config, notes = load_config(*place, [*sizes, *options.overrides])
+    if config.task._name != FINE_TUNING:
+        raise UsageError(f"--config-name {options.config_name}: task._name={config.task._name} is for train.py")
+    return options, config, [*notes, *_apply(options, config)], weights
+
+
+def _encoder_of(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(a text checkpoint's or a Hugging Face folder's encoder, its sizes as overrides)."""
+    from data2vec.weights.pretrained import architecture, encoder_weights
+
+    try:
+        if path.is_dir():
+            from data2vec.weights.huggingface import load_huggingface
+
+            checkpoint = load_huggingface(path)
+        else:
+            checkpoint = load(path)
+        weights = encoder_weights(checkpoint, path)
+    except CheckpointError as error:
+        raise UsageError(f"checkpoint.finetune_from_model: {error}") from None
+    return weights, [f"{key}={value}" for key, value in architecture(weights, checkpoint).items()]
+
+
+def parse_evaluation(
+    argv: list[str] | None, description: str, config_dir: str = TEXT_CONFIGS
 ) -> tuple[argparse.Namespace, DictConfig, list[str], dict[str, Any]]:
     """(options, configuration, notes, checkpoint) for a program that looks at the checkpoint common_eval.path.
 
     Task and model are the checkpoint's own, as in fairseq; overrides come on top. Errors are UsageError.
     """
-    options = _options(argv, description)
+    options = _options(argv, description, config_dir)
     path = checkpoint_path(options.config_dir, options.config_name, options.overrides)
     if not path:
         raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
@@ -56,10 +94,10 @@ def parse_evaluation(
     return options, config, [*notes, *_apply(options, config)], checkpoint
 
 
-def _options(argv: list[str] | None, description: str) -> argparse.Namespace:
+def _options(argv: list[str] | None, description: str, config_dir: str = TEXT_CONFIGS) -> argparse.Namespace:
     """The command line; the house's flags become overrides."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd", default=TEXT_CONFIGS, help="folder of YAML files")
+    parser.add_argument("--config-dir", "-cd", default=config_dir, help="folder of YAML files")
     parser.add_argument("--config-name", "-cn", required=True, help="name of a YAML file in it, e.g. base")
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="accepted: fairseq-hydra-train's commands have it"

@@ -37,19 +37,23 @@ def collect_pictures(
     if stray := [file for file, name in zip(pictures.files, names, strict=True) if name not in classes]:
         raise UsageError(f"{stray[0]}: a picture outside the class folders of {folder}: move or remove it")
     size = pictures.size
-    crop = Compose([Resize(size, interpolation=InterpolationMode.BICUBIC), CenterCrop(size)])
     normalize = Normalize(config, device)
     features = []
     for start in range(0, len(pictures), BATCH):
-        files = pictures.files[start : start + BATCH]
-        try:
-            images = torch.stack([to_uint8(crop(read_picture(file))) for file in files]).to(device)
-        except BrokenSample as error:
-            raise UsageError(str(error)) from None
+        images = read_cropped(pictures.files[start : start + BATCH], size).to(device)
         with devices.autocast(device, precision):
             hidden = model.encode(normalize(images))[:, 1:]  # [B, P, C]
         features.append(pool(hidden.float()).cpu())
     return torch.cat(features), torch.tensor([classes.index(name) for name in names])
+
+
+def read_cropped(files: list[str], size: int) -> torch.Tensor:
+    """uint8 [B, 3, size, size], the middle of each picture. UsageError for one that cannot be read."""
+    crop = Compose([Resize(size, interpolation=InterpolationMode.BICUBIC), CenterCrop(size)])
+    try:
+        return torch.stack([to_uint8(crop(read_picture(file))) for file in files])
+    except BrokenSample as error:
+        raise UsageError(str(error)) from None
 
 
 def pool(hidden: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ def use_length_buckets(config: DictConfig) -> str | None:
 
     Pads are hidden from attention: results do not change. A multiple that the user set stays.
     """
-    if "tokens_per_sample" not in config.task or config.dataset.required_seq_len_multiple != 1:
+    if config.task._name == "image_pretraining" or config.dataset.required_seq_len_multiple != 1:
         return None
     config.dataset.required_seq_len_multiple = LENGTH_MULTIPLE
     return f"npu: batches are padded to multiples of {LENGTH_MULTIPLE} tokens (dataset.required_seq_len_multiple)"

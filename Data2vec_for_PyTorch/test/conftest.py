@@ -64,3 +64,18 @@ def corpus(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def train_sizes() -> np.ndarray:
     return np.array(json.loads((GOLDEN / "batching.json").read_text())["sizes"])
+
+
+@pytest.fixture(scope="session")
+def bpe(project, tmp_path_factory):
+    """Folder with encoder.json, vocab.bpe and dict.txt, made from the training table."""
+    import bpe_encode
+    import preprocess
+
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "text").write_text((GOLDEN / "questions" / "train.csv").read_text())
+    files = ["--encoder-json", f"{folder}/encoder.json", "--vocab-bpe", f"{folder}/vocab.bpe"]
+    bpe_encode.main(["--learn", "400", *files, "--inputs", f"{folder}/text", "--outputs", f"{folder}/text.bpe"])
+    preprocess.main(["--only-source", "--trainpref", f"{folder}/text.bpe", "--destdir", f"{folder}/bin"])
+    shutil.copy(folder / "bin/dict.txt", folder)
+    return folder

@@ -60,6 +60,17 @@ def test_scripts_take_pictures(tmp_path):
     assert "max_update" not in done.stdout  # the configuration's own
 
 
+def test_fine_tuning_script(tmp_path):
+    (tmp_path / "model.pt").touch()
+    flags = [f"--data_path={tmp_path}", f"--pretrained_path={tmp_path}/model.pt", f"--corpus_path={tmp_path}"]
+    more = ["--device=cpu", f"--output_dir={tmp_path}", "--batch_size=8", "--epochs=3", "--dry_run"]
+    done = shell("finetune_full_1p.sh", *flags, *more, "--", "task.columns=[a,b]")
+    assert done.returncode == 0, done.stderr
+    wanted = ["finetune.py", f"task.vocab_bpe={tmp_path}/vocab.bpe", "dataset.batch_size=8", "optimization.max_epoch=3"]
+    assert all(word in done.stdout for word in (*wanted, f"finetune_from_model={tmp_path}/model.pt", "task.columns="))
+    assert "--pretrained_path is required" in shell("finetune_full_1p.sh", flags[0]).stderr
+
+
 def test_script_refusals(tmp_path):
     assert "--data_path is required" in shell("train_full_1p.sh").stderr
     failed = shell("train_full_1p.sh", f"--data_path={tmp_path}", "--device=cpu", f"--output_dir={tmp_path / 'o'}")

@@ -322,6 +322,48 @@ _VISION: dict[str, Option] = {
 }
 
 
+# finetune.py: fairseq's sentence_prediction, on tables instead of binarized files
+_SENTENCES: dict[str, Option] = {
+    "task._name": Key("sentence_prediction", choices=("sentence_prediction",)),
+    "task.data": Key(MISSING),  # ours: a folder with train.csv, .tsv or .jsonl, and valid likewise
+    "task.columns": Key(["sentence"]),  # ours: of the text, or of the two texts of a pair
+    "task.label_column": Key("label"),  # ours
+    "task.num_classes": Key(None, low=2, kind=int),  # null: as many as train has labels
+    "task.regression_target": Key(False),
+    "task.encoder_json": Key(None, kind=str),  # ours, as of bpe_encode.py
+    "task.vocab_bpe": Key(None, kind=str),  # ours
+    "task.dict": Key(None, kind=str),  # ours: dict.txt of the pretraining corpus
+    "task.max_positions": Key(512, low=4),  # longer texts are cut
+    "task.init_token": Fixed(0),
+    "task.separator_token": Fixed(2),
+    "task.seed": _TEXT["task.seed"],
+    "task.shorten_method": Ignored("texts are cut at task.max_positions, and the log says how many"),
+    "criterion._name": Key("sentence_prediction", choices=("sentence_prediction",)),
+    "criterion.regression_target": Ignored("task.regression_target says it"),
+    "criterion.report_mcc": Ignored("all metrics are reported"),
+    "criterion.report_acc_and_f1": Ignored("all metrics are reported"),
+    "criterion.report_pearson_and_spearman": Ignored("all metrics are reported"),
+    "optimization.max_update": count(0),  # 0: optimization.max_epoch says it
+    "lr_scheduler._name": Key("polynomial_decay", choices=("polynomial_decay",)),
+    "lr_scheduler.warmup_updates": count(None),  # null: lr_scheduler.warmup_ratio of all updates
+    "lr_scheduler.warmup_ratio": share(0.06),  # ours
+    "lr_scheduler.end_learning_rate": number(0.0),
+    "lr_scheduler.power": number(1.0),
+    "lr_scheduler.total_num_update": Ignored("the decay ends with the run, optimization.max_update"),
+    "lr_scheduler.force_anneal": Fixed(None),
+    # null: accuracy, or pearson of a regression
+    "checkpoint.best_checkpoint_metric": Key(
+        None, kind=str, choices=("loss", "accuracy", "f1", "mcc", "pearson", "spearman")
+    ),
+    "checkpoint.maximize_best_checkpoint_metric": Ignored("the metric says it"),
+    "model._name": Key("data2vec_text_classification", choices=("data2vec_text_classification",)),
+    "model.pooler_dropout": share(0.0),
+    "model.init_std": number(0.02, low=1e-6),  # ours
+    **{key: option for key, option in _TEXT.items() if key.startswith("model.transformer.")},
+}
+
+
 def options_of(task: str | None) -> Mapping[str, Option]:
     """All options of a task, text where it is no known one; names with their group, "optimization.max_update"."""
-    return _COMMON | _DATASET | _TRAINING | (_VISION if task == "image_pretraining" else _TEXT)
+    own = {"image_pretraining": _VISION, "sentence_prediction": _SENTENCES}.get(task, _TEXT)
+    return _COMMON | _DATASET | _TRAINING | own

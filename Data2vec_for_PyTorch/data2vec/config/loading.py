@@ -78,13 +78,15 @@ def read_yaml(config_dir: str | Path, config_name: str) -> tuple[DictConfig, Pat
     return given, path
 
 
-def checkpoint_path(config_dir: str | Path, config_name: str, overrides: list[str]) -> str | None:
-    """`common_eval.path` of the file, or of the last override that sets it."""
+def checkpoint_path(
+    config_dir: str | Path, config_name: str, overrides: list[str], key: str = "common_eval.path"
+) -> str | None:
+    """`key` of the file, or of the last override that sets it."""
     given, _ = read_yaml(config_dir, config_name)
     for override in overrides:
-        if override.lstrip("+").startswith("common_eval.path="):
+        if override.lstrip("+").startswith(f"{key}="):
             given = _overridden(given, override)
-    return OmegaConf.select(given, "common_eval.path")
+    return OmegaConf.select(given, key)
 
 
 def _overridden(given: DictConfig, override: str) -> DictConfig:
@@ -99,7 +101,7 @@ def _overridden(given: DictConfig, override: str) -> DictConfig:
     if not equals or not key:
         raise UsageError(f"{override!r}: overrides are written group.key=value")
     option = options_of(OmegaConf.select(given, "task._name")).get(key)
-    if not isinstance(option, Key) or option.type is not str:
+    if not isinstance(option, Key) or option.type is not str or isinstance(option.default, list):
         return OmegaConf.merge(given, OmegaConf.from_dotlist([f"{key}={text}"]))
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]  # quoted for Hydra within the shell's quotes
@@ -211,13 +213,11 @@ def _check_values(config: DictConfig, options: Mapping[str, Option], source: str
         option = options.get(key)
         if isinstance(option, Key):
             OmegaConf.update(config, key, option.checked(key, value, refuse))
-    vision = config.task._name == "image_pretraining"
-    if vision != (config.model._name == "data2vec_vision"):
-        refuse(
-            f"task._name={config.task._name} with model._name={config.model._name}: the one is text, the other images"
-        )
+    kind = config.task._name
+    if kind != "sentence_prediction" and (kind == "image_pretraining") != (config.model._name == "data2vec_vision"):
+        refuse(f"task._name={kind} with model._name={config.model._name}: the one is text, the other images")
     if OmegaConf.is_missing(config.task, "data"):
-        what = "pictures" if vision else "the binarized corpus"
+        what = {"image_pretraining": "pictures", "sentence_prediction": "the tables"}.get(kind, "the binarized corpus")
         refuse(f"task.data is not set: give the folder of {what}, task.data=DIR")
     if config.common.fp16 and config.common.bf16:
         refuse("common.fp16 and common.bf16 are both true: choose one")
@@ -226,9 +226,13 @@ def _check_values(config: DictConfig, options: Mapping[str, Option], source: str
     for key in ("update_freq", "lr"):
         if len(config.optimization[key]) != 1:
             refuse(f"optimization.{key}={list(config.optimization[key])}: one value, not one for each epoch")
-    if config.model.ema_anneal_end_step is None:
+    if kind != "sentence_prediction" and config.model.ema_anneal_end_step is None:
         config.model.ema_anneal_end_step = config.optimization.max_update
-    (_check_vision if vision else _check_text)(config, refuse)
+    checks = {"image_pretraining": _check_vision, "sentence_prediction": _check_sentences}
+    checks.get(kind, _check_text)(config, refuse)
+    transformer = config.model.get("transformer")
+    if transformer and transformer.relu_dropout and not transformer.activation_dropout:
+        transformer.activation_dropout = transformer.relu_dropout
     adam_betas(config)
 
 
@@ -251,8 +255,28 @@ def _check_text(config: DictConfig, refuse: Callable[[str], None]) -> None:
             f"model.max_positions={longest} (by default task.tokens_per_sample) is above the model's "
             f"model.transformer.max_source_positions={positions}: lower the one or raise the other"
         )
-    if config.model.transformer.relu_dropout and not config.model.transformer.activation_dropout:
-        config.model.transformer.activation_dropout = config.model.transformer.relu_dropout
+
+
+def _check_sentences(config: DictConfig, refuse: Callable[[str], None]) -> None:
+    task, optimization = config.task, config.optimization
+    if len(task.columns) not in (1, 2):
+        refuse(f"task.columns={list(task.columns)}: name one column of the table, or the two of a pair")
+    if task.label_column in task.columns:
+        refuse(f"task.label_column={task.label_column}: it is among task.columns, too")
+    if task.regression_target and task.num_classes is not None:
+        refuse(f"task.num_classes={task.num_classes} with task.regression_target: a regression has no classes")
+    if task.max_positions > config.model.transformer.max_source_positions:
+        task.max_positions = config.model.transformer.max_source_positions
+    for key in ("encoder_json", "vocab_bpe", "dict"):
+        if task[key] is None:
+            refuse(f"task.{key} is not set: give the file with which the pretraining corpus was made, task.{key}=FILE")
+    if config.dataset.max_tokens is None and config.dataset.batch_size is None:
+        refuse("set dataset.batch_size, in rows, or dataset.max_tokens")
+    if not optimization.max_epoch and not optimization.max_update:
+        refuse("set optimization.max_epoch or optimization.max_update: the run's length")
+    metric, of_regression = config.checkpoint.best_checkpoint_metric, ("pearson", "spearman")
+    if metric not in (None, "loss") and task.regression_target != (metric in of_regression):
+        refuse(f"checkpoint.best_checkpoint_metric={metric} with task.regression_target={task.regression_target}")
 
 
 def _check_vision(config: DictConfig, refuse: Callable[[str], None]) -> None:

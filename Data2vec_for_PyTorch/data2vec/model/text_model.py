@@ -206,7 +206,13 @@ def build_model(model_config: dict[str, Any], vocab_size: int) -> Data2VecText:
         ValueError: an option this code does not implement, with what to do.
     """
     config = dict(model_config)
-    transformer = dict(config.get("transformer") or {})
+    encoder = encoder_config(config, vocab_size)
+    return Data2VecText(encoder, Data2VecConfig(**_known(Data2VecConfig, config)), target_config(config))
+
+
+def encoder_config(model_config: Mapping[str, Any], vocab_size: int) -> EncoderConfig:
+    """The encoder of a fairseq `model` config. ValueError as of `build_model`."""
+    transformer = dict(model_config.get("transformer") or {})
     sizes = dict(transformer.get("encoder") or {})
     _refuse_unsupported(transformer, sizes)
     encoder = EncoderConfig(vocab_size=vocab_size, **_known(EncoderConfig, {**transformer, **sizes}))
@@ -215,7 +221,7 @@ def build_model(model_config: dict[str, Any], vocab_size: int) -> Data2VecText:
             f"model.transformer.encoder: embed_dim {encoder.embed_dim} is no multiple of attention_heads "
             f"{encoder.attention_heads}"
         )
-    return Data2VecText(encoder, Data2VecConfig(**_known(Data2VecConfig, config)), target_config(config))
+    return encoder
 
 
 def target_config(model_config: Mapping[str, Any]) -> TargetConfig:

@@ -1,4 +1,4 @@
-"""fairseq's Adam and its cosine schedule."""
+"""fairseq's Adam and its schedules: cosine, polynomial."""
 
 from __future__ import annotations
 
@@ -74,3 +74,18 @@ def cosine_lr(
     shrink = lr_shrink**i
     low, high = min_lr * shrink, lr * shrink
     return low + 0.5 * (high - low) * (1 + math.cos(math.pi * current / length))
+
+
+def polynomial_lr(
+    num_updates: int, lr: float, max_update: int, warmup_updates: int = 0, end_lr: float = 0.0, power: float = 1.0
+) -> float:
+    """Learning rate of the update that follows `num_updates` updates (fairseq polynomial_decay_schedule.py).
+
+    Linear from 0 (which the first update therefore has) over the warm-up, then down to `end_lr` at `max_update`.
+    """
+    if warmup_updates > 0 and num_updates <= warmup_updates:
+        return lr * num_updates / warmup_updates
+    if num_updates >= max_update:
+        return end_lr
+    remaining = 1 - (num_updates - warmup_updates) / (max_update - warmup_updates)
+    return (lr - end_lr) * remaining**power + end_lr

@@ -1,4 +1,4 @@
-"""One update and one validation, and the state that is checkpointed between them."""
+"""One update, of pretraining or fine-tuning, one validation of pretraining, and the state that is checkpointed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.update import GuardedStep
 from data2vec.config import adam_betas
 from data2vec.model.ema import ema_decay_at, ema_step
 from data2vec.training.loss_scaler import LossScaler
-from data2vec.training.optimizer import FairseqAdam, cosine_lr
+from data2vec.training.optimizer import FairseqAdam, cosine_lr, polynomial_lr
 
 # Standard deviation, averaged over features, under which representations count as collapsed.
 COLLAPSED_STD = 1e-4
@@ -72,7 +72,7 @@ class UpdateResult:
     grad_norm: torch.Tensor
     pred_std: torch.Tensor  # of each rank's last micro-batch, mean over features and ranks; nan where no rank has one
     target_std: torch.Tensor
-    ema_decay: float
+    ema_decay: float | None
     lr: float
     skipped: bool = False  # fp16 overflow
 
@@ -114,12 +114,12 @@ def make_state(model: torch.nn.Module, config: DictConfig, precision: str, world
 
 def learning_rate(config: DictConfig, num_updates: int) -> float:
     """Of the update that follows `num_updates` updates."""
-    schedule = config.lr_scheduler
+    schedule, options = config.lr_scheduler, config.optimization
+    common = (num_updates, options.lr[0], options.max_update, schedule.warmup_updates)
+    if schedule._name == "polynomial_decay":
+        return polynomial_lr(*common, schedule.end_learning_rate, schedule.power)
     return cosine_lr(
-        num_updates,
-        config.optimization.lr[0],
-        config.optimization.max_update,
-        schedule.warmup_updates,
+        *common,
         schedule.warmup_init_lr,
         schedule.min_lr,
         schedule.t_mult,
@@ -128,8 +128,11 @@ def learning_rate(config: DictConfig, num_updates: int) -> float:
     )
 
 
-def ema_decay(config: DictConfig, num_updates: int) -> float:
+def ema_decay(config: DictConfig, num_updates: int) -> float | None:
+    """Of the teacher; None where there is none."""
     model = config.model
+    if "ema_decay" not in model:
+        return None
     return ema_decay_at(num_updates, model.ema_decay, model.ema_end_decay, model.ema_anneal_end_step)
 
 
@@ -163,7 +166,7 @@ def train_update(run: Run, batches: list[Any]) -> UpdateResult:
     )
 
 
-def accumulate_gradients(run: Run, batches: list[Any], decay: float) -> torch.Tensor:
+def accumulate_gradients(run: Run, batches: list[Any], decay: float | None) -> torch.Tensor:
     """Gradients of this rank's micro-batches in the update that is next, summed.
 
     Returns:
@@ -178,7 +181,7 @@ def accumulate_gradients(run: Run, batches: list[Any], decay: float) -> torch.Te
     loss_sum, counts = torch.zeros(1, device=device), [0, 0, 0]
     spread = None
     for i, batch in enumerate(batches):
-        if i == 0 or run.config.model.ema_steps == "per_micro_batch":
+        if decay is not None and (i == 0 or run.config.model.ema_steps == "per_micro_batch"):
             ema_step(model, decay)
         if len(batch.id) == 0:
             continue
@@ -188,7 +191,7 @@ def accumulate_gradients(run: Run, batches: list[Any], decay: float) -> torch.Te
         loss_sum += out["loss_sum"].detach()
         own = (out["sample_size"], len(batch.id), batch.num_tokens)
         counts = [total + count for total, count in zip(counts, own, strict=True)]
-        if len(out["pred"]) > 1:
+        if len(out.get("pred", ())) > 1:
             spread = representation_std(out["pred"], out["target"])
     on_host = torch.tensor([*counts, float(spread is not None)], dtype=torch.float32)
     on_device = devices.to_device(on_host, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -15,14 +15,14 @@ _RENAMED = {
 }
 
 
-def to_todays_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """(weights under today's names, beginnings of those that were left out)."""
+def to_todays_names(state: Mapping[str, Tensor], kept: Collection[str] = ()) -> tuple[dict[str, Tensor], list[str]]:
+    """(weights under today's names, beginnings of those that were left out, which are none of the names `kept`)."""
     result, left_out = {}, set()
     for name, value in state.items():
         if name.startswith("decoder."):
             name = "encoder." + name.removeprefix("decoder.")
         beginning = next((part for part in _LEFT_OUT if name.startswith(part)), None)
-        if beginning:
+        if beginning and name not in kept:
             left_out.add(beginning.rstrip("."))
             continue
         for old, new in _RENAMED.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from data2vec.model.text_model import build_model
 from data2vec.weights.fairseq_names import to_todays_names
 from data2vec.weights.vision_weights import to_our_names
 
+ENCODER = "encoder.sentence_encoder."
 # weights that a fine-tuned or converted model may lack
 OPTIONAL = ("encoder.regression_head.", "encoder.sentence_encoder.version", "final_proj.", "mask_emb", "encoder.norm.")
+OPTIONAL += ("classification_heads.",)
 
 
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> str:
@@ -36,7 +39,7 @@ def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str |
     weights = OrderedDict(checkpoint.get("model", checkpoint))
     key = "_ema" if isinstance(model, WithTeacher) else "encoder._ema"
     teacher = weights.pop(key, None)
-    weights, left_out = to_todays_names(to_our_names(weights))
+    weights, left_out = to_todays_names(to_our_names(weights), kept=model.state_dict())
     if teacher is not None:  # old checkpoints of fp16 runs hold it in fp16
         renamed, _ = to_todays_names(to_our_names(teacher))
         weights[key] = {name: value.float() for name, value in renamed.items()}
@@ -56,13 +59,48 @@ def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str |
     return "; ".join(words + ([f"{', '.join(new)} as initialised"] if new else []))
 
 
+def encoder_weights(checkpoint: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    """The student's encoder alone, "encoder.sentence_encoder." + name, of any text checkpoint, a fine-tuned one too.
+
+    Raises:
+        CheckpointError: there is none in it.
+    """
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    weights, _ = to_todays_names({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
+    weights = {name: value for name, value in weights.items() if name.startswith(ENCODER)}
+    if f"{ENCODER}embed_tokens.weight" not in weights:
+        raise CheckpointError(f"{path}: holds no data2vec or RoBERTa text encoder ({ENCODER}embed_tokens.weight)")
+    return weights
+
+
+def architecture(weights: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration keys of the encoder of `encoder_weights`; what shapes do not tell is the checkpoint's own."""
+    layers = {name.split(".")[3] for name in weights if name.startswith(f"{ENCODER}layers.")}
+    words, positions = (weights[f"{ENCODER}embed_{what}.weight"] for what in ("tokens", "positions"))
+    own = ((checkpoint.get("cfg") or {}).get("model") or {}).get("transformer") or {}
+    found = {
+        "encoder.layers": len(layers),
+        "encoder.embed_dim": words.shape[1],
+        "encoder.ffn_embed_dim": len(weights[f"{ENCODER}layers.0.fc1.weight"]),
+        "max_source_positions": len(positions) - 2,  # <s> and <pad>, whose rows are before the first position's
+        "layernorm_embedding": f"{ENCODER}layernorm_embedding.weight" in weights,
+        "no_scale_embedding": own.get("no_scale_embedding"),
+        "encoder.attention_heads": (own.get("encoder") or {}).get("attention_heads"),
+    }
+    return {f"model.transformer.{key}": value for key, value in found.items() if value is not None}
+
+
 def load_pretrained(path: Path) -> torch.nn.Module:
+    """`model_of` a file."""
+    return model_of(checkpoint_file.load(path), path)
+
+
+def model_of(checkpoint: Any, path: Path) -> torch.nn.Module:
     """The model of a checkpoint, built from the configuration that it carries.
 
     Raises:
         CheckpointError: it is damaged, has no such configuration, or is of another kind of model.
     """
-    checkpoint = checkpoint_file.load(path)
     try:
         config, weights = checkpoint["cfg"]["model"], checkpoint["model"]
         name = config["_name"]

@@ -1,0 +1,168 @@
+"""The loop over epochs and updates that pretraining and fine-tuning share: when to log, evaluate, save and stop."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from common import distributed, replay
+from common.distributed import World
+from common.result_file import keep_aside
+from common.run_log import RunLog
+from data2vec.data.epochs import SplitBatches
+from data2vec.training.checkpoint import save_checkpoints
+from data2vec.training.update import Run, accumulate_gradients, ema_decay, train_update
+
+
+@dataclass
+class Training(Run):
+    """A run, its data, where it reports and saves, and the number of updates at which it ends.
+
+    `report` is a `Report` or a `FineTuningReport`. `evaluate` is a function of (run, epoch, split) that returns what
+    the best checkpoint has the least of, or None where the run was asked to stop meanwhile.
+    """
+
+    data: SplitBatches
+    report: Any
+    save_dir: Path
+    limit: int
+    evaluate: Callable[[Training, int, str], float | None]
+
+
+def batch_size(config: DictConfig) -> int:
+    """As the result file's name has it: of samples, or where batches are of a length, of tokens."""
+    return config.dataset.batch_size or config.dataset.max_tokens
+
+
+def update_limit(config: DictConfig, options: argparse.Namespace) -> int:
+    return min(config.optimization.max_update, options.max_steps or config.optimization.max_update)
+
+
+def open_log(
+    network: str, options: argparse.Namespace, config: DictConfig, world: World, fps_unit: str, resume: bool
+) -> RunLog:
+    """The run's log, to be entered."""
+    return RunLog(
+        options.output_dir,
+        world,
+        network,
+        batch_size(config),
+        options.case_kind,
+        total_steps=update_limit(config, options),
+        log_every=config.common.log_interval,
+        resume=resume,
+        fps_unit=fps_unit,
+        profile=options.profile,
+    )
+
+
+def begin(log: RunLog, save_dir: Path, notes: list[str | None]) -> None:
+    """Keeps an earlier run's checkpoints aside where this one does not go on from them, and tells the notes."""
+    if log.world.is_main and not log.resume and save_dir.resolve() != log.folder.resolve():
+        keep_aside(save_dir)  # where it is not checkpoints/, which the log has moved
+    for text in notes:
+        if text:
+            log.info(text)
+
+
+def replay_update(
+    network: str, run: Run, data: SplitBatches, options: argparse.Namespace, notes: list[str | None]
+) -> None:
+    """--replay: the recorded update once more on the weights that the run would go on from."""
+    recorded, state = replay.read(options.replay, place=("epoch", "iterations")), run.state
+    state.num_updates = recorded.step - 1
+    state.epoch, state.iterations = recorded.place["epoch"], recorded.place["iterations"]
+    loader = data.train_batches(state.epoch, state.iterations).loader(run.config.dataset.num_workers)
+    batches = [batch.to(run.world.device) for batch in islice(loader, run.config.optimization.update_freq[0])]
+    decay = ema_decay(run.config, state.num_updates)
+    with RunLog(
+        options.output_dir, run.world, f"{network}_replay", batch_size(run.config), options.case_kind, evaluation=True
+    ) as log:
+        for text in notes:
+            if text:
+                log.info(text)
+        replay.run(recorded, log, state.model, state.step, lambda: accumulate_gradients(run, batches, decay)[0])
+
+
+def train(run: Training) -> None:
+    """Epochs until `run.limit` updates (or optimization.max_epoch, or stop_time_hours)."""
+    state, options = run.state, run.config.optimization
+    stop = state.num_updates >= run.limit
+    while not stop:
+        epoch = state.epoch
+        run.report.updates_per_epoch = -(-run.data.batches_per_epoch(epoch) // options.update_freq[0])
+        epoch_batches = run.data.train_batches(epoch, state.iterations)
+        loader, rows = epoch_batches.loader(run.config.dataset.num_workers), iter(epoch_batches.rows)
+        while not stop:
+            with run.report.log.data_wait():
+                batches = [batch.to(run.world.device) for batch in islice(loader, options.update_freq[0])]
+            if not batches:
+                break
+            began = time.perf_counter()
+            result = train_update(run, batches)
+            run.report.update(state, result, time.perf_counter() - began, sum(islice(rows, len(batches))))
+            stop = should_stop(run)
+            ended = state.iterations >= run.data.batches_per_epoch(epoch)
+            if ended:
+                state.epoch, state.iterations = epoch + 1, 0
+                stop = stop or 0 < options.max_epoch < state.epoch
+            validate_and_save(run, ended, stop)
+            if not stop and run.report.log.preempted():
+                run.report.read(state)
+                save(run, None, ended)
+                raise run.report.log.stopped(state.num_updates)
+            if ended:
+                break
+        run.report.end_of_epoch(state, epoch)
+
+
+def should_stop(run: Training) -> bool:
+    hours = run.config.optimization.stop_time_hours
+    too_long = hours > 0 and distributed.broadcast_object(run.state.seconds() > 3600 * hours)
+    return run.state.num_updates >= run.limit or too_long
+
+
+def validate_and_save(run: Training, ended: bool, stop: bool) -> None:
+    """Validates and saves where fairseq would: at intervals of updates, at epochs' ends, and at the run's end.
+
+    Args:
+        ended: an epoch has just ended.
+        stop: the run has.
+    """
+    options, dataset, state = run.config.checkpoint, run.config.dataset, run.state
+    epoch = state.epoch - ended
+
+    def due(interval: int, count: int) -> bool:
+        return interval > 0 and count > 0 and count % interval == 0
+
+    saves = (
+        stop or due(options.save_interval_updates, state.num_updates) or (ended and due(options.save_interval, epoch))
+    )
+    validates = stop or (saves and not ended) or (ended and due(dataset.validate_interval, epoch))
+    validates |= due(dataset.validate_interval_updates, state.num_updates)
+    validates &= not dataset.disable_validation and state.num_updates >= dataset.validate_after_updates
+    if validates or saves:
+        run.report.read(state)  # raises before a broken model is saved
+    losses = [run.evaluate(run, epoch, name) for name in dataset.valid_subset.split(",")] if validates else []
+    if saves:
+        save(run, losses[0] if losses else None, ended)
+
+
+def save(run: Training, loss: float | None, ended: bool) -> None:
+    """The checkpoints that are due, by the main rank; the others wait."""
+    state = run.state
+    if run.config.checkpoint.no_save:
+        return
+    state.meters = {} if ended else run.report.meters()
+    with run.report.log.pause("save"):
+        if run.world.is_main:
+            save_checkpoints(run.save_dir, state, run.config, loss, ended)
+        state.best_loss = distributed.broadcast_object(state.best_loss)
+        distributed.barrier()
