@@ -79,7 +79,7 @@ def test_a_sane_call_starts_the_ranks_of_the_reference(folder, name, table):
         (
             "readme_literal_device_num",
             "eight.json",
-            "'8*12', but the rank table has 8 ranks: bash has not multiplied; write ",
+            "has 8 ranks: bash has not multiplied; write device_num=$((8*server_count))",
         ),
         ("missing_table", "nope.json", "nope.json: cannot be read"),
         ("bad_range", "eight.json", "range '[a,8]' is not [a,b]"),
