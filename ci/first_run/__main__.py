@@ -7,7 +7,8 @@
 
 All runs are deterministic (DETERMINISTIC=1). A card without stored curves (ci/baselines/losses/<device>/) is compared
 with the CPU's, up to rounding; one that has them must repeat them. The first precision's runs are profiled as well
-(--profile): what the host waits for, and where the time goes. The report is Markdown, on stdout and in ci/reports/; it
+(--profile): what the host waits for, and where the time goes. MFU is over a data sheet's peak, or over a matrix product
+measured here (ci/first_run/utilisation.py). The report is Markdown, on stdout and in ci/reports/; it
 ends in words about what is wrong first. Exit code: 0 nothing is wrong, 1 something is, 2 a wrong command line.
 """
 
@@ -24,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ci.first_run import utilisation
 from ci.first_run.report import Run, page
 from ci.gates.losses import loss_files
 from ci.training_cases import CASES, COUNTED, ROOT, short_names
@@ -111,6 +113,19 @@ def store(runs: list[Run], own: str) -> None:
             path.write_text(json.dumps({"steps": STEPS, "losses": known}, indent=1) + "\n")
 
 
+def set_flops(runs: list[Run], data: Path, folder: Path, peaks: dict) -> None:
+    """Gives the runs of one project what their MFU is made of."""
+    if not any(run.losses for run in runs):
+        return
+    try:
+        flops = utilisation.ask("flops", runs[0].project, data, folder / "counted", STEPS)["flops"]
+    except RuntimeError as error:
+        print(f"{runs[0].project}: no MFU, the FLOPs could not be counted: {error}", file=sys.stderr)
+        return
+    for run in runs:
+        run.flops, (run.peak, run.peak_source) = flops, peaks[run.precision]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ci.first_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     print("doctor ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "common.doctor", "--device", options.device]
     doctor = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    peaks = utilisation.ask("peaks", options.device, *options.precision)
     with tempfile.TemporaryDirectory() as name:
         for project in projects:
             data = Path(name) / project / "data"
@@ -143,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
                 runs.append(train(project, precision, options.device, data, Path(name), profile))
                 if not options.store:
                     compare(runs[-1], own)
+            set_flops(runs[-len(options.precision) :], data, Path(name) / project, peaks)
     if options.store:
         store(runs, own)
     head = f"{STEPS} steps of each project's small case, {time.perf_counter() - began:.0f} s in all"
