@@ -113,6 +113,15 @@ def store(runs: list[Run], own: str) -> None:
             path.write_text(json.dumps({"steps": STEPS, "losses": known}, indent=1) + "\n")
 
 
+def peaks_of(device: str, precisions: list[str]) -> dict:
+    """`utilisation.peak` of each precision; nothing, and a line, where it fails: the runs will tell."""
+    try:
+        return utilisation.ask("peaks", device, *precisions)
+    except RuntimeError as error:
+        print(f"no MFU, the device's peak could not be measured: {error}", file=sys.stderr)
+        return {}
+
+
 def set_flops(runs: list[Run], data: Path, folder: Path, peaks: dict) -> None:
     """Gives the runs of one project what their MFU is made of."""
     if not any(run.losses for run in runs):
@@ -123,7 +132,7 @@ def set_flops(runs: list[Run], data: Path, folder: Path, peaks: dict) -> None:
         print(f"{runs[0].project}: no MFU, the FLOPs could not be counted: {error}", file=sys.stderr)
         return
     for run in runs:
-        run.flops, (run.peak, run.peak_source) = flops, peaks[run.precision]
+        run.flops, (run.peak, run.peak_source) = flops, peaks.get(run.precision, (0.0, ""))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     print("doctor ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "common.doctor", "--device", options.device]
     doctor = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    peaks = utilisation.ask("peaks", options.device, *options.precision)
+    peaks = peaks_of(options.device, options.precision)
     with tempfile.TemporaryDirectory() as name:
         for project in projects:
             data = Path(name) / project / "data"
@@ -159,7 +168,8 @@ def main(argv: list[str] | None = None) -> int:
                 runs.append(train(project, precision, options.device, data, Path(name), profile))
                 if not options.store:
                     compare(runs[-1], own)
-            set_flops(runs[-len(options.precision) :], data, Path(name) / project, peaks)
+            if not options.store:
+                set_flops(runs[-len(options.precision) :], data, Path(name) / project, peaks)
     if options.store:
         store(runs, own)
     head = f"{STEPS} steps of each project's small case, {time.perf_counter() - began:.0f} s in all"
