@@ -3,7 +3,7 @@
     save(state, folder / "checkpoint-1200.pt"); keep_newest(folder, 3)     # a file, with its digest at its end
     path = newest(folder, "checkpoint-*.pt", keys=("model", "optimizer"))  # passes over damaged and foreign ones
     state = load(path)                                                     # CheckpointError names file and cause
-    seal(folder / "checkpoint-1200", facts={...}); damage(folder_or_file)  # a folder of files, likewise
+    seal(folder / "checkpoint-1200"); damage(folder_or_file)  # a folder of files, likewise
 
 The digest is SHA-256 of all bytes before it, which processors compute at 1 to 2 GB/s; any other reader of torch's files
 skips it. Files without one (of earlier versions, published weights) load unchecked. This file knows files, not models.
@@ -144,18 +144,6 @@ def load(path: str | Path, map_location: Any = "cpu", allow: Sequence[type] = ()
         raise CheckpointError(f"{path}: not a readable checkpoint, maybe cut short ({reason})") from error
 
 
-def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file. CheckpointError: missing, damaged, or no such file at all."""
-    from safetensors.torch import load_file
-
-    if problem := _damage_of_file(Path(path)):
-        raise CheckpointError(f"{path}: {problem}")
-    try:
-        return load_file(path)
-    except Exception as error:  # SafetensorError, and what its header's JSON may raise
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-
-
 def damage(path: str | Path) -> str | None:
     """What is wrong with a checkpoint file or sealed folder, in words; None where its digests are right.
 
@@ -229,12 +217,11 @@ def _digest(file: BinaryIO, size: int) -> str:
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
-def seal(folder: str | Path, facts: dict[str, Any] | None = None, files: dict[str, list] | None = None) -> None:
+def seal(folder: str | Path, files: dict[str, list] | None = None) -> None:
     """Marks a checkpoint folder as whole: its files reach the disk, then `seal.json` with their sizes and digests does.
 
     Args:
         folder: where everything else is written already. One that is written anew is unsealed first (`unseal`).
-        facts: plain JSON values to keep with it, e.g. what was run (run_folder.compare); see `facts_of`.
         files: of `digests_of`, where the ranks have computed them; by default this process does.
 
     Raises:
@@ -242,7 +229,7 @@ def seal(folder: str | Path, facts: dict[str, Any] | None = None, files: dict[st
     """
     folder = Path(folder)
     files = digests_of(folder) if files is None else files
-    content = json.dumps({"files": files, "facts": facts or {}}, ensure_ascii=False)
+    content = json.dumps({"files": files}, ensure_ascii=False)
     partial = folder / f".{SEAL}.tmp"
     partial.write_bytes(content.encode() + _MARK + hashlib.sha256(content.encode()).hexdigest().encode())
     sync(partial)
@@ -270,11 +257,6 @@ def digests_of(folder: str | Path, names: Sequence[str] | None = None) -> dict[s
 
     with ThreadPoolExecutor(8) as threads:  # hashing lets go of Python's lock
         return dict(zip(names, threads.map(look, names), strict=True))
-
-
-def facts_of(folder: str | Path) -> dict[str, Any]:
-    """What `seal` was given as facts. CheckpointError where the seal is missing or damaged."""
-    return _read_seal(Path(folder))["facts"]
 
 
 def _read_seal(folder: Path) -> dict[str, Any]:

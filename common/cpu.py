@@ -11,13 +11,14 @@ probabilities are not rounded inside the fused attention. Nothing else differs i
 import contextlib
 import ctypes
 import sys
+import types
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -103,7 +104,7 @@ class _Replace(TorchFunctionMode):
         super().__init__()
         self.replacements = replacements
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -116,6 +117,17 @@ def cpu_kernels() -> contextlib.AbstractContextManager:
     if not bf16 or has_bf16_instructions():
         return contextlib.nullcontext()
     return _Replace(_REPLACEMENTS)
+
+
+def use_cpu_kernels(*modules: nn.Module) -> None:
+    """Makes each module's forward run under `cpu_kernels`."""
+    for module in modules:
+        module.forward = types.MethodType(_forward_with_cpu_kernels, module)  # a method: a copied module gets its own
+
+
+def _forward_with_cpu_kernels(module: nn.Module, *args: Any, **options: Any) -> Any:
+    with cpu_kernels():
+        return type(module).forward(module, *args, **options)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc malloc.h

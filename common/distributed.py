@@ -244,35 +244,6 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     return _AllGather.apply(tensor) if is_distributed() else tensor
 
 
-def any_rank_nonfinite(*tensors: torch.Tensor | float) -> bool:
-    """Whether any value on any rank is inf or nan: one small all-reduce, the same answer everywhere."""
-    return bool(_nonfinite_by_rank(*tensors).any())
-
-
-def _nonfinite_by_rank(*tensors: torch.Tensor | float) -> torch.Tensor:
-    flags = torch.zeros(world_size(), dtype=torch.int32)
-    values = [t.detach() if isinstance(t, torch.Tensor) else torch.tensor(float(t)) for t in tensors]
-    flags[rank()] = int(any(not bool(torch.isfinite(value).all()) for value in values))
-    if is_distributed():
-        dist.all_reduce(flags)
-    return flags
-
-
-def stop_if_nonfinite(value: torch.Tensor | float, what: str, step: int) -> None:
-    """Stops every rank at the same step when `value` is inf or nan on any: call it before the optimizer step.
-
-    Raises:
-        FloatingPointError: on all ranks, naming those that saw it.
-    """
-    flags = _nonfinite_by_rank(value)
-    if flags.any():
-        ranks = ", ".join(str(r) for r in flags.nonzero().flatten().tolist())
-        raise FloatingPointError(
-            f"{what} is not finite at step {step} on rank {ranks}: the model was not updated with it. "
-            "Lower the learning rate, clip gradients, or use bf16 instead of fp16; the last checkpoint is intact"
-        )
-
-
 def broadcast_object(obj: Any, source: int = 0) -> Any:
     """`obj` of the source rank, on all ranks."""
     if not is_distributed():

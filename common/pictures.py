@@ -15,7 +15,7 @@ import io
 import os
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -175,40 +175,3 @@ def check(paths: Sequence[str | Path], count: int = 200, shown: int = 10) -> Non
         listed = "".join(f"\n  {line}" for line in broken[:shown])
         more = f"\n  ... and {len(broken) - shown} more" if len(broken) > shown else ""
         raise UsageError(f"{len(broken)} broken pictures, remove them or fetch them again:{listed}{more}")
-
-
-class BrokenPictures:
-    """Broken pictures met in a run, by file: each is warned of once, and too many are an error.
-
-    Args:
-        total: pictures of the data set.
-        share: of them that may be broken; 0 ends a run at the first.
-        option: how the user raises it, for the message.
-    """
-
-    def __init__(self, total: int, share: float = 0.01, option: str = "--max_broken"):
-        self.total, self.share, self.option = total, share, option
-        self.reasons: dict[str, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.reasons)
-
-    def add(self, found: Iterable[tuple[str, str]]) -> None:
-        """Adds (file, reason) pairs. UsageError once more than `share` of all are broken."""
-        for path, reason in found:
-            if path in self.reasons:
-                continue
-            self.reasons[path] = reason
-            warnings.warn(f"skipped {reason}", stacklevel=3)
-            if len(self) > self.share * self.total:
-                raise UsageError(
-                    f"{len(self)} of {self.total} pictures are broken, more than {self.option}={self.share:g} allows: "
-                    f"repair or remove them. The last one: {reason}"
-                )
-
-    def state_dict(self) -> dict[str, str]:
-        """For a checkpoint, so that a resumed run counts on."""
-        return dict(self.reasons)
-
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        self.reasons.update(state)

@@ -8,6 +8,6 @@ RUN apt-get update && apt-get install -y --no-install-recommends bash git make g
 WORKDIR /workspace
 COPY . .
 ENV PIP_NO_CACHE_DIR=1
-RUN make install PYTHON=python3 && .venv/bin/pip install torch_npu==2.13.0
+RUN make install PYTHON=python3 && .venv/bin/pip install "torch_npu==$(sed -n s/^torch==//p constraints.txt)"
 ENV PATH=/workspace/.venv/bin:$PATH
 CMD ["make", "doctor", "DEVICE=npu"]

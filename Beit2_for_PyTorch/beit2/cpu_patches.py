@@ -5,16 +5,14 @@ CPU_PATCHES_OFF=NAME,... leaves patches out. The results are the same up to roun
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beit2.model.blocks import Attention, Block, attend_plainly
 from beit2.model.encoder import Encoder
-from common.cpu import cpu_kernels
+from common.cpu import use_cpu_kernels
 from common.patches import chosen
 
 
@@ -57,21 +55,11 @@ def use_wide_products(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Encoder):
-            _run_with_cpu_kernels(module.patch_embed, *module.blocks, *getattr(module, "cls_pt_layers", ()))
+            use_cpu_kernels(module.patch_embed, *module.blocks, *getattr(module, "cls_pt_layers", ()))
             heads = (getattr(module, name, None) for name in ("lm_head", "cls_pt_lm_head", "head"))
-            _run_with_cpu_kernels(*(head for head in heads if head is not None))
+            use_cpu_kernels(*(head for head in heads if head is not None))
     if getattr(model, "decode_task_layer", None) is not None:
-        _run_with_cpu_kernels(model.decode_task_layer)
-
-
-def _run_with_cpu_kernels(*modules: nn.Module) -> None:
-    for module in modules:
-        module.forward = types.MethodType(_forward_with_cpu_kernels, module)  # a method: a copied module gets its own
-
-
-def _forward_with_cpu_kernels(module: nn.Module, *args: Any, **options: Any) -> Any:
-    with cpu_kernels():
-        return type(module).forward(module, *args, **options)
+        use_cpu_kernels(model.decode_task_layer)
 
 
 PATCHES = {

@@ -69,4 +69,4 @@ wait $scratch
 
 times >"$output/times.txt"
 echo
-python3 test/demo_report.py "$pictures" "$output"
+PYTHONPATH="$project/..${PYTHONPATH:+:$PYTHONPATH}" python3 test/demo_report.py "$pictures" "$output"

@@ -5,12 +5,10 @@ import statistics
 import sys
 from pathlib import Path
 
+from ci.yardsticks import pixels
+from ci.yardsticks.report import Line, conclude, cpu_seconds_of, promises
+
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT.parent))
-
-from ci.yardsticks import pixels  # noqa: E402
-from ci.yardsticks.report import Line, conclude, cpu_seconds_of, promises  # noqa: E402
-
 TENTHS = range(3)
 
 

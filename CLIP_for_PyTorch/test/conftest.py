@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
-for folder in (str(PROJECT), str(PROJECT.parent), str(PROJECT / "test")):
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+sys.path.insert(0, str(Path(__file__).parent))
 
 from clip_sample import draw, write_coco_zips
 

@@ -23,4 +23,4 @@ python3 run_clip.py --do_eval --model_name_or_path "$output" --validation_file "
   --output_dir "$output/unseen_concept" --per_device_eval_batch_size 128 --dataloader_drop_last
 times >"$output/times.txt"
 echo
-python3 test/demo_report.py "$data" "$output"
+PYTHONPATH="$project/..${PYTHONPATH:+:$PYTHONPATH}" python3 test/demo_report.py "$data" "$output"

@@ -6,13 +6,10 @@ distribution.
 
 from __future__ import annotations
 
-import types
-from typing import Any
-
 import torch
 from torch import nn
 
-from common.cpu import cpu_kernels
+from common.cpu import use_cpu_kernels
 from common.patches import chosen
 from data2vec import cpu_dropout
 from data2vec.model.encoder import EncoderLayer
@@ -35,19 +32,10 @@ def use_wide_products(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, EncoderLayer) or hasattr(module, "drop_path2"):  # a block of either model
-            _run_with_cpu_kernels(module)
+            use_cpu_kernels(module)
         for head in ("regression_head", "final_proj"):
             if hasattr(module, head):
-                _run_with_cpu_kernels(getattr(module, head))
-
-
-def _run_with_cpu_kernels(module: nn.Module) -> None:
-    module.forward = types.MethodType(_forward_with_cpu_kernels, module)  # a method: a copied module gets its own
-
-
-def _forward_with_cpu_kernels(module: nn.Module, *args: Any, **options: Any) -> Any:
-    with cpu_kernels():
-        return type(module).forward(module, *args, **options)
+                use_cpu_kernels(getattr(module, head))
 
 
 PATCHES = {"cheap_dropout": use_cheap_dropout, "wide_products": use_wide_products}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,8 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def project() -> Path:
-    """The project's folder, whose entry scripts can be imported."""
-    folder = Path(__file__).resolve().parents[1]
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    return folder
+    """The project's folder, whose entry scripts can be imported (/conftest.py)."""
+    return Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

@@ -46,4 +46,4 @@ cat "$output/pictures/probe.txt"
 
 times >"$output/times.txt"
 echo
-python3 test/demo_report.py "$output"
+PYTHONPATH="$project/..${PYTHONPATH:+:$PYTHONPATH}" python3 test/demo_report.py "$output"

@@ -3,11 +3,9 @@
 import sys
 from pathlib import Path
 
+from ci.yardsticks.report import Line, conclude, cpu_seconds_of, promises
+
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT.parent))
-
-from ci.yardsticks.report import Line, conclude, cpu_seconds_of, promises  # noqa: E402
-
 LEAST_GAIN = 5.0  # points above the untrained model
 
 

@@ -11,7 +11,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def scripts():
-    sys.path.insert(0, str(PROJECT))
     import bpe_encode
     import preprocess
 

@@ -1,7 +1,6 @@
 """data2vec vision: the encoder against Hugging Face's, targets and teacher, masks, weights from elsewhere."""
 
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from data2vec.weights.pretrained import load_weights
 from data2vec.weights.vision_weights import export_huggingface_vision, load_huggingface_vision
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
 CONFIG = yaml.safe_load((PROJECT / "test" / "tiny_vision.yaml").read_text())["model"]
 
 

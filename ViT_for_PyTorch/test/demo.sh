@@ -33,4 +33,4 @@ python3 run_vit.py --config configs/run_vit_demo.yaml --run_mode eval --load_che
 
 times >"$output/times.txt"
 echo
-python3 test/demo_report.py "$pictures" "$other_artist" "$output"
+PYTHONPATH="$project/..${PYTHONPATH:+:$PYTHONPATH}" python3 test/demo_report.py "$pictures" "$other_artist" "$output"

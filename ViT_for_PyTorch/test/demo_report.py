@@ -4,11 +4,10 @@ OUTPUT."""
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT.parent))
+from ci.yardsticks import pixels, report
+from common import result_file
 
-from ci.yardsticks import pixels, report  # noqa: E402
-from common import result_file  # noqa: E402
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 def line(metric: str, label: str, value: float, train: Path, val: Path) -> report.Line:

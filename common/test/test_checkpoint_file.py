@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
@@ -140,20 +139,6 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, content, words):
         checkpoint_file.load(tmp_path / "w.pt")
 
 
-def test_safetensors_that_are_none_are_called_what_they_are(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_file({"w": torch.ones(2)}, path)
-    assert checkpoint_file.load_safetensors(path)["w"].tolist() == [1, 1]
-    for content, words in (
-        (path.read_bytes()[:-1], "not a readable"),
-        (b"<html>", "a web page"),
-        (b"{}", "not a read"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=f"model.safetensors: {words}"):
-            checkpoint_file.load_safetensors(path)
-
-
 def test_a_foreign_file_and_a_half_folder_are_passed_over(tmp_path):
     checkpoint_file.save({"model": 1, "optimizer": 2}, tmp_path / "checkpoint-10.pt")
     checkpoint_file.save({"model": 1}, tmp_path / "checkpoint-20.pt")  # weights alone
@@ -165,7 +150,7 @@ def folder_of_files(folder: Path) -> Path:
     (folder / "deep").mkdir(parents=True)
     for name in ("weights.safetensors", "optimizer.pt", "deep/rng.pth"):
         (folder / name).write_bytes(random.Random(name).randbytes(300))
-    checkpoint_file.seal(folder, facts={"seed": 1, "captions": "三个"})
+    checkpoint_file.seal(folder)
     return folder
 
 
@@ -174,7 +159,6 @@ def test_a_sealed_folder_notices_what_is_damaged_missing_or_cut(tmp_path):
         folder_of_files(tmp_path / f"checkpoint-{step}")
     folder = tmp_path / "checkpoint-6"
     assert checkpoint_file.damage(folder) is None
-    assert checkpoint_file.facts_of(folder) == {"seed": 1, "captions": "三个"}
     draw = random.Random(0)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         whole = path.read_bytes()

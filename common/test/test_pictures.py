@@ -95,13 +95,3 @@ def test_damaged_bytes_give_a_picture_or_our_error(data):
         assert pictures.decode(bytes(content), "some.file", turn=True).mode == "RGB"
     except pictures.BrokenPicture as error:
         assert str(error).startswith("some.file: ")
-
-
-def test_too_many_broken_ones_are_an_error_and_a_resumed_run_counts_on():
-    broken = pictures.BrokenPictures(100, share=0.02)
-    with pytest.warns(UserWarning, match="skipped"):
-        broken.add([("a", "a: cut"), ("a", "a: cut"), ("b", "b: cut")])
-    later = pictures.BrokenPictures(100, share=0.02)
-    later.load_state_dict(broken.state_dict())
-    with pytest.warns(UserWarning), pytest.raises(UsageError, match="3 of 100 pictures .*--max_broken=0.02.*c: cut"):
-        later.add([("c", "c: cut")])

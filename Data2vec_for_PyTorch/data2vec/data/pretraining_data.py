@@ -25,7 +25,7 @@ PROBED_SAMPLES = 256  # samples looked at before training for ids that the vocab
 
 
 @dataclass(frozen=True)
-class MaskOptions:
+class SampleOptions:
     """How samples are masked and laid out."""
 
     seed: int
@@ -67,7 +67,7 @@ class TextBatch:
 class MaskedBlocks:
     """A split's samples: token blocks with <s> in front, masked by (seed, epoch, index)."""
 
-    def __init__(self, paths: list[Path], config: DictConfig, options: MaskOptions):
+    def __init__(self, paths: list[Path], config: DictConfig, options: SampleOptions):
         self.corpus, path = JoinedCorpus(paths), paths[0]
         if len(self.corpus) == 0 or self.corpus.sizes.max() == 0:
             raise ValueError(f"{path}: the corpus is empty")
@@ -165,7 +165,7 @@ class PretrainingData(SplitBatches):
         self.vocab = _vocabulary(self.folders[0])
         # with these targets padding counts, so it has to be the reference's
         whole_sequence = target_config(config.model).uses_whole_sequence
-        self.options = MaskOptions(
+        self.options = SampleOptions(
             config.common.seed,
             self.vocab,
             config.model.teacher_input,

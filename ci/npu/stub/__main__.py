@@ -15,9 +15,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from ci.npu.contract.contract import REQUIRED
+
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / ".npu_stub"
-VERSION = "2.13.0"
+VERSION = REQUIRED[0]
 # the sonames that torch_npu's libraries ask for; one object serves as all of them
 LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
 

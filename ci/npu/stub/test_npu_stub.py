@@ -77,7 +77,7 @@ def half(*shape: int, grad: bool = False) -> torch.Tensor:
 
 
 def test_this_is_the_real_torch_npu_on_stand_in_libraries():
-    assert torch_npu.__version__.startswith("2.13.0") and ".npu_stub" in torch_npu.__file__
+    assert torch_npu.__version__.startswith(contract.REQUIRED[0]) and ".npu_stub" in torch_npu.__file__
     assert torch.npu.device_count() == 2 and torch.distributed.is_backend_available("hccl")
 
 
@@ -128,7 +128,8 @@ def _arguments(schema) -> str:
 
 def test_the_extract_of_the_wheel_is_what_is_registered():
     """Names of arguments may differ in the first one (`self` in the yaml is `input` at run time)."""
-    extract = {k.rsplit(".", 1)[1]: v for k, v in contract.read_extract()["2.13.0"].items() if ".ops.npu." in k}
+    names = contract.read_extract()[contract.REQUIRED[0]]
+    extract = {k.rsplit(".", 1)[1]: v for k, v in names.items() if ".ops.npu." in k}
     registered = {s.name.split("::")[1]: s for s in torch._C._jit_get_all_schemas() if s.name.startswith("npu::")}
     both = sorted(set(extract) & set(registered))
     assert len(both) > 200
