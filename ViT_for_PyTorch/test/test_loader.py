@@ -53,7 +53,7 @@ def test_batches_are_uint8_pictures_with_targets(folder):
     assert len(batches) == train_loader(folder).steps_per_epoch == 5
     for batch in batches:
         assert batch.images.shape == (4, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
-        assert batch.targets.dtype == torch.int64 and batch.bad_count == 0
+        assert batch.targets.dtype == torch.int64 and not batch.bad_files
     images, targets = to_model_input(batches[0], torch.device("cpu"))
     assert images.shape == (4, 3, SIZE, SIZE) and images.dtype == torch.float32 and images.is_contiguous()
     assert torch.equal(targets, batches[0].targets)
@@ -135,7 +135,7 @@ def test_broken_training_pictures_are_replaced_named_and_counted(flawed, workers
         batches = list(loader.epoch(0)) + list(loader.epoch(1))
     messages = sorted(str(warning.message) for warning in warned if "skipped" in str(warning.message))
     assert len(messages) == 2 and "bad0.png" in messages[0] and "bad1.jpg" in messages[1]
-    assert len(loader.bad_files) == 2 and sum(batch.bad_count for batch in batches) == 4
+    assert len(loader.bad_files) == 2 and sum(len(batch.bad_files) for batch in batches) == 4
     assert all((batch.images[:, 0] == 200).all() for batch in batches)
 
 

@@ -9,7 +9,6 @@ repair_torchvision()  # before anything imports torchvision or timm
 _MODULE_OF = {
     "build_model": "vit.model",
     "create_model": "vit.model",
-    "model_names": "vit.model",
     "load_weights": "vit.weights",
     "layer_decay_groups": "vit.training.optim",
     "learning_rate_at": "vit.training.schedule",

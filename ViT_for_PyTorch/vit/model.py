@@ -189,11 +189,6 @@ def _of_fields(config: ViTConfig, kind: type[ClassifyingViT]) -> ClassifyingViT:
     )
 
 
-def model_names() -> list[str]:
-    """The names `create_model` knows."""
-    return list(PRESETS)
-
-
 def preset(name: str, **changes: Any) -> ViTConfig:
     """The description of a known model, with fields replaced. ValueError for an unknown name."""
     if name not in PRESETS:

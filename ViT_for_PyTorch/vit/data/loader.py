@@ -35,11 +35,6 @@ class Batch(NamedTuple):
     erasures: tuple[Erasure, ...]  # boxes that `to_model_input` fills with noise
     paths: tuple[str, ...] = ()  # of the pictures, in their order
 
-    @property
-    def bad_count(self) -> int:
-        """Broken pictures met in making this batch."""
-        return len(self.bad_files)
-
 
 def to_model_input(batch: Batch, device: torch.device, model: ViTConfig | None = None) -> tuple[Tensor, Tensor]:
     """The batch on the device, normalised for a model and erased there: float32 [B, 3, S, S] and int64 [B]."""
