@@ -61,7 +61,7 @@ def test_emulated_bf16_is_as_near_to_fp32_as_autocast(monkeypatch, build):
 
     exact, ours = run("fp32"), run("bf16")
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_patches, "cpu_kernels", contextlib.nullcontext)
+        patch.setattr(cpu_kernels, "cpu_kernels", contextlib.nullcontext)
         autocast = run("bf16")
 
     def distance(result):
