@@ -15,7 +15,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-OPENAI_BPE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # from openai/CLIP, MIT licence
+# in the format of openai/CLIP's bpe_simple_vocab_16e6.txt.gz (MIT licence): the 48,894 merges that CLIP uses of it
+OPENAI_BPE = Path(__file__).with_name("clip_merges.txt.gz")
 # A batch is padded to the first of these that holds its longest caption: few shapes, so graph-compiling devices
 # recompile rarely. COCO captions (mean 13 tokens) land on 16 and 24.
 BUCKETS = (8, 16, 24, 32, 48, 64, 77, 96, 128)
@@ -27,7 +28,7 @@ def load_tokenizer(folder_or_name: str, **kwargs) -> PreTrainedTokenizerBase:
 
 
 def openai_tokenizer(bpe_path: str | Path = OPENAI_BPE) -> CLIPTokenizer:
-    """CLIP's 49,408-entry BPE from the file OpenAI published, for a `CLIPModel` trained from scratch.
+    """CLIP's 49,408-entry BPE, for a `CLIPModel` trained from scratch; `bpe_path` may be OpenAI's whole file, too.
 
     With `clean_caption` before it and `split_special_tokens=True` the ids are open_clip's, bit for bit.
     """
