@@ -9,8 +9,6 @@ those of train.py; the defaults are RoBERTa's recipe for GLUE, which data2vec's 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,7 +20,7 @@ from data2vec.command_line import choose_precision, parse_finetuning, start_rank
 from data2vec.data.sentence_data import SentenceData
 from data2vec.model.sentence_model import SentenceModel, build_sentence_model
 from data2vec.training.loop import Training, begin, open_log, replay_update, train, update_limit
-from data2vec.training.resume import checkpoint_to_resume, identity_of, resume
+from data2vec.training.resume import go_on_or_begin
 from data2vec.training.sentences import FineTuningReport, evaluate, forward
 from data2vec.training.update import Run, make_state
 
@@ -43,21 +41,14 @@ def main(argv: list[str] | None = None) -> None:
         model = build(config, data, weights).to(world.device)
         device_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
-        save_dir = Path(options.output_dir) / config.checkpoint.save_dir
-        state.identity = identity_of(config, data, precision)
-        checkpoint = checkpoint_to_resume(config, save_dir, world)
-        if checkpoint:
-            notes.append(resume(state, config, checkpoint, data, options.accept_changes))
-        else:
-            source = config.checkpoint.finetune_from_model
-            notes.append(f"weights of {source}" if weights else "no pretrained weights: the encoder is untrained")
+        save_dir, goes_on, resumed = go_on_or_begin(state, config, data, precision, world, options)
+        source = config.checkpoint.finetune_from_model
+        begins = f"weights of {source}" if weights else "no pretrained weights: the encoder is untrained"
+        notes += [resumed or begins, *data.notes]
         if options.replay:
-            return replay_update(
-                NETWORK, Run(config, world, precision, forward, state), data, options, notes + data.notes
-            )
-        goes_on = checkpoint is not None and checkpoint.resolve().parent == save_dir.resolve()
+            return replay_update(NETWORK, Run(config, world, precision, forward, state), data, options, notes)
         with open_log(NETWORK, options, config, world, "sequences/sec", goes_on) as log:
-            begin(log, save_dir, notes + data.notes)
+            begin(log, save_dir, notes)
             report, limit = FineTuningReport(log, config), update_limit(config, options)
             train(Training(config, world, precision, forward, state, data, report, save_dir, limit, evaluate))
             report.finish(state)

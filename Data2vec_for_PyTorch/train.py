@@ -25,7 +25,7 @@ from data2vec.command_line import choose_precision, parse, start_ranks
 from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
 from data2vec.training.loop import Training, begin, open_log, replay_update, train, update_limit
 from data2vec.training.report import Report
-from data2vec.training.resume import checkpoint_to_resume, identity_of, resume
+from data2vec.training.resume import go_on_or_begin
 from data2vec.training.update import Run, TrainState, make_state, validate
 from data2vec.weights.huggingface import load_huggingface
 from data2vec.weights.pretrained import load_weights
@@ -47,22 +47,14 @@ def main(argv: list[str] | None = None) -> None:
         model = build(config, data).to(world.device)
         device_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
-        save_dir = Path(options.output_dir) / config.checkpoint.save_dir
-        state.identity = identity_of(config, data, precision)
-        checkpoint = checkpoint_to_resume(config, save_dir, world)
-        if checkpoint:
-            notes.append(resume(state, config, checkpoint, data, options.accept_changes))
-        else:
-            notes.append(weights_to_begin_with(state, config))
+        save_dir, goes_on, resumed = go_on_or_begin(state, config, data, precision, world, options)
+        notes += [resumed or weights_to_begin_with(state, config), *data.notes]
         if options.replay:
             run = Run(config, world, precision, forward_of(config, data, world.device), state)
             return replay_update(NETWORK, run, data, options, notes)
-        goes_on = checkpoint is not None and checkpoint.resolve().parent == save_dir.resolve()
         with open_log(NETWORK, options, config, world, fps_unit(config), goes_on) as log:
             begin(log, save_dir, notes)
             report = Report(log, config, state)
-            for text in data.notes:
-                log.info(text)
             forward = forward_of(config, data, world.device)
             limit = update_limit(config, options)
             run = Training(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,6 +97,23 @@ def identity_of(config: DictConfig, data: SplitBatches, precision: str) -> dict[
     """What a run is, in plain values: kept with each checkpoint, compared when one is continued."""
     settings = settings_of(OmegaConf.to_container(config))
     return {"settings": settings, "data": data.identity(), "precision": precision}
+
+
+def go_on_or_begin(
+    state: TrainState, config: DictConfig, data: SplitBatches, precision: str, world: World, options: argparse.Namespace
+) -> tuple[Path, bool, str | None]:
+    """Restores the newest whole checkpoint into `state`, if there is one to go on from.
+
+    Returns:
+        The checkpoints' folder, whether the run goes on in it, and what was restored in words; None for a new run.
+    """
+    save_dir = Path(options.output_dir) / config.checkpoint.save_dir
+    state.identity = identity_of(config, data, precision)
+    checkpoint = checkpoint_to_resume(config, save_dir, world)
+    if checkpoint is None:
+        return save_dir, False, None
+    note = resume(state, config, checkpoint, data, options.accept_changes)
+    return save_dir, checkpoint.resolve().parent == save_dir.resolve(), note
 
 
 def resume(state: TrainState, config: DictConfig, path: Path, data: SplitBatches, accepted: str = "") -> str:
