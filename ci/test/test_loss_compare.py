@@ -121,10 +121,11 @@ def test_a_finer_log_is_averaged_over_the_coarser_one_s_lines():
     assert {PASS, FAIL, INCONCLUSIVE} == set(loss_compare.EXIT_CODES)
 
 
-def test_too_few_lines_and_a_curve_that_leaves_and_comes_back_are_no_pass():
+def test_too_few_lines_a_short_run_and_a_curve_that_leaves_and_comes_back_are_no_pass():
     whole = {step: 5.0 for step in range(1, 301)}
     for other, word in (
         ({step: 5.0 for step in range(1, 6)}, "5 lines in common are too few"),
+        ({step: 5.0 for step in range(1, 101)}, "B ends at 100, A at 300"),
         (whole | {step: 7.5 for step in range(120, 130)}, "apart by 16.7% between 120 and 149"),
     ):
         curves = loss_files.Curve("a", whole, {}), loss_files.Curve("b", other, {})

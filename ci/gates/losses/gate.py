@@ -41,6 +41,7 @@ EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
 SAME_START = 0.001  # relative; runs of one init and one batch are closer than that at their first step, bf16 included
 NO_BIAS = 0.001  # relative; below it a bias is of no consequence and seeds need not be asked
 FEWEST_LINES = 10  # of a cross-device verdict
+SEEN = 0.9  # of A's steps B must reach, or its end was not compared: runs diverge late
 STRETCH = 4  # times the limit, of the mean gap in any tenth of the lines: a curve that leaves and comes back
 
 
@@ -49,6 +50,7 @@ class Gap:
     """How far B is from A. Relative values are fractions of A's loss, positive where B is larger.
 
     Attributes:
+        end: A's last step, which B may not have reached.
         bias: signed mean over the last third of the steps.
         diverging_step: first step whose losses differ (cross-device: by more than the limit), None if none does.
         seed_spread: largest |bias| between two runs of A's setting, None without such runs.
@@ -58,6 +60,7 @@ class Gap:
     steps: list[int]
     a: list[float]
     b: list[float]
+    end: int
     first: float
     mean: float
     largest: float
@@ -108,7 +111,8 @@ def measure(a: Curve, b: Curve, mode: str, limit: float, seeds: list[Curve]) -> 
         spread = max(pairs) if len(pairs) <= 3 else min(max(pairs), 2 * statistics.median_low(pairs))
     size = [abs(gap) for gap in gaps]
     tail = gaps[-max(1, len(gaps) // 3) :]
-    gap = Gap(steps, left, right, gaps[0], statistics.fmean(size), max(size), statistics.fmean(tail), diverging, spread)
+    mean, bias = statistics.fmean(size), statistics.fmean(tail)
+    gap = Gap(steps, left, right, max(a.losses), gaps[0], mean, max(size), bias, diverging, spread)
     if mode != "cross-device":
         gap.differences = differences(a, b, whole=mode == "refactor")
     return gap
@@ -147,6 +151,8 @@ def judge(gap: Gap, mode: str, limit: float) -> tuple[str, str]:
         return FAIL, f"mean relative gap {gap.mean:.2%}, {limit:.0%} is the limit"
     if len(gap.steps) < FEWEST_LINES:
         return INCONCLUSIVE, f"{len(gap.steps)} lines in common are too few to judge by: {FEWEST_LINES} at least"
+    if gap.steps[-1] < SEEN * gap.end:
+        return INCONCLUSIVE, f"B ends at {gap.steps[-1]}, A at {gap.end}: what follows was not compared"
     if (apart := _worst_stretch(gap)) and apart[0] > STRETCH * limit:
         share, first, last = apart
         return (
