@@ -5,7 +5,9 @@ Of 4 to 9 words, by turns one that ends with a question mark and one that does n
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +198,46 @@ def test_metrics_are_gluess():
     assert found["spearman"] == pytest.approx(0.8)
     assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 3, 10], [1, 2, 4, 3])[0, 1])
     assert regression_metrics(np.ones(3), np.arange(3.0)) == {"pearson": 0.0, "spearman": 0.0}
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_signal_in_an_evaluation_loses_no_number(project, options, tmp_path, monkeypatch, evaluation):
+    """TERM in the first or the last one: the run is not over, and the same command begins with that evaluation."""
+    import finetune
+    from data2vec.training import sentences
+
+    begun = []
+
+    def predict(model, *rest):
+        begun.append(model)
+        if len(begun) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(model, *rest)
+
+    settings = ["optimization.max_epoch=2", "checkpoint.best_checkpoint_metric=loss"]
+    finetune.main(options(tmp_path / "whole", *settings))
+    whole = sentences.predict
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(sentences, "predict", predict)
+        finetune.main(options(tmp_path / "parts", *settings))
+    assert stop.value.code == 75
+    assert "Status = PREEMPTED" in next((tmp_path / "parts").glob("*_acc.log")).read_text()
+    finetune.main(options(tmp_path / "parts", *settings))
+
+    def told(folder):
+        return [
+            (line["step"], line["epoch"], line["loss"], line["accuracy"]) for line in lines(tmp_path / folder, "valid")
+        ]
+
+    assert told("parts") == told("whole") and len(told("whole")) == 2
+    best = [checkpoint_file.load(tmp_path / f / "checkpoints/checkpoint_best.pt") for f in ("whole", "parts")]
+    assert best[0]["optimizer_history"] == best[1]["optimizer_history"]
+
+
+def test_a_run_that_ended_by_epochs_is_not_trained_on(project, options, tmp_path):
+    import finetune
+
+    settings = ["optimization.max_epoch=1", "optimization.max_update=90"]
+    for _ in range(2):
+        finetune.main(options(tmp_path, *settings))
+        assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == 25

@@ -30,6 +30,7 @@ def state_to_checkpoint(state: TrainState, config: DictConfig, val_loss: float |
         },
         "val_loss": val_loss,
         "identity": state.identity,  # ours
+        "evaluation_due": state.evaluation_due,
     }
     if state.best_loss is not None:
         extra["best"] = state.best_loss
@@ -93,6 +94,7 @@ def load_training_state(state: TrainState, checkpoint: dict[str, Any], path: Pat
         state.epoch = extra["train_iterator"]["epoch"]
         state.iterations = extra["train_iterator"]["iterations_in_epoch"]
         state.meters = extra.get("meters", {})
+        state.evaluation_due = bool(extra.get("evaluation_due"))
         return words + _keep_updates(state, checkpoint.get("cfg") or {}, config, path)
     return words
 

@@ -94,7 +94,9 @@ def replay_update(
 def train(run: Training) -> None:
     """Epochs until `run.limit` updates (or optimization.max_epoch, or stop_time_hours)."""
     state, options = run.state, run.config.optimization
-    stop = state.num_updates >= run.limit
+    stop = is_complete(run)
+    if state.evaluation_due:
+        validate_and_save(run, state.iterations == 0, stop)
     while not stop:
         epoch = state.epoch
         run.report.updates_per_epoch = -(-run.data.batches_per_epoch(epoch) // options.update_freq[0])
@@ -108,11 +110,10 @@ def train(run: Training) -> None:
             began = time.perf_counter()
             result = train_update(run, batches)
             run.report.update(state, result, time.perf_counter() - began, sum(islice(rows, len(batches))))
-            stop = should_stop(run)
             ended = state.iterations >= run.data.batches_per_epoch(epoch)
             if ended:
                 state.epoch, state.iterations = epoch + 1, 0
-                stop = stop or 0 < options.max_epoch < state.epoch
+            stop = is_complete(run) or is_out_of_time(run)
             validate_and_save(run, ended, stop)
             if not stop and run.report.log.preempted():
                 run.report.read(state)
@@ -123,10 +124,13 @@ def train(run: Training) -> None:
         run.report.end_of_epoch(state, epoch)
 
 
-def should_stop(run: Training) -> bool:
+def is_complete(run: Training) -> bool:
+    return run.state.num_updates >= run.limit or 0 < run.config.optimization.max_epoch < run.state.epoch
+
+
+def is_out_of_time(run: Training) -> bool:
     hours = run.config.optimization.stop_time_hours
-    too_long = hours > 0 and distributed.broadcast_object(run.state.seconds() > 3600 * hours)
-    return run.state.num_updates >= run.limit or too_long
+    return hours > 0 and distributed.broadcast_object(run.state.seconds() > 3600 * hours)
 
 
 def validate_and_save(run: Training, ended: bool, stop: bool) -> None:
@@ -135,6 +139,9 @@ def validate_and_save(run: Training, ended: bool, stop: bool) -> None:
     Args:
         ended: an epoch has just ended.
         stop: the run has.
+
+    Raises:
+        Preempted: asked to stop meanwhile. The checkpoint is written; the continued run begins with this evaluation.
     """
     options, dataset, state = run.config.checkpoint, run.config.dataset, run.state
     epoch = state.epoch - ended
@@ -146,13 +153,16 @@ def validate_and_save(run: Training, ended: bool, stop: bool) -> None:
         stop or due(options.save_interval_updates, state.num_updates) or (ended and due(options.save_interval, epoch))
     )
     validates = stop or (saves and not ended) or (ended and due(dataset.validate_interval, epoch))
-    validates |= due(dataset.validate_interval_updates, state.num_updates)
+    validates |= due(dataset.validate_interval_updates, state.num_updates) or state.evaluation_due
     validates &= not dataset.disable_validation and state.num_updates >= dataset.validate_after_updates
     if validates or saves:
         run.report.read(state)  # raises before a broken model is saved
     losses = [run.evaluate(run, epoch, name) for name in dataset.valid_subset.split(",")] if validates else []
-    if saves:
-        save(run, losses[0] if losses else None, ended)
+    state.evaluation_due = None in losses
+    if saves or state.evaluation_due:
+        save(run, losses[0] if losses and not state.evaluation_due else None, ended)
+    if state.evaluation_due:
+        raise run.report.log.stopped(state.num_updates)
 
 
 def save(run: Training, loss: float | None, ended: bool) -> None:

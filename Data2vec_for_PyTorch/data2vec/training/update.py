@@ -37,6 +37,7 @@ class TrainState:
     epoch: int = 1
     iterations: int = 0  # micro-batches of this epoch that are done
     best_loss: float | None = None
+    evaluation_due: bool = False  # a signal came during it: a continued run begins with it
     previous_seconds: float = 0.0
     meters: dict[str, dict[str, float]] = field(default_factory=dict)  # sums of the unfinished log lines, as saved
     identity: dict[str, Any] = field(default_factory=dict)  # of the run: what a resumed one must share
