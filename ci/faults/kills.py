@@ -71,10 +71,12 @@ class Kill:
         """The process to hit; None where it does not exist yet, or any more."""
         if self.who == "launcher":
             return launcher.pid
-        words = {process.pid: process.cmdline() for process in left_of(scratch)}
+        found = left_of(scratch)
         if self.who == "torchrun":
-            return next((pid for pid, line in words.items() if "torch.distributed.run" in line), None)
-        ranks = sorted(pid for pid, line in words.items() if "--output_dir" in line and line[:1] == ["python3"])
+            return next((process.pid for process in found if "torch.distributed.run" in process.cmdline()), None)
+        # the project's script, not the launcher (python3 -m ...), nor a loader's worker, which has its parent's words
+        scripts = {p.pid for p in found if (words := p.cmdline())[:1] == ["python3"] and words[1].endswith(".py")}
+        ranks = sorted(p.pid for p in found if p.pid in scripts and p.ppid() not in scripts)
         return draw.choice(ranks) if ranks else None
 
 

@@ -31,7 +31,7 @@ class Script:
     Attributes:
         last: its last step; long enough for a signal to come in between.
         flags: of the script, with {data} for the folder of made-up data.
-        options: of the Python program.
+        options: of the Python program, with {data}, too.
         weights: of the program, for a file of weights to begin with, with {file}.
     """
 
@@ -60,7 +60,10 @@ SCRIPTS = {
     "CLIP_for_PyTorch": Script(
         40,
         ("--data_path={data}", "--model_path={data}/clip-roberta", "--resume=auto"),
-        ("--do_eval", "False", "--save_every", "3", "--save_total_limit", "3"),
+        (
+            *("--validation_file", "{data}/pairs.csv", "--do_eval", "False"),
+            *("--save_every", "3", "--save_total_limit", "3"),
+        ),
         ("--model_name_or_path", "{model}"),
         ("--num_train_epochs", "100000"),
     ),
@@ -95,7 +98,8 @@ class Runs:
         words = ["bash", str(ROOT / self.project / "test" / "train_full_8p.sh"), "--nproc=2", "--device=cpu"]
         words += [flag.format(data=self.data) for flag in self.script.flags]
         words += ["--precision=fp32", f"--max_steps={self.script.last}", f"--output_dir={output}"]
-        words += ["--collective_timeout=300", "--", *case, *self.script.options]
+        options = [option.format(data=self.data) for option in self.script.options]
+        words += ["--collective_timeout=300", "--", *case, *options]
         return [*words, "--log_every", "1", "--num_workers", "1", *more]
 
     def start(
