@@ -65,7 +65,7 @@ def read(path: str | Path, place: Sequence[str] = ()) -> Recorded:
         found = Recorded(path, content["step"], content["ranks"], content["world_size"], content["place"])
         numbers = [found.step, found.world_size, *(found.place[name] for name in place)]
         names = [name for names in found.ranks.values() for name in names]
-        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers) or found.step < 1 or found.world_size < 1:
+        if not all(type(n) is int and 0 <= n < 2**31 for n in numbers) or found.step < 1 or found.world_size < 1:
             raise ValueError("a number in it is none, or out of range")
         if not all(type(name) is str for name in names):
             raise ValueError("a sample's name is no text")

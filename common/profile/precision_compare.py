@@ -55,6 +55,8 @@ def read(path: str | Path, rank: int = 0) -> dict[tuple[str, str, int], tuple[st
         UsageError: no dump there, or a file that is none.
     """
     path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
     if path.is_dir():
         found = sorted(path.glob(f"{FOLDER}/step*/rank{rank}/dump.json"), key=lambda file: file.stat().st_mtime)
         if not found:
@@ -62,13 +64,26 @@ def read(path: str | Path, rank: int = 0) -> dict[tuple[str, str, int], tuple[st
         path = found[-1]
     try:
         data = json.loads(path.read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for entry in data.values():
+            for tensors in entry.values():
+                _check(tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: not a dump.json of --dump_precision ({error})") from None
     entries = {}
     for name, entry in data.items():
         if found := _ENTRY.fullmatch(name):
             entries[found["place"], found["way"], int(found["n"])] = (found["kind"], entry)
     return entries
+
+
+def _check(tensors: list[dict]) -> None:
+    """ValueError, KeyError or TypeError where it is not what precision_dump.py writes of some tensors."""
+    for tensor in tensors:
+        if type(tensor["dtype"]) is not str or not all(type(n) is int and n >= 0 for n in tensor["shape"]):
+            raise ValueError("a tensor without a type and a shape")
+        wanted = STATISTICS if math.prod(tensor["shape"]) else ()
+        if not all(type(tensor[name]) in (int, float) for name in wanted) or (not wanted and "Norm" in tensor):
+            raise ValueError("a tensor without its four numbers")
 
 
 def difference(a: list[dict], b: list[dict]) -> float:
@@ -164,6 +179,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, help="largest relative difference; by default by type, 2e-5 in fp32")
     parser.add_argument("--output", type=Path, help="Markdown file")
     options = parser.parse_args(argv)
+    if options.limit is not None and not 0 <= options.limit < math.inf:
+        raise UsageError(f"--limit {options.limit}: a relative difference is a number of at least 0")
+    if Path(options.a).resolve() == Path(options.b).resolve():
+        raise UsageError(f"{options.a}: A and B are the same dump, which says nothing: give that of another run")
+    if options.output and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
+        raise UsageError(f"--output {options.output}: name a file in a folder that exists")
     a, b = read(options.a, options.rank), read(options.b, options.rank)
     rows = compare(a, b, options.limit)
     if not rows:

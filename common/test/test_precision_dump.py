@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common.distributed import World
+from common.errors import UsageError
 from common.profile import precision_compare
 from common.profile.precision_dump import PrecisionDump
 from common.run_log import RunLog
@@ -76,7 +77,8 @@ def test_the_first_place_is_named(tmp_path, monkeypatch, capsys, change, words):
     page = tmp_path / "page.md"
     assert precision_compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(page)]) == 1
     assert "They part first at **" + words in page.read_text()
-    assert precision_compare.main([str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    train(tmp_path / "c", monkeypatch)
+    assert precision_compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 0
     assert "The two agree in all" in capsys.readouterr().out
 
 
@@ -85,7 +87,50 @@ def test_nothing_to_compare_is_one_line(tmp_path, capsys):
     broken.write_text("[]")
     for given, words in ((tmp_path, "run with --dump_precision"), (broken, "not a dump.json of --dump_precision")):
         with pytest.raises(SystemExit) as stop:
-            precision_compare.main([str(given), str(given)])
+            precision_compare.main([str(given), str(tmp_path / "other")])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+NUMBERS = {"dtype": "torch.float32", "shape": [2], "Max": 1.0, "Min": 0.0, "Mean": 0.5, "Norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [[], {"Module.Net.a.Linear.forward.0": "x"}]
+    + [
+        {"Module.Net.a.Linear.forward.0": {"output": tensors}}
+        for tensors in (
+            None,
+            [{"Norm": 1.0}],
+            [NUMBERS | {"Max": "x"}],
+            [NUMBERS | {"shape": ["x"]}],
+            [NUMBERS | {"shape": [0]}],
+            [{key: NUMBERS[key] for key in ("dtype", "shape", "Norm")}],
+        )
+    ],
+)
+def test_an_edited_dump_is_refused_by_name(tmp_path, data):
+    path = tmp_path / "dump.json"
+    path.write_text(json.dumps({"data": {"Module.Net.a.Linear.forward.0": {"output": [NUMBERS]}}}))
+    assert len(precision_compare.read(path)) == 1
+    path.write_text(json.dumps({"data": data}))
+    with pytest.raises(UsageError, match=r"dump\.json: not a dump\.json of"):
+        precision_compare.read(path)
+
+
+def test_what_could_say_nothing_is_refused(tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for path in (a, b):
+        path.write_text('{"data": {}}')
+    for given, words in (
+        ([a, a], "A and B are the same dump"),
+        ([a, b, "--limit", "nan"], "--limit nan"),
+        ([a, b, "--output", tmp_path], "name a file in a folder that exists"),
+        ([a, tmp_path / "none"], "none: no such file or folder"),
+        ([a, b], "no module is in both"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            precision_compare.main(list(map(str, given)))
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 

@@ -20,6 +20,7 @@ GOOD = {"step": 2, "ranks": {"0": ["a", "b"]}, "world_size": 1, "place": {"epoch
     "change, words",
     [
         ({"step": 0}, "not the replay.json of a run"),
+        ({"place": {"epoch": 2**40}}, "out of range"),
         ({"step": "2"}, "not the replay.json of a run"),
         ({"ranks": ["a"]}, "not the replay.json of a run"),
         ({"ranks": {"0": [1]}}, "a sample's name is no text"),
