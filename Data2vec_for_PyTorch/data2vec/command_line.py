@@ -79,6 +79,9 @@ def parse_evaluation(
     Task and model are the checkpoint's own, as in fairseq; overrides come on top. Errors are UsageError.
     """
     options = _options(argv, description, config_dir)
+    for flag in ("replay", "resume", "accept_changes"):
+        if getattr(options, flag):
+            raise UsageError(f"--{flag} {getattr(options, flag)}: is of a training; this program looks at a checkpoint")
     path = checkpoint_path(options.config_dir, options.config_name, options.overrides)
     if not path:
         raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
@@ -88,10 +91,21 @@ def parse_evaluation(
         raise UsageError(str(error)) from None
     stored = checkpoint.get("cfg") if isinstance(checkpoint, dict) else None
     stored = stored if isinstance(stored, dict) else None
+    _check_task(path, stored, config_dir == FINE_TUNING_CONFIGS)
     config, notes = load_config(options.config_dir, options.config_name, options.overrides, stored)
     if stored is None:
         notes.append(f"{path} has no configuration of its own: {options.config_name}'s is used")
     return options, config, [*notes, *_apply(options, config)], checkpoint
+
+
+def _check_task(path: str, stored: dict[str, Any] | None, wants_tuned: bool) -> None:
+    """UsageError where the checkpoint is of pretraining and a fine-tuned one is wanted, or the other way round."""
+    task = stored.get("task") if stored else None
+    is_tuned = isinstance(task, dict) and task.get("_name") == FINE_TUNING
+    if wants_tuned and not is_tuned:
+        raise UsageError(f"{path}: no checkpoint of finetune.py, as predict.py needs it: fine-tune it first")
+    if is_tuned and not wants_tuned:
+        raise UsageError(f"{path}: a checkpoint of finetune.py, for predict.py; here one of train.py is needed")
 
 
 def _options(argv: list[str] | None, description: str, config_dir: str = TEXT_CONFIGS) -> argparse.Namespace:

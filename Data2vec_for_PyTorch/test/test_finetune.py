@@ -166,6 +166,7 @@ def test_regression_of_pairs_from_a_pretrained_checkpoint(project, golden, bpe, 
         ("sentence,kind\nOut spot,question\nOut,question\n", "train.csv: all labels are 'question'"),
         ("sentence,kind\n", "train.csv: no rows"),
         (b"sentence,kind\n\xff,a\n", "train.csv: not UTF-8"),
+        ("sentence,kind,kind\nOut spot,a,b\n", "train.csv: column 'kind' is named twice: rename one"),
     ],
 )
 def test_a_bad_table_is_one_sentence(project, options, tmp_path, content, words, capsys):
@@ -241,3 +242,39 @@ def test_a_run_that_ended_by_epochs_is_not_trained_on(project, options, tmp_path
     for _ in range(2):
         finetune.main(options(tmp_path, *settings))
         assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == 25
+
+
+def refused(main, argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_half_a_character_is_one_sentence(project, options, tmp_path, capsys):
+    import finetune
+
+    (tmp_path / "train.jsonl").write_text('{"sentence": "\\ud800 go", "kind": "a"}\n')
+    error = refused(finetune.main, options(tmp_path / "run", data=tmp_path), capsys)
+    assert error.startswith("error: ") and "train.jsonl, line 1: column 'sentence' holds half a character" in error
+
+
+def test_a_checkpoint_of_something_else(project, options, golden, tmp_path, capsys):
+    """Parts of an encoder, no weights, and one of pretraining for predict.py."""
+    import finetune
+    import predict
+
+    tokens = "encoder.sentence_encoder.embed_tokens.weight"
+    path = tmp_path / "x.pt"
+    for model, words in (
+        ({tokens: torch.zeros(3, 2)}, "embed_positions.weight is missing"),
+        ([1], "holds no data2vec"),
+    ):
+        torch.save({"model": model}, path)
+        start = options(tmp_path / "run", f"checkpoint.finetune_from_model={path}")
+        error = refused(finetune.main, start, capsys)
+        assert error.startswith("error: ") and f"{path}: " in error and words in error
+    command = ["--config-name", "demo", "--device", "cpu", f"task.data={TABLES}/valid.csv"]
+    pretrained = f"common_eval.path={golden}/checkpoint_tiny.pt"
+    assert "checkpoint_tiny.pt: no checkpoint of finetune.py" in refused(predict.main, [*command, pretrained], capsys)
+    assert "--replay x: is of a training" in refused(predict.main, [*command, pretrained, "--replay", "x"], capsys)

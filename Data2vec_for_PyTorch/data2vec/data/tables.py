@@ -85,6 +85,8 @@ def _records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]
         for cells in reader:
             if names is None:
                 names = cells
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise UsageError(f"{path}: column {twice[0]!r} is named twice: rename one")
             elif len(cells) == len(names):
                 yield reader.line_num, dict(zip(names, cells, strict=True))
             elif cells:  # else an empty line
@@ -110,11 +112,13 @@ def _json_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, 
 def _cell(record: Mapping[str, Any], name: str, where: str) -> str:
     if name not in record:
         near = difflib.get_close_matches(name, record, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"{where}: no column {name!r}, there are {', '.join(map(repr, record))}{hint}")
     value = record[name]
     if not isinstance(value, str | int | float):
         raise UsageError(f"{where}: column {name!r} holds {value!r}, not a text or a number")
     if not (text := str(value).strip()):
         raise UsageError(f"{where}: column {name!r} is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError(f"{where}: column {name!r} holds half a character (a lone surrogate): {text[:40]!r}")
     return text

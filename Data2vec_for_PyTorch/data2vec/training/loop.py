@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from common import distributed, replay
 from common.distributed import World
+from common.errors import UsageError
 from common.result_file import keep_aside
 from common.run_log import RunLog
 from data2vec.data.epochs import SplitBatches
@@ -81,6 +82,8 @@ def replay_update(
     state.epoch, state.iterations = recorded.place["epoch"], recorded.place["iterations"]
     loader = data.train_batches(state.epoch, state.iterations).loader(run.config.dataset.num_workers)
     batches = [batch.to(run.world.device) for batch in islice(loader, run.config.optimization.update_freq[0])]
+    if not batches:
+        raise UsageError(f"--replay {recorded.path}: epoch {state.epoch} has no batch {state.iterations} here")
     decay = ema_decay(run.config, state.num_updates)
     with RunLog(
         options.output_dir, run.world, f"{network}_replay", batch_size(run.config), options.case_kind, evaluation=True

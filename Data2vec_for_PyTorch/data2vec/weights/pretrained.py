@@ -17,6 +17,7 @@ from data2vec.weights.fairseq_names import to_todays_names
 from data2vec.weights.vision_weights import to_our_names
 
 ENCODER = "encoder.sentence_encoder."
+SIZED = ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight")  # which tell an encoder's sizes
 # weights that a fine-tuned or converted model may lack
 OPTIONAL = ("encoder.regression_head.", "encoder.sentence_encoder.version", "final_proj.", "mask_emb", "encoder.norm.")
 OPTIONAL += ("classification_heads.",)
@@ -66,10 +67,16 @@ def encoder_weights(checkpoint: Any, path: str | Path) -> dict[str, torch.Tensor
         CheckpointError: there is none in it.
     """
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    state = state if isinstance(state, dict) else {}
     weights, _ = to_todays_names({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
     weights = {name: value for name, value in weights.items() if name.startswith(ENCODER)}
     if f"{ENCODER}embed_tokens.weight" not in weights:
         raise CheckpointError(f"{path}: holds no data2vec or RoBERTa text encoder ({ENCODER}embed_tokens.weight)")
+    for name in SIZED:
+        if f"{ENCODER}{name}" not in weights or weights[f"{ENCODER}{name}"].dim() != 2:
+            raise CheckpointError(
+                f"{path}: its encoder's {ENCODER}{name} is missing or no matrix: is it a part of one?"
+            )
     return weights
 
 
@@ -104,6 +111,8 @@ def model_of(checkpoint: Any, path: Path) -> torch.nn.Module:
     try:
         config, weights = checkpoint["cfg"]["model"], checkpoint["model"]
         name = config["_name"]
+        if not isinstance(weights, dict):
+            raise TypeError
     except (KeyError, TypeError):
         raise CheckpointError(f"{path}: no pretraining checkpoint (it has no 'model' and 'cfg.model._name')") from None
     words = to_todays_names(weights)[0].get("encoder.sentence_encoder.embed_tokens.weight")
