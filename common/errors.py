@@ -17,7 +17,9 @@ from typing import NoReturn
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, which Slurm and Volcano templates take for "requeue"
 # what a disk says that the user has to look after; anything else from the system keeps its traceback
 _OF_A_DISK = {
-    getattr(errno, n) for n in "ENOSPC EDQUOT EROFS EACCES EPERM EIO ESTALE ENOENT ENOTDIR".split() if hasattr(errno, n)
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO ESTALE ENOENT ENOTDIR EEXIST EISDIR".split()
+    if hasattr(errno, name)
 }
 
 

@@ -63,7 +63,12 @@ def _find(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     if place in above:
         return
     with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries if not is_litter(entry.name))
+        # a named pipe is left out: opening it would wait for ever; a link to nothing stays, and is named on reading
+        found = sorted(
+            (entry.name, entry.is_dir())
+            for entry in entries
+            if not is_litter(entry.name) and (entry.is_dir() or entry.is_file() or not os.path.exists(entry.path))
+        )
     yield from (os.path.join(folder, name) for name, is_folder in found if not is_folder and is_picture(name))
     for name, is_folder in found:
         if is_folder:

@@ -95,3 +95,11 @@ def test_damaged_bytes_give_a_picture_or_our_error(data):
         assert pictures.decode(bytes(content), "some.file", turn=True).mode == "RGB"
     except pictures.BrokenPicture as error:
         assert str(error).startswith("some.file: ")
+
+
+def test_named_pipes_are_no_pictures_and_links_to_nothing_are_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink(tmp_path / "pipe.png", tmp_path / "to_pipe.png")
+    os.symlink(tmp_path / "gone.png", tmp_path / "dangling.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    assert [os.path.basename(path) for path in pictures.find(tmp_path)] == ["a.png", "dangling.png"]
