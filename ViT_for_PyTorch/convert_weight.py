@@ -78,6 +78,10 @@ def _convert(args: argparse.Namespace) -> str:
         raise UsageError(f"{args.mindspore_path}: a MindSpore checkpoint is called *.ckpt")
     if args.output is not None:
         raise UsageError("--output is of --to timm, huggingface and onnx; give --mindspore_path and --torch_path")
+    if args.model_name is not None:
+        raise UsageError(
+            f"--model_name is not of --to {args.to}, which renames tensors and builds no model; leave it out"
+        )
     to_mindspore = args.to == "mindspore"
     target = args.mindspore_path if to_mindspore else Path(args.torch_path)
     _refuse_existing(target)
@@ -94,6 +98,8 @@ def _export(args: argparse.Namespace) -> str:
     """A whole model for another program."""
     if args.output is None:
         raise UsageError(f"--to {args.to} needs --output: {'a file' if args.to == 'onnx' else 'a folder'} to write")
+    if args.mindspore_path is not None:
+        raise UsageError(f"--mindspore_path is not of --to {args.to}: a MindSpore file to read is its --torch_path")
     _refuse_existing(args.output)
     source = _found(args.torch_path)
     config = named(args.model_name) if args.model_name else config_of_file(source)

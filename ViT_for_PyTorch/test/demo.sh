@@ -11,6 +11,9 @@ other_artist=$(realpath "$1")/images_openmoji
 output=$(realpath -m "${2:-$project/test/output/demo}")
 cd "$project"
 seed=${3:-0}
+for folder in "$pictures/val" "$other_artist/val"; do # said now, not after minutes of training
+  [[ -d $folder ]] || { echo "error: $folder: no such folder; \`make sample_data\` builds it" >&2; exit 2; }
+done
 
 bash test/train_full_1p.sh --data_path="$pictures" --config=configs/run_vit_demo.yaml \
   --batch_size=64 --epochs=80 --output_dir="$output" -- --seed "$seed" --save_every 100000

@@ -123,6 +123,11 @@ def test_command_line_mistakes_end_with_one_sentence(tmp_path, capsys):
         (["--torch_pth_path", tmp_path / "w.pth", "--ms_ckpt_path", tmp_path / "there.ckpt"], "exists"),
         (["--torch_pth_path", tmp_path / "no.pth", "--ms_ckpt_path", tmp_path / "new.ckpt"], "no.pth"),
         (["--torch_pth_path", tmp_path / "w.pth", "--ms_ckpt_path", tmp_path / "new.txt"], "new.txt"),
+        (
+            ["--torch_path", tmp_path / "w.pth", "--mindspore_path", tmp_path / "new.ckpt", "--model_name", "x"],
+            "model_",
+        ),
+        (["--to", "timm", "--torch_path", "w", "--output", "o", "--mindspore_path", "x.ckpt"], "--mindspore_path"),
     ]
     for arguments, message in cases:
         with pytest.raises(SystemExit) as ended:

@@ -82,3 +82,13 @@ def test_what_the_other_program_has_not_is_said(tmp_path):
         convert_weight.main(["--to", "onnx", "--torch_path", str(tmp_path / "m")])
     with pytest.raises(UsageError, match="gone.pth: no such"):
         convert("timm", tmp_path / "gone.pth", tmp_path / "t")
+
+
+@pytest.mark.parametrize("to", ["timm", "onnx"])
+def test_an_output_below_a_file_is_one_sentence(tmp_path, to, capsys):
+    saved(tmp_path / "m")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(SystemExit):
+        convert(to, tmp_path / "m", tmp_path / "file" / "out.onnx")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "kept"
