@@ -87,6 +87,17 @@ def test_a_run_that_failed_or_is_missing_fails(tmp_path, capsys):
     assert "seed 10 did not run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ['{"top1": 6', "", "[]"])
+@pytest.mark.parametrize("name", ["demo.json", "run.json"])
+def test_a_result_cut_short_is_named(tmp_path, capsys, name, content):
+    write_runs(tmp_path, PROJECTS[0], stored_numbers(PROJECTS[0]))
+    broken = tmp_path / PROJECTS[0] / "seed-10" / name
+    broken.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        judged(tmp_path, PROJECTS[0])
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(f"error: {broken}: ")
+
+
 def test_update_stores_a_reference_that_then_passes(tmp_path):
     project = "ViT_for_PyTorch"
     runs = [dict.fromkeys(outcomes.METRICS[project], value) for value in (70.0, 74.0, 72.0)]

@@ -84,6 +84,17 @@ def run_demo(project: str, seed: int, data: Path, folder: Path) -> None:
     print(f"{project} seed {seed}: exit {status} after {seconds} s, see {folder / 'demo.txt'}", flush=True)
 
 
+def _read_json(path: Path) -> dict:
+    """UsageError for a file that was cut short, as a run that was killed leaves it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot be read ({error}); remove its folder and run that seed again") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: is no record of a run; remove its folder and run that seed again")
+    return found
+
+
 def read_results(project: str, seeds: list[int], output: Path) -> tuple[dict[str, tuple[float, ...]], str]:
     """({metric: a value a seed that has one}, which runs did not end well or "")."""
     numbers, failures = [], []
@@ -92,9 +103,9 @@ def read_results(project: str, seeds: list[int], output: Path) -> tuple[dict[str
         if not (folder / "run.json").exists():
             failures.append(f"seed {seed} did not run")
             continue
-        status = json.loads((folder / "run.json").read_text())["exit"]
+        status = _read_json(folder / "run.json").get("exit", "unknown")
         if (folder / "demo.json").exists():
-            numbers.append(json.loads((folder / "demo.json").read_text(encoding="utf-8")))
+            numbers.append(_read_json(folder / "demo.json"))
         else:
             failures.append(f"seed {seed} ended with exit code {status}")
     for metric in METRICS[project]:
