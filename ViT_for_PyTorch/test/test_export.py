@@ -92,3 +92,14 @@ def test_an_output_below_a_file_is_one_sentence(tmp_path, to, capsys):
         convert(to, tmp_path / "m", tmp_path / "file" / "out.onnx")
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'file'}")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_model_that_is_not_the_files_is_told_in_one_line(tmp_path, capsys):
+    saved(tmp_path / "m", depth=3)
+    with pytest.raises(SystemExit):
+        convert_weight.main(
+            [*("--to", "timm", "--torch_path", str(tmp_path / "m"), "--output", str(tmp_path / "o")), "--model_name"]
+            + ["vit_small_patch16_224"]
+        )
+    said = capsys.readouterr().err
+    assert "does not fit" in said and said.count("the model has (") == 6 and " more. Choose" in said

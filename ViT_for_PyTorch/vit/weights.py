@@ -122,11 +122,12 @@ def _fit_pos_embed(state: dict[str, Tensor], model: VisionTransformer) -> None:
 
 
 def _shape_problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    return [
+    differing = [
         f"{name} is {tuple(state[name].shape)}, the model has {tuple(value.shape)}"
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
+    return [_listed(differing)] if differing else []
 
 
 def _key_problems(missing: set[str], unexpected: set[str], *, pooled: bool, headless: bool) -> list[str]:
