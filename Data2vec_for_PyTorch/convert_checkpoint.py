@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
@@ -19,9 +22,10 @@ from data2vec.data.dictionary import MASK, Dictionary
 from data2vec.model.encoder import SentenceEncoder
 from data2vec.model.vision_model import Data2VecVision
 from data2vec.weights.huggingface import export_huggingface, load_huggingface
-from data2vec.weights.pretrained import load_pretrained
+from data2vec.weights.pretrained import model_of
 from data2vec.weights.tokenizer import export_tokenizer
 from data2vec.weights.vision_weights import export_huggingface_vision, load_huggingface_vision
+from data2vec.weights.vocabulary import check_vocabulary
 
 
 @print_usage_errors
@@ -39,16 +43,22 @@ def main(argv: list[str] | None = None) -> None:
             if options.destination.exists():
                 raise UsageError(f"{options.destination} exists and is not overwritten")
             checkpoint_file.save(load_folder(options.source), options.destination)
-        elif isinstance(model := load_pretrained(options.source), Data2VecVision):
-            export_huggingface_vision(vision_encoder(model, options.teacher, options.source), options.destination)
         else:
-            export_text(text_encoder(model, options.teacher, options.source), options)
+            checkpoint = checkpoint_file.load(options.source)
+            export(model_of(checkpoint, options.source), checkpoint, options)
     except (CheckpointError, FileExistsError, ValueError) as error:
         raise UsageError(str(error)) from None
     print(f"{options.source} -> {options.destination}")
 
 
-def export_text(encoder: SentenceEncoder, options: argparse.Namespace) -> None:
+def export(model: torch.nn.Module, checkpoint: dict[str, Any], options: argparse.Namespace) -> None:
+    if isinstance(model, Data2VecVision):
+        export_huggingface_vision(vision_encoder(model, options.teacher, options.source), options.destination)
+    else:
+        export_text(text_encoder(model, options.teacher, options.source), checkpoint, options)
+
+
+def export_text(encoder: SentenceEncoder, checkpoint: dict[str, Any], options: argparse.Namespace) -> None:
     """The model and its tokenizer, or the model alone with a word about it."""
     files = (options.encoder_json, options.vocab_bpe, options.dict)
     if not any(files):
@@ -64,11 +74,7 @@ def export_text(encoder: SentenceEncoder, options: argparse.Namespace) -> None:
         raise UsageError(f"{options.destination} holds a model already and is not overwritten")
     vocab = Dictionary.load(options.dict)
     vocab.add_symbol(MASK)
-    if len(vocab) != encoder.config.vocab_size:
-        raise UsageError(
-            f"{options.dict}: {len(vocab)} words with <mask>, but the model of {options.source} has "
-            f"{encoder.config.vocab_size}: it was trained with another dict.txt"
-        )
+    check_vocabulary(vocab, options.dict, checkpoint, options.source)
     longest = encoder.config.max_source_positions
     ids = export_tokenizer(options.destination, options.encoder_json, options.vocab_bpe, vocab, longest)
     export_huggingface(encoder, options.destination, ids)

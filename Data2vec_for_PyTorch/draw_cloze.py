@@ -14,11 +14,9 @@ from pathlib import Path
 import torch
 
 from common import device as devices
-from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
 from data2vec.command_line import parse_evaluation
-from data2vec.modality import build, is_vision, open_data
-from data2vec.weights.pretrained import load_weights
+from data2vec.modality import build, is_vision, load_checkpoint, open_data
 
 PICTURES = 8
 
@@ -46,11 +44,8 @@ def load_model(config, data, checkpoint: dict | None) -> torch.nn.Module:
     """The untrained model of the run's seed, with the checkpoint's weights where given."""
     devices.seed_everything(config.common.seed)
     model = build(config, data)
-    try:
-        if checkpoint:
-            load_weights(model, checkpoint, config.common_eval.path)
-    except CheckpointError as error:
-        raise UsageError(str(error)) from None
+    if checkpoint:
+        load_checkpoint(model, checkpoint, config.common_eval.path, config, data)
     return model.eval()
 
 

@@ -30,6 +30,7 @@ from data2vec.data.bpe import TextEncoding
 from data2vec.features import Options, picture_features, text_features, text_rows
 from data2vec.model.vision_model import Data2VecVision
 from data2vec.weights.pretrained import model_of
+from data2vec.weights.vocabulary import check_vocabulary
 
 
 @print_usage_errors
@@ -96,11 +97,7 @@ def features(
     encoder = model.encoder.teacher if options.teacher else model.encoder.sentence_encoder
     if encoder is None:
         raise UsageError(f"{options.checkpoint}: holds no teacher (encoder._ema)")
-    if len(encoding.vocab) != encoder.config.vocab_size:
-        raise UsageError(
-            f"{options.dict}: {len(encoding.vocab)} words with <mask>, but {options.checkpoint} has "
-            f"{encoder.config.vocab_size}: it was trained with another dict.txt"
-        )
+    check_vocabulary(encoding.vocab, options.dict, checkpoint, options.checkpoint)
     rows = text_rows(options.input, options.column)
     arrays, cut = text_features(encoder, options.input, rows, encoding, world, how)
     return arrays, f", {cut} cut at {encoder.config.max_source_positions} tokens" if cut else ""

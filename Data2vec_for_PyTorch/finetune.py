@@ -9,7 +9,8 @@ those of train.py; the defaults are RoBERTa's recipe for GLUE, which data2vec's 
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 
 from common import device as devices
@@ -23,13 +24,14 @@ from data2vec.training.loop import Training, begin, open_log, replay_update, tra
 from data2vec.training.resume import go_on_or_begin
 from data2vec.training.sentences import FineTuningReport, evaluate, forward
 from data2vec.training.update import Run, make_state
+from data2vec.weights.vocabulary import check_vocabulary
 
 NETWORK = "Data2vec_for_PyTorch_finetune"
 
 
 @print_usage_errors
 def main(argv: list[str] | None = None) -> None:
-    options, config, notes, weights = parse_finetuning(argv, __doc__.splitlines()[0])
+    options, config, notes, pretrained = parse_finetuning(argv, __doc__.splitlines()[0])
     start_ranks(config, options.device)
     with distributed.process_group(options.device) as world:
         precision, note = choose_precision(options, config, world.device)
@@ -38,12 +40,12 @@ def main(argv: list[str] | None = None) -> None:
         data = SentenceData(config, world.rank, world.size)
         data.open_splits()
         notes.append(set_length(config, data))
-        model = build(config, data, weights).to(world.device)
+        model = build(config, data, pretrained).to(world.device)
         device_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
         save_dir, goes_on, resumed = go_on_or_begin(state, config, data, precision, world, options)
         source = config.checkpoint.finetune_from_model
-        begins = f"weights of {source}" if weights else "no pretrained weights: the encoder is untrained"
+        begins = f"weights of {source}" if pretrained else "no pretrained weights: the encoder is untrained"
         notes += [resumed or begins, *data.notes]
         if options.replay:
             return replay_update(NETWORK, Run(config, world, precision, forward, state), data, options, notes)
@@ -54,19 +56,14 @@ def main(argv: list[str] | None = None) -> None:
             report.finish(state)
 
 
-def build(config: DictConfig, data: SentenceData, weights: dict[str, torch.Tensor] | None) -> SentenceModel:
-    """The model, with a pretrained encoder where there are weights. UsageError where they do not fit."""
-    words = len(data.vocab)
-    found = len(weights["encoder.sentence_encoder.embed_tokens.weight"]) if weights else words
-    if found != words:
-        raise UsageError(
-            f"{config.task.dict}: {words} words with <mask>, but {config.checkpoint.finetune_from_model} has {found}: "
-            "it was pretrained with another dict.txt"
-        )
+def build(config: DictConfig, data: SentenceData, pretrained: dict[str, Any] | None) -> SentenceModel:
+    """The model, with a checkpoint's encoder where there is one. UsageError where it does not fit."""
+    if pretrained:
+        check_vocabulary(data.vocab, config.task.dict, pretrained, config.checkpoint.finetune_from_model)
     try:
-        model = build_sentence_model(OmegaConf.to_container(config.model), words, data.outputs)
-        if weights:
-            missing, unexpected = model.load_state_dict(weights, strict=False)
+        model = build_sentence_model(OmegaConf.to_container(config.model), len(data.vocab), data.outputs)
+        if pretrained:
+            missing, unexpected = model.load_state_dict(pretrained["model"], strict=False)
             wrong = [
                 *unexpected,
                 *(n for n in missing if not n.startswith("classification_heads.") and "version" not in n),

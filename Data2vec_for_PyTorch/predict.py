@@ -27,6 +27,7 @@ from data2vec.model.sentence_model import build_sentence_model
 from data2vec.training.loop import batch_size
 from data2vec.training.sentences import main_metric, metrics_of, predict
 from data2vec.weights.pretrained import load_weights
+from data2vec.weights.vocabulary import check_vocabulary
 
 
 @print_usage_errors
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"task.data={table}: no such table")
         labelled = has_column(table, config.task.label_column)
         data = SentenceData(config, world.rank, world.size, classes, labelled)
+        check_vocabulary(data.vocab, config.task.dict, checkpoint, path)
         batches = data.valid_batches(name)
         try:
             model = build_sentence_model(OmegaConf.to_container(config.model), len(data.vocab), data.outputs)

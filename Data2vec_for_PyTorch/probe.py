@@ -24,15 +24,13 @@ import torch
 
 from common import device as devices
 from common import distributed
-from common.checkpoint_file import CheckpointError
-from common.errors import UsageError, print_usage_errors
+from common.errors import print_usage_errors
 from data2vec import device_patches
 from data2vec.classifiers import commonest, linear_probe, logistic_probe, nearest_neighbour, retrieval
 from data2vec.command_line import choose_precision, parse_evaluation
 from data2vec.data.pretraining_data import PretrainingData
-from data2vec.modality import build, forward_of, is_vision, open_data
+from data2vec.modality import build, forward_of, is_vision, load_checkpoint, open_data
 from data2vec.text_probe import collect, counting_accuracy
-from data2vec.weights.pretrained import load_weights
 
 TRAIN_TOKENS, VALID_TOKENS, RETRIEVAL_TOKENS = 60_000, 15_000, 1000
 CLASSES = 100
@@ -50,10 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             devices.seed_everything(config.common.seed)
             model = build(config, data)
             if name == "checkpoint":
-                try:
-                    load_weights(model, checkpoint, config.common_eval.path)
-                except CheckpointError as error:
-                    raise UsageError(str(error)) from None
+                load_checkpoint(model, checkpoint, config.common_eval.path, config, data)
             model.to(world.device).eval()
             device_patches.apply_to_model(model, world.device)
             probe = probe_images if is_vision(config) else probe_text

@@ -22,13 +22,13 @@ from common.checkpoint_file import CheckpointError, load
 from common.errors import UsageError, print_usage_errors
 from data2vec import device_patches, npu_patches
 from data2vec.command_line import choose_precision, parse, start_ranks
-from data2vec.modality import build, forward_of, fps_unit, is_vision, open_data
+from data2vec.data.epochs import SplitBatches
+from data2vec.modality import build, forward_of, fps_unit, is_vision, load_checkpoint, open_data
 from data2vec.training.loop import Training, begin, open_log, replay_update, train, update_limit
 from data2vec.training.report import Report
 from data2vec.training.resume import go_on_or_begin
 from data2vec.training.update import Run, TrainState, make_state, validate
 from data2vec.weights.huggingface import load_huggingface
-from data2vec.weights.pretrained import load_weights
 from data2vec.weights.vision_weights import load_huggingface_vision
 
 NETWORK = "Data2vec_for_PyTorch"
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         device_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
         save_dir, goes_on, resumed = go_on_or_begin(state, config, data, precision, world, options)
-        notes += [resumed or weights_to_begin_with(state, config), *data.notes]
+        notes += [resumed or weights_to_begin_with(state, config, data), *data.notes]
         if options.replay:
             run = Run(config, world, precision, forward_of(config, data, world.device), state)
             return replay_update(NETWORK, run, data, options, notes)
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             report.finish(state)
 
 
-def weights_to_begin_with(state: TrainState, config: DictConfig) -> str | None:
+def weights_to_begin_with(state: TrainState, config: DictConfig, data: SplitBatches) -> str | None:
     """Loads checkpoint.finetune_from_model, if it is given; returns what happened, in words."""
     if not config.checkpoint.finetune_from_model:
         return None
@@ -72,9 +72,9 @@ def weights_to_begin_with(state: TrainState, config: DictConfig) -> str | None:
     load_folder = load_huggingface_vision if is_vision(config) else load_huggingface
     try:
         saved = load_folder(weights) if weights.is_dir() else load(weights)
-        words = load_weights(state.model, saved, weights)
     except CheckpointError as error:
         raise UsageError(str(error)) from None
+    words = load_checkpoint(state.model, saved, weights, config, data)
     return f"weights of {weights}{words and ': '}{words}"
 
 

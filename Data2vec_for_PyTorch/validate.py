@@ -9,15 +9,13 @@ from __future__ import annotations
 import time
 
 from common import distributed
-from common.checkpoint_file import CheckpointError
-from common.errors import UsageError, print_usage_errors
+from common.errors import print_usage_errors
 from common.run_log import RunLog
 from data2vec import device_patches, npu_patches
 from data2vec.command_line import choose_precision, parse_evaluation, start_ranks
-from data2vec.modality import build, forward_of, open_data
+from data2vec.modality import build, forward_of, load_checkpoint, open_data
 from data2vec.training.report import Report
 from data2vec.training.update import Run, make_state, validate
-from data2vec.weights.pretrained import load_weights
 
 
 @print_usage_errors
@@ -32,10 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         model = build(config, data).to(world.device)
         device_patches.apply_to_model(model, world.device)
         state = make_state(model, config, precision, world)
-        try:
-            load_weights(model, checkpoint, config.common_eval.path)
-        except CheckpointError as error:
-            raise UsageError(str(error)) from None
+        load_checkpoint(model, checkpoint, config.common_eval.path, config, data)
         state.num_updates = int((checkpoint.get("optimizer_history") or [{}])[-1].get("num_updates", 0))
         names = config.dataset.valid_subset.split(",")
         batches = {name: data.valid_batches(name) for name in names}  # a missing split stops here

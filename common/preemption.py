@@ -121,10 +121,12 @@ class Watch:
         self.number = self.number or asked
         return asked != 0
 
-    def stopped(self, step: int) -> Preempted:
-        """What to raise once the checkpoint is written."""
+    def stopped(self, step: int, saved: bool = True) -> Preempted:
+        """What to raise once the checkpoint is written; `saved` is False of a run that keeps none."""
         name = signal.Signals(self.number or signal.SIGTERM).name
-        message = f"{name}: stopped after step {step}, its checkpoint is written; the same command goes on from it"
+        what = "its checkpoint is written; the same command goes on from it"
+        what = what if saved else "without a checkpoint, as it was told; the same command begins anew"
+        message = f"{name}: stopped after step {step}, {what}"
         return Preempted(message, 128 + signal.SIGINT if self.number == signal.SIGINT else PREEMPTED)
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -151,7 +153,7 @@ class Watch:
     def _say(self, number: int) -> None:
         if self.is_asked_for and os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
-            text = f"{name}: the step is ended and a checkpoint written; a second signal ends the run at once"
+            text = f"{name}: the step is ended, and saved if the run keeps any; a second signal ends the run at once"
             print(text, file=sys.stderr, flush=True)
 
 

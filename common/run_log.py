@@ -277,9 +277,13 @@ class RunLog:
         """Whether any rank was asked to stop, the same on all: call it once a step, see preemption.py."""
         return self._signals.agreed()
 
-    def stopped(self, step: int) -> Preempted:
-        """What to raise after `preempted`, once the checkpoint is written: `raise log.stopped(step)`."""
-        return self._signals.stopped(step)
+    def stopped(self, step: int, saved: bool = True) -> Preempted:
+        """What to raise after `preempted`, once the checkpoint is written: `raise log.stopped(step)`.
+
+        Args:
+            saved: False where the run was told to keep no checkpoints.
+        """
+        return self._signals.stopped(step, saved)
 
     def count(self, samples: int) -> None:
         """Counts samples of work that is no training step, such as an evaluated batch, in FPS."""

@@ -39,23 +39,23 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
 
 def parse_finetuning(
     argv: list[str] | None, description: str
-) -> tuple[argparse.Namespace, DictConfig, list[str], dict[str, torch.Tensor] | None]:
-    """(options, configuration, notes, the pretrained encoder's weights if any) of finetune.py. Errors are UsageError.
+) -> tuple[argparse.Namespace, DictConfig, list[str], dict[str, Any] | None]:
+    """(options, configuration, notes, the pretrained checkpoint if any) of finetune.py. Errors are UsageError.
 
-    The encoder's sizes are those of the weights.
+    The checkpoint's "model" is the encoder alone, and the configuration has its sizes.
     """
     options = _options(argv, description, FINE_TUNING_CONFIGS)
     place = (options.config_dir, options.config_name)
     path = checkpoint_path(*place, options.overrides, "checkpoint.finetune_from_model")
-    weights, sizes = (None, []) if path in (None, "none") else _encoder_of(Path(path))
+    pretrained, sizes = (None, []) if path in (None, "none") else _encoder_of(Path(path))
     config, notes = load_config(*place, [*sizes, *options.overrides])
     if config.task._name != FINE_TUNING:
         raise UsageError(f"--config-name {options.config_name}: task._name={config.task._name} is for train.py")
-    return options, config, [*notes, *_apply(options, config)], weights
+    return options, config, [*notes, *_apply(options, config)], pretrained
 
 
-def _encoder_of(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """(a text checkpoint's or a Hugging Face folder's encoder, its sizes as overrides)."""
+def _encoder_of(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(a text checkpoint or a Hugging Face folder with the encoder's weights alone, its sizes as overrides)."""
     from data2vec.weights.pretrained import architecture, encoder_weights
 
     try:
@@ -68,7 +68,8 @@ def _encoder_of(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         weights = encoder_weights(checkpoint, path)
     except CheckpointError as error:
         raise UsageError(f"checkpoint.finetune_from_model: {error}") from None
-    return weights, [f"{key}={value}" for key, value in architecture(weights, checkpoint).items()]
+    sizes = [f"{key}={value}" for key, value in architecture(weights, checkpoint).items()]
+    return {"model": weights, "extra_state": checkpoint.get("extra_state")}, sizes
 
 
 def parse_evaluation(

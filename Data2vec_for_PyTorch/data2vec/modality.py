@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from common.checkpoint_file import CheckpointError
 from common.errors import UsageError
 from data2vec.data.dictionary import MASK
 from data2vec.data.epochs import SplitBatches
 from data2vec.data.pretraining_data import PretrainingData
 from data2vec.model.text_model import build_model
+from data2vec.weights.pretrained import load_weights
+from data2vec.weights.vocabulary import check_vocabulary
 
 
 def is_vision(config: DictConfig) -> bool:
@@ -44,6 +48,19 @@ def build(config: DictConfig, data: SplitBatches) -> torch.nn.Module:
         return build_model(options, len(data.vocab))
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def load_checkpoint(
+    model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path, config: DictConfig, data: SplitBatches
+) -> str:
+    """`load_weights` in the model of that data. UsageError where one or the other does not fit the checkpoint."""
+    try:
+        words = load_weights(model, checkpoint, path)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+    if not is_vision(config):
+        check_vocabulary(data.vocab, config.task.data, checkpoint, path)
+    return words
 
 
 def forward_of(

@@ -75,3 +75,12 @@ def bpe(project, tmp_path_factory):
     preprocess.main(["--only-source", "--trainpref", f"{folder}/text.bpe", "--destdir", f"{folder}/bin"])
     shutil.copy(folder / "bin/dict.txt", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def other_dict(bpe, tmp_path_factory) -> Path:
+    """bpe's dict.txt with its second word moved to the end: the same length, other ids."""
+    first, second, *others = (bpe / "dict.txt").read_text().splitlines()
+    path = tmp_path_factory.mktemp("other") / "dict.txt"
+    path.write_text("\n".join([first, *others, second]) + "\n")
+    return path

@@ -1,5 +1,7 @@
 """Checkpoints of other settings and of other programs: evaluated as what they are, and loaded."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def valid_loss(folder):
     return [line["loss"] for line in lines if line["kind"] == "valid"][-1]
 
 
-def test_evaluation_and_probe_take_the_checkpoints_configuration(tiny, tmp_path, capsys):
+def test_evaluation_and_probe_take_the_checkpoints_configuration(tiny, golden, tmp_path, capsys):
     import probe
     import train
     import validate
@@ -41,6 +43,15 @@ def test_evaluation_and_probe_take_the_checkpoints_configuration(tiny, tmp_path,
     assert valid_loss(tmp_path / "over") != pytest.approx(valid_loss(tmp_path / "run"), rel=1e-4)
     probe.main(tiny(tmp_path / "probe", path))
     assert "task.mask_prob=0.15 (0.35)" in capsys.readouterr().out
+
+    shutil.copytree(golden / "bin", tmp_path / "other")
+    first, second, *words = (golden / "bin/dict.txt").read_text().splitlines()
+    (tmp_path / "other/dict.txt").write_text("\n".join([second, first, *words]) + "\n")
+    start = path.replace("common_eval.path", "checkpoint.finetune_from_model")
+    for main, key in ((validate.main, path), (probe.main, path), (train.main, start)):
+        with pytest.raises(SystemExit):
+            main(tiny(tmp_path / "another", key, f"task.data={tmp_path}/other", *settings))
+        assert "checkpoint_last.pt: it was trained with another dict.txt" in capsys.readouterr().err
 
 
 def published(checkpoint):

@@ -22,7 +22,10 @@ def text_checkpoint(bpe, tmp_path_factory):
     config = {"_name": "data2vec_text", "average_top_k_layers": 2, "init_std": 0.2, "transformer": transformer}
     model = build_model(config, len(Dictionary.load(bpe / "dict.txt")) + 1)
     path = tmp_path_factory.mktemp("model") / "text.pt"
-    checkpoint_file.save({"cfg": {"model": config}, "model": model.state_dict()}, path)
+    vocab = Dictionary.load(bpe / "dict.txt")
+    vocab.add_symbol("<mask>")
+    extra = {"identity": {"data": {"vocabulary": vocab.digest()}}}
+    checkpoint_file.save({"cfg": {"model": config}, "model": model.state_dict(), "extra_state": extra}, path)
     return path, model.encoder.sentence_encoder.eval()
 
 
@@ -63,6 +66,35 @@ def test_texts(project, golden, bpe, text_checkpoint, tmp_path, capsys):
         one = np.load(tmp_path / "one.npz")
         assert json.loads(file.metadata()["names"]) == one["names"].tolist()
         np.testing.assert_allclose(file.get_tensor("features"), one["features"], atol=1e-5)
+
+
+def test_another_vocabulary_of_the_same_length_is_refused(
+    project, bpe, other_dict, text_checkpoint, golden, tmp_path, capsys
+):
+    """By all programs that take a dict.txt and a checkpoint; an old checkpoint, which says no digest, is taken."""
+    import convert_checkpoint
+    import extract_features
+    import finetune
+
+    path, _ = text_checkpoint
+    (tmp_path / "lines.txt").write_text("Out, damned spot!\n")
+    flags = ["--encoder-json", f"{bpe}/encoder.json", "--vocab-bpe", f"{bpe}/vocab.bpe", "--dict", str(other_dict)]
+    keys = [f"task.encoder_json={bpe}/encoder.json", f"task.vocab_bpe={bpe}/vocab.bpe", f"task.dict={other_dict}"]
+    tune = ["--config-name", "demo", f"task.data={golden}/questions", "task.label_column=kind", "--device", "cpu"]
+    extract = [str(path), f"{tmp_path}/lines.txt", f"{tmp_path}/out.npz", *flags, "--device", "cpu"]
+    for main, argv in (
+        (extract_features.main, extract),
+        (convert_checkpoint.main, [str(path), f"{tmp_path}/folder", *flags]),
+        (finetune.main, [*tune, "--output_dir", f"{tmp_path}/run", f"checkpoint.finetune_from_model={path}", *keys]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"are not those of {path}: it was trained with another dict.txt" in error
+    saved = checkpoint_file.load(path)
+    checkpoint_file.save({"cfg": saved["cfg"], "model": saved["model"]}, tmp_path / "old.pt")
+    extract_features.main([f"{tmp_path}/old.pt", *extract[1:]])
+    assert (tmp_path / "out.npz").is_file()
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def last(folder):
     return checkpoint_file.load(folder / "checkpoints/checkpoint_last.pt")
 
 
-def test_it_learns_and_predicts_what_it_measured(project, options, bpe, tmp_path):
+def test_it_learns_and_predicts_what_it_measured(project, options, other_dict, tmp_path, capsys):
     import finetune
     import predict
 
@@ -68,6 +68,9 @@ def test_it_learns_and_predicts_what_it_measured(project, options, bpe, tmp_path
     right = np.mean([row["prediction"] == label for row, label in zip(predictions, truth, strict=True)])
     assert right == pytest.approx(results[-1]["accuracy"]) and predictions[0]["line"] == "2"
     (tmp_path / "new.jsonl").write_text(json.dumps({"sentence": "Out, damned spot!"}) + "\n")
+    with pytest.raises(SystemExit):
+        predict.main([*command, f"task.data={tmp_path}/new.jsonl", f"task.dict={other_dict}"])
+    assert "its words, or their order, are not those of" in capsys.readouterr().err
     predict.main([*command, f"task.data={tmp_path}/new.jsonl"])  # no labels, no metrics
     assert "TrainAccuracy" not in next((tmp_path / "out").glob("*predict*_acc.log")).read_text()
 

@@ -1,7 +1,9 @@
 """train.py as users start it: fairseq's log to the digit, resume, ranks, refusals."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,31 @@ def test_train_line_goes_on_after_a_resume(train_main, tiny, corpus, tmp_path, c
         for name, value in whole.items():
             if not name.endswith(("wps", "ups", "wall")):
                 assert parts[name] == value, name
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_signal_at_an_epochs_end(train_main, tiny, corpus, tmp_path, capsys, monkeypatch, keeps):
+    """The epoch, of 19 batches, has its line, and nothing is said of a checkpoint that no_save forbids."""
+    from data2vec.training import loop
+
+    def update_and_ask(run, batches):
+        result = one_update(run, batches)
+        if run.state.num_updates == 19:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    one_update = loop.train_update
+    monkeypatch.setattr(loop, "train_update", update_and_ask)
+    with pytest.raises(SystemExit) as stop:
+        settings = ["optimization.max_update=30", "dataset.disable_validation=true"]
+        run(train_main, tiny, corpus, tmp_path, *settings, f"checkpoint.no_save={not keeps}")
+    assert stop.value.code == 75
+    told = capsys.readouterr()
+    trained = [json.loads(line) for tag, line in fairseq_lines(told.out) if tag == "train"]
+    assert [(line["epoch"], line["train_num_updates"]) for line in trained] == [(1, "19")]
+    assert (tmp_path / "checkpoints/checkpoint_last.pt").exists() == keeps
+    assert ("its checkpoint is written" in told.err + told.out) == keeps
+    assert ("without a checkpoint, as it was told" in told.err + told.out) != keeps
 
 
 @pytest.mark.parametrize("device_waits", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -48,6 +49,10 @@ class Dictionary:
 
     def unk(self) -> int:
         return self.unk_index
+
+    def digest(self) -> str:
+        """Of all tokens in their order; counts do not matter."""
+        return hashlib.sha256("\n".join(self.symbols).encode()).hexdigest()[:16]
 
     def add_symbol(self, word: str, n: int = 1, overwrite: bool = False) -> int:
         """Adds a token, or `n` to the count of one that is there (`overwrite` gives it a new id). Returns its id."""

@@ -88,10 +88,9 @@ class MaskedBlocks:
         content = hashlib.sha256(np.ascontiguousarray(self.corpus.sizes).tobytes())
         for index in self._probed():
             content.update(self.blocks.tokens(index).tobytes())
-        words = hashlib.sha256("\n".join(self.options.vocab.symbols).encode())
         tokens = int(self.corpus.sizes.sum(dtype=np.int64))
         found = {"sentences": len(self.corpus), "tokens": tokens, "digest": content.hexdigest()[:16]}
-        return found | {"vocabulary": words.hexdigest()[:16]}
+        return found | {"vocabulary": self.options.vocab.digest()}
 
     def _probed(self) -> list[int]:
         return np.unique(np.linspace(0, len(self) - 1, PROBED_SAMPLES).astype(int)).tolist()

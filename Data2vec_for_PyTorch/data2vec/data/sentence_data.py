@@ -89,9 +89,9 @@ class Sentences:
         return value
 
     def identity(self) -> dict[str, Any]:
-        """Count, classes, and a digest of ids and labels."""
+        """Count, classes, a digest of ids and labels, and one of the words."""
         names = [" ".join(map(str, ids)) for ids in self.tokens]
-        return listing_identity(names, self.targets.tolist(), self.classes or ())
+        return listing_identity(names, self.targets.tolist(), self.classes or ()) | {"vocabulary": self.vocab.digest()}
 
     def collate(self, indices: np.ndarray, epoch: int) -> SentenceBatch:
         """Pads on the right to the longest."""

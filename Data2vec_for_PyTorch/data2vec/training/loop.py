@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from common import distributed, replay
 from common.distributed import World
-from common.errors import UsageError
+from common.errors import Preempted, UsageError
 from common.result_file import keep_aside
 from common.run_log import RunLog
 from data2vec.data.epochs import SplitBatches
@@ -121,7 +121,7 @@ def train(run: Training) -> None:
             if not stop and run.report.log.preempted():
                 run.report.read(state)
                 save(run, None, ended)
-                raise run.report.log.stopped(state.num_updates)
+                raise stopped(run, ended)
             if ended:
                 break
         run.report.end_of_epoch(state, epoch)
@@ -165,7 +165,14 @@ def validate_and_save(run: Training, ended: bool, stop: bool) -> None:
     if saves or state.evaluation_due:
         save(run, losses[0] if losses and not state.evaluation_due else None, ended)
     if state.evaluation_due:
-        raise run.report.log.stopped(state.num_updates)
+        raise stopped(run, ended)
+
+
+def stopped(run: Training, ended: bool) -> Preempted:
+    """What to raise on a signal, once everything is saved; an epoch that has just ended gets its line before."""
+    if ended:
+        run.report.end_of_epoch(run.state, run.state.epoch - 1)
+    return run.report.log.stopped(run.state.num_updates, saved=not run.config.checkpoint.no_save)
 
 
 def save(run: Training, loss: float | None, ended: bool) -> None:
