@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from beit2.model.masked_image_model import MaskedImageModel
 from beit2.model.tokenizer import VQKD
+
+ROWS = ("picture", "masked", "tokens", "with predicted")
 
 
 def code_colours(codes: Tensor) -> Tensor:
@@ -31,32 +34,40 @@ def prediction_rows(
         unit: pictures in [0, 1], [B, 3, H, W]; `normalized` the same for the model, `visual` for the tokenizer.
         mask: bool [B, h, w].
     """
-    colours = code_colours(tokenizer.quantize.embedding.weight)
     tokens = tokenizer.get_codebook_indices(visual)  # [B, N]
     logits = model(normalized, mask.flatten(1), return_all_tokens=True)
     predicted = (logits[0] if isinstance(logits, list) else logits).argmax(dim=-1)  # [B, N]
     filled = torch.where(mask.flatten(1), predicted, tokens)
     size = unit.shape[-2:]
 
-    def enlarge(grid: Tensor) -> Tensor:
-        return torch.nn.functional.interpolate(grid.float(), size, mode="nearest")  # [B, c, H, W]
-
-    hidden = enlarge(mask.unsqueeze(1))
-    grids = [colours[ids].unflatten(1, mask.shape[1:]).permute(0, 3, 1, 2) for ids in (tokens, filled)]
-    rows = [unit, unit * (1 - hidden) + 0.5 * hidden, *(enlarge(grid) for grid in grids)]
-    return [row.permute(0, 2, 3, 1).cpu().numpy() for row in rows]
+    hidden = _enlarged(mask.unsqueeze(1), size)
+    rows = [unit, unit * (1 - hidden) + 0.5 * hidden]
+    pictures = [row.permute(0, 2, 3, 1).cpu().numpy() for row in rows]
+    return pictures + [token_pictures(tokenizer, ids, size) for ids in (tokens, filled)]
 
 
-def draw(rows: list[np.ndarray], path: Path) -> None:
-    """Writes the rows as one figure."""
+def token_pictures(tokenizer: VQKD, tokens: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """tokens int64 [B, N] -> every patch in the colour of its code, [B, H, W, 3] in [0, 1]."""
+    colours = code_colours(tokenizer.quantize.embedding.weight)[tokens]  # [B, N, 3]
+    grid = colours.unflatten(1, tokenizer.window_size).permute(0, 3, 1, 2)
+    return _enlarged(grid, size).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _enlarged(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.interpolate(grid.float(), size, mode="nearest")  # [B, c, H, W]
+
+
+def draw(rows: list[np.ndarray], path: Path, titles: Sequence[str] = ROWS) -> None:
+    """Writes the rows, each of pictures in [0, 1] with a title, as one figure."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    titles = ("picture", "masked", "tokens", "with predicted")
     count = len(rows[0])
-    figure, axes = pyplot.subplots(len(rows), count, figsize=(1.6 * count, 6.6), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(rows), count, figsize=(max(1.6 * count, 2.4), 1.65 * len(rows)), layout="constrained", squeeze=False
+    )
     for row, title, line in zip(rows, titles, axes, strict=True):
         for picture, cell in zip(row, line, strict=True):
             cell.imshow(picture)

@@ -15,23 +15,12 @@ from beit2.model.convert import convert_pretrained
 from beit2.model.from_weights import Shape, encoder_from_weights
 from beit2.model.masked_image_model import MaskedImageModel
 from beit2.model.vision_transformer import VisionTransformer
+from beit2.weights.transformers_names import to_transformers
 from common.errors import UsageError
 
 MAX_DIFFERENCE = 1e-5  # of outputs, relative to their largest
 LIBRARIES = ("timm", "transformers", "safetensors")
 _INDEX = "relative_position_index"
-# within a block, ours -> transformers'
-_IN_BLOCK = {
-    "gamma_1": "lambda_1",
-    "gamma_2": "lambda_2",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.q_bias": "attention.q_proj.bias",
-    "attn.v_bias": "attention.v_proj.bias",
-    "attn.proj": "attention.o_proj",
-    "attn.relative_position_bias_table": "relative_position_bias.relative_position_bias_table",
-    "mlp": "mlp",
-}
 
 
 def export_timm(state: dict[str, Tensor], folder: Path, mean: tuple, std: tuple) -> float:
@@ -102,7 +91,7 @@ def export_transformers(state: dict[str, Tensor], folder: Path, mean: tuple, std
         ours, theirs = encoder_from_weights(state), transformers.BeitForImageClassification(config).eval()
     else:
         ours, theirs = encoder_from_weights(state), transformers.BeitModel(config).eval()
-    weights = _transformers_names(ours.state_dict(), "" if type(theirs) is transformers.BeitModel else "beit.")
+    weights = to_transformers(ours.state_dict(), "" if type(theirs) is transformers.BeitModel else "beit.")
     expected = set(theirs.state_dict())
     theirs.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected})
     difference = _difference(ours, theirs, shape)
@@ -148,36 +137,6 @@ def _masked_image_model(state: dict[str, Tensor], shape: Shape) -> MaskedImageMo
     )  # fmt: skip
     model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("cls_pt_")})
     return model.eval()
-
-
-def _transformers_names(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Our tensors under transformers' names; those of a whole model, not of its tasks, after `prefix`."""
-    whole = {
-        "cls_token": f"{prefix}embeddings.cls_token",
-        "mask_token": f"{prefix}embeddings.mask_token",
-        "pos_embed": f"{prefix}embeddings.position_embeddings",
-        "patch_embed.proj": f"{prefix}embeddings.patch_embeddings.projection",
-        "rel_pos_bias": f"{prefix}shared_position_bias",
-        "fc_norm": f"{prefix}pooler.layernorm",
-        "norm": "layernorm" if "lm_head.weight" in state else f"{prefix}layernorm",
-        "lm_head": "lm_head",
-        "head": "classifier",
-    }
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not name.startswith("blocks."):
-            ours = next(ours for ours in whole if name == ours or name.startswith(f"{ours}."))
-            out[whole[ours] + name.removeprefix(ours)] = tensor
-            continue
-        _, number, rest = name.split(".", 2)
-        block = f"{prefix}layers.{number}."
-        if rest == "attn.qkv.weight":
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                out[f"{block}attention.{part}_proj.weight"] = rows
-        elif not rest.endswith(_INDEX):
-            ours = next(ours for ours in _IN_BLOCK if rest == ours or rest.startswith(f"{ours}."))
-            out[block + _IN_BLOCK[ours] + rest.removeprefix(ours)] = tensor
-    return out
 
 
 @torch.no_grad()

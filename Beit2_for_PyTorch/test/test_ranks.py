@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from small_models import OPTIONS
 
 from beit2.model.quantizer import NormEMAQuantizer
@@ -111,6 +113,8 @@ def runs(pictures, tokenizer_file, tmp_path_factory):
     (folder / "stream.py").write_text(STREAM)
     sharded = ("--parallel", "fsdp", "--activation_checkpointing")
     half = ("--fsdp", "--precision", "fp16")
+    features = ("--data_path", str(pictures), "--device", "cpu", "--num_workers", "0", "--checkpoint")
+    features += (str(folder / "fsdp/checkpoint-sharded"),)
     torchrun(
         2,
         run("ddp"),
@@ -120,10 +124,15 @@ def runs(pictures, tokenizer_file, tmp_path_factory):
         run("fp16_cut", *half, "--max_steps", "3"),
         run("fp16_cut", *half),
         run("moved", *sharded, "--max_steps", "2"),
+        ("extract_features.py", *features, "--output", str(folder / "two.safetensors"), "--batch_size", "5"),
         (str(folder / "codebook.py"), str(folder / "codebook.pt")),
         (str(folder / "stream.py"), str(folder / "stream.pt")),
     )
-    torchrun(1, run("moved", *sharded, "--batch_size", "8"))  # the same global batches on one rank
+    torchrun(
+        1,
+        ("extract_features.py", *features, "--output", str(folder / "one.npy")),
+        run("moved", *sharded, "--batch_size", "8"),  # the same global batches on one rank
+    )
     return folder
 
 
@@ -160,6 +169,14 @@ def test_fp16_scaling_survives_a_sharded_resume(runs):
     ours, theirs = (read_checkpoint(runs / name / "checkpoint-1.pth")["model"] for name in ("fp16", "fp16_cut"))
     for name in ours:
         assert torch.equal(ours[name], theirs[name]) and ours[name].isfinite().all(), name
+
+
+def test_features_of_a_sharded_checkpoint_on_two_ranks_are_those_on_one(runs):
+    with safe_open(runs / "two.safetensors", framework="np") as file:
+        np.testing.assert_allclose(file.get_tensor("features"), np.load(runs / "one.npy"), atol=1e-5)
+        names = json.loads(file.metadata()["names"])
+    assert names == (runs / "one.names.txt").read_text().splitlines() and len(names) == 24
+    assert not list(runs.glob(".*.writing*"))
 
 
 def test_other_ranks_go_on_with_the_same_global_batch_only():

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import extract_features
+import print_tokens
 from beit2 import finetuning_options, pretraining_options, probe_options, tokenizer_options
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -15,6 +17,8 @@ READERS = {
     "run_vqkd_training.py": tokenizer_options.read_options,
     "run_class_finetuning.py": finetuning_options.read_options,
     "run_linear_eval.py": probe_options.read_options,
+    "extract_features.py": extract_features.read_options,
+    "print_tokens.py": print_tokens.read_options,
 }
 # the options of the reference's recipes: PRETRAINING.md (large), VQ-KD and fine-tuning
 RECIPES = {

@@ -60,7 +60,9 @@ class PictureList(Sequence[Path]):
         return {os.fsdecode(bytes(folder)): int(count) for folder, count in zip(folders, counts, strict=True)}
 
 
-def list_pictures(root: str | Path, option: str = "--data_path", labelled: bool = False) -> PictureList:
+def list_pictures(
+    root: str | Path, option: str = "--data_path", labelled: bool = False, whole: bool = False
+) -> PictureList:
     """All pictures below a folder in sorted order, for all ranks from the main rank's look at the disk.
 
     Where training and held-out folders stand side by side (train/ and val/, COCO's train2017/ and val2017/), training
@@ -69,6 +71,7 @@ def list_pictures(root: str | Path, option: str = "--data_path", labelled: bool 
     Args:
         option: where the folder was given, for messages.
         labelled: its folders are classes.
+        whole: held-out sets, too: it is not for training.
 
     Raises:
         UsageError: on all ranks: no such folder, no picture in it, or a choice that only the user can make.
@@ -76,7 +79,7 @@ def list_pictures(root: str | Path, option: str = "--data_path", labelled: bool 
     result: tuple[bytes, str | None] = (b"", None)
     if rank() == 0:
         try:
-            result = _names(Path(root), option, labelled), None
+            result = _names(Path(root), option, labelled, whole), None
         except UsageError as error:
             result = b"", error.message
         except OSError as error:
@@ -87,13 +90,13 @@ def list_pictures(root: str | Path, option: str = "--data_path", labelled: bool 
     return PictureList(Path(root), names)
 
 
-def _names(root: Path, option: str, labelled: bool) -> bytes:
+def _names(root: Path, option: str, labelled: bool, whole: bool) -> bytes:
     if not root.is_dir():
         raise UsageError(f"{option} {root}: no such folder")
-    training = option == "--data_path"
-    if labelled or not training:
+    training = option == "--data_path" and not labelled
+    if not (training or whole):
         _refuse_mixed_sets(root, option)
-    names, left_out = _cached(root, training and not labelled)
+    names, left_out = _cached(root, training and not whole)
     if left_out:
         print(
             f"note: {option} {root}: not trained on: {', '.join(left_out)}; name a folder itself to take it", flush=True

@@ -99,7 +99,10 @@ def encoder_from_weights(state: dict[str, Tensor], heads: int | None = None) -> 
         use_rel_pos_bias=shape.own_bias,
         use_shared_rel_pos_bias=shape.shared_bias,
     )
-    missing, _ = encoder.load_state_dict(state, strict=False)
+    try:
+        missing, _ = encoder.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # of shapes that contradict each other
+        raise UsageError(f"not the weights of one BEiT v2 model: {str(error).splitlines()[-1].strip()}") from error
     missing = [name for name in missing if not name.endswith("relative_position_index")]
     if missing:
         raise UsageError(f"not the weights of a whole BEiT v2 model: {missing[0]} is missing")

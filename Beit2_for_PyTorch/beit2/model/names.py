@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,9 @@ def create_tokenizer(name: str, weights: str | Path | None = None, **overrides) 
     if weights is not None:
         load_tokenizer_weights(tokenizer, weights)
     return tokenizer
+
+
+def heads_of(trained: argparse.Namespace | None) -> int | None:
+    """Attention heads of the model that a training's options name; None where they name none."""
+    shape = (PRETRAINING_MODELS | FINETUNING_MODELS).get(getattr(trained, "model", None))
+    return shape and shape["num_heads"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def saved_options(path: Path | None) -> argparse.Namespace | None:
-    """The options that a training script kept in its checkpoint; None in any other weight file."""
+    """The options that a training script kept in its checkpoint, or export_weights.py in a safetensors file's header;
+    None in any other weight file."""
+    if path is not None and path.suffix == ".safetensors":
+        return _header_options(path)
     is_checkpoint = path is not None and (path.is_file() or (path / shards.PROGRESS).is_file())
-    if not is_checkpoint or path.suffix == ".safetensors":
+    return read_checkpoint(path).get("args") if is_checkpoint else None
+
+
+def _header_options(path: Path) -> argparse.Namespace | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("beit2", "null"))
+    except (SafetensorError, OSError, ValueError):  # whoever reads its tensors says what is wrong
         return None
-    return read_checkpoint(path).get("args")
+    return argparse.Namespace(**about) if isinstance(about, dict) and about else None
 
 
 def read_state_dict(path: str | Path, keys: tuple[str, ...] = _WRAPPERS) -> dict[str, Tensor]:
