@@ -8,6 +8,7 @@ import pytest
 from transformers import RobertaTokenizer
 
 from clip_pretraining.data import tokenization
+from clip_pretraining.model import construction
 
 GOLDEN = Path(__file__).parent / "golden"
 OPENAI = json.loads((GOLDEN / "clip_bpe.json").read_text())
@@ -62,3 +63,15 @@ def test_a_trained_tokenizer_reads_back_its_captions(tmp_path):
     assert again("grinning heart")["input_ids"] == tokenizer("grinning heart")["input_ids"]
     assert again.decode(again("grinning heart")["input_ids"], skip_special_tokens=True) == "grinning heart"
     assert [again.bos_token_id, again.pad_token_id, again.eos_token_id] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("family", ["clip", "dual"])
+def test_a_new_model_s_feature_is_of_the_whole_caption(family):
+    """A CLIPModel whose end has the id 2 would stop reading at the word with the highest id."""
+    captions = ["grinning face", "red heart", "grinning cat", "black heart"] * 3
+    model, tokenizer, _ = construction.from_scratch("tiny", family, captions)
+    first, *others = sorted(["face", "heart", "cat"], key=lambda word: -max(tokenizer(f" {word}")["input_ids"]))
+    rows = tokenizer([f"red {first} {other}" for other in others], return_tensors="pt", padding=True)
+    features = model.eval().get_text_features(**rows).pooler_output
+    assert (features[0] - features[1]).abs().max() > 1e-4
+    assert tokenizer.eos_token_id == {"clip": 3, "dual": 2}[family] == model.config.text_config.eos_token_id

@@ -47,10 +47,14 @@ def clean_caption(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
-def train_tokenizer(captions: Sequence[str], vocab_size: int = 1000) -> RobertaTokenizer:
-    """A small byte-level BPE in RoBERTa's layout (<s> 0, <pad> 1, </s> 2, <unk> 3) from the given captions."""
+def train_tokenizer(captions: Sequence[str], vocab_size: int = 1000, for_clip: bool = False) -> RobertaTokenizer:
+    """A small byte-level BPE in RoBERTa's layout (<s> 0, <pad> 1, </s> 2, <unk> 3) from the given captions.
+
+    `for_clip`: </s> is 3. A `CLIPModel` whose end is 2 pools not there but at the highest id, since OpenAI's first
+    configurations said 2 of a tokenizer whose end is the last of all.
+    """
     trainer = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    special = ["<s>", "<pad>", *(("<unk>", "</s>") if for_clip else ("</s>", "<unk>")), "<mask>"]
     trainer.train_from_iterator(
         captions, vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False
     )

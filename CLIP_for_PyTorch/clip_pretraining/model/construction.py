@@ -63,7 +63,8 @@ def from_scratch(
         raise UsageError(f"--image_size {image_size}: must be a multiple of the patch size {shape['patch']}")
     if captions is None and family == "dual":
         raise UsageError("--captions FILE is needed: the tokenizer is trained on them")
-    tokenizer = openai_tokenizer() if captions is None else train_tokenizer(captions, shape["words"])
+    for_clip = family == "clip"
+    tokenizer = openai_tokenizer() if captions is None else train_tokenizer(captions, shape["words"], for_clip)
     tower = {
         "hidden_size": shape["width"],
         "num_hidden_layers": shape["depth"],
@@ -73,7 +74,7 @@ def from_scratch(
     }
     vision = CLIPVisionConfig(**tower, image_size=image_size, patch_size=shape["patch"])
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if family == "clip":
+    if for_clip:
         special["pad_token_id"] = tokenizer.pad_token_id
         text = CLIPTextConfig(**tower, **special, vocab_size=len(tokenizer))
         config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape["projection"])
