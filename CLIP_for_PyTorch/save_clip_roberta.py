@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
+from clip_pretraining.exchange import transformers_folder
 from clip_pretraining.model import construction
-from clip_pretraining.training import pipeline
 from common.device import seed_everything
 from common.errors import UsageError, print_usage_errors
 
@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         captions = construction.read_captions(options.captions) if options.captions else None
         model, tokenizer, settings = construction.from_scratch(size, options.family, captions, options.image_size)
-    model.save_pretrained(options.output_dir)
-    pipeline.processor_of(model, tokenizer, settings).save_pretrained(options.output_dir)
+    transformers_folder.write(model, tokenizer, settings, options.output_dir)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{options.output_dir}: {model.config.model_type}, {parameters / 1e6:.1f} M parameters, {settings.size} pixels"

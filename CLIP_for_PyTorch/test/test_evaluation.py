@@ -8,9 +8,7 @@ import pytest
 import torch
 from clip_sample import draw
 from safetensors.torch import load_file
-from transformers import CLIPVisionModelWithProjection
 
-import export_vision_tower
 import run_clip
 import save_clip_roberta
 from clip_pretraining import contrastive_loss, siglip_loss
@@ -118,17 +116,6 @@ def test_the_in_batch_loss_weighs_batches_by_their_size(tiny_model):
     assert dropped == pytest.approx((part[0] + part[1]) / 2)
 
 
-def test_transformers_loads_the_exported_tower(tiny_model, pairs_table, tmp_path):
-    export_vision_tower.main(["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "vision")])
-    tower = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "vision").eval()
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    want = encode_images(load_model(str(tiny_model)).eval(), pixels)
-    got = torch.nn.functional.normalize(tower(pixel_values=pixels).image_embeds, dim=-1)
-    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
-    with pytest.raises(SystemExit):
-        export_vision_tower.main(["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "vision")])
-
-
 def test_open_clip_s_own_losses_agree():
     pytest.importorskip("open_clip", reason="the library itself: pip install -r requirements-dev.txt")
     from open_clip.loss import ClipLoss, SigLipLoss
@@ -139,24 +126,6 @@ def test_open_clip_s_own_losses_agree():
     assert contrastive_loss(image, text, scale).item() == pytest.approx(ClipLoss()(image, text, scale.exp()).item())
     theirs = SigLipLoss()(image, text, scale.exp(), bias)
     assert siglip_loss(image, text, scale, bias).item() == pytest.approx(theirs.item())
-
-
-def test_open_clip_loads_the_exported_tower(tiny_clip, tmp_path):
-    open_clip = pytest.importorskip("open_clip", reason="the library itself: pip install -r requirements-dev.txt")
-    command = ["--model_name_or_path", str(tiny_clip), "--output_dir", str(tmp_path), "--format", "open_clip"]
-    export_vision_tower.main(command)
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    preprocess = config.pop("preprocess_cfg")
-    theirs = open_clip.CLIP(text_cfg={"layers": 1, "width": 64, "heads": 4}, **config).eval()
-    theirs.visual.load_state_dict(load_file(tmp_path / "visual.safetensors"))  # strict: every tensor, no other
-
-    model = load_model(str(tiny_clip)).eval()
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        theirs.encode_image(pixels, normalize=True), encode_images(model, pixels), atol=2e-6, rtol=0
-    )
-    settings = image_settings(str(tiny_clip), model.config)
-    assert (preprocess["mean"], preprocess["std"]) == (list(settings.mean), list(settings.std))
 
 
 def as_transformers_4(new: Path, old: Path) -> None:

@@ -382,7 +382,7 @@ def test_every_option_of_the_readme_is_one_of_a_script():
     parser = HfArgumentParser((arguments.ModelArguments, arguments.DataArguments, arguments.ClipTrainingArguments))
     known = {word for action in parser._actions for word in action.option_strings}
     known |= {f"--{name}" for names in (legacy.HOUSE, legacy._SPECIAL) for name in names}
-    for script in ("save_clip_roberta.py", "export_vision_tower.py"):
+    for script in ("save_clip_roberta.py", "convert_model.py"):
         known |= set(re.findall(r'"(--\w+)"', (project / script).read_text()))
     flags = (project / "test/clip_options.sh").read_text() + (project.parent / "common/launch/launch.sh").read_text()
     named = set(re.findall(r"(?<![\w-])--(\w+)", (project / "README.md").read_text()))

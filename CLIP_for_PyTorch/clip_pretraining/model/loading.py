@@ -53,6 +53,11 @@ def load_model(
     source = config_name or name_or_path
     if source is None:
         raise UsageError("give --model_name_or_path (a folder or hub name), or --config_name to train from scratch")
+    if (Path(source) / "open_clip_config.json").is_file():
+        raise UsageError(
+            f"{source}: a folder of open_clip's: convert_model.py --model_name_or_path {source} --to transformers "
+            "makes one that can be trained here"
+        )
     try:
         config = AutoConfig.from_pretrained(source, **hub_kwargs)
     except (OSError, ValueError) as error:
@@ -103,14 +108,20 @@ def _load_weights(family, name_or_path: str, config: PretrainedConfig, hub_kwarg
 
 
 def _attach_logit_bias(model: PreTrainedModel, name_or_path: str | None) -> None:
-    """Registers SigLIP's bias; a model that has none yet gets SigLIP's initial scale with it."""
-    stored = _stored_logit_bias(name_or_path)
+    """SigLIP's bias; a model that has none yet gets SigLIP's initial scale with it."""
+    stored = stored_logit_bias(name_or_path)
     if stored is None:
         model.logit_scale.data.fill_(SIGLIP_INITIAL["logit_scale"])
-    model.logit_bias = nn.Parameter(torch.tensor(SIGLIP_INITIAL["logit_bias"] if stored is None else stored))
+    add_logit_bias(model, SIGLIP_INITIAL["logit_bias"] if stored is None else stored)
 
 
-def _stored_logit_bias(name_or_path: str | None) -> float | None:
+def add_logit_bias(model: PreTrainedModel, value: float) -> None:
+    """Gives a model SigLIP's bias as a parameter."""
+    model.logit_bias = nn.Parameter(torch.tensor(value))
+
+
+def stored_logit_bias(name_or_path: str | None) -> float | None:
+    """The bias in a folder's weights, None where there is none."""
     weights = Path(name_or_path or "") / "model.safetensors"
     if name_or_path and weights.is_file():
         with safe_open(weights, "pt") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPImageProcessor, CLIPProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CLIPProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import VisionTextDualEncoderProcessor as DualEncoderProcessor
 from transformers.utils import logging as hf_logging
 
@@ -19,6 +19,7 @@ from clip_pretraining.data.shards import expand_shards, read_shards
 from clip_pretraining.data.tokenization import PackedCaptions, clean_caption, load_tokenizer
 from clip_pretraining.evaluation import zeroshot
 from clip_pretraining.evaluation.encoder import Encoder, evaluate_split
+from clip_pretraining.exchange.transformers_folder import processor_of
 from clip_pretraining.model import layers, loading
 from clip_pretraining.model.loading import ImageSettings
 from clip_pretraining.options.arguments import ClipTrainingArguments, DataArguments, ModelArguments
@@ -86,18 +87,6 @@ def _tokenizer(source: str, model: PreTrainedModel, hub: dict) -> PreTrainedToke
     if len(tokenizer) > words:
         raise UsageError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's text tower only {words}")
     return tokenizer
-
-
-def processor_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ImageSettings):
-    """Saved with the model, so that `transformers` users load one folder."""
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": settings.size},
-        crop_size={"height": settings.size, "width": settings.size},
-        image_mean=list(settings.mean),
-        image_std=list(settings.std),
-    )
-    family = CLIPProcessor if model.config.model_type == "clip" else DualEncoderProcessor
-    return family(image_processor, tokenizer)
 
 
 def _pairs(
