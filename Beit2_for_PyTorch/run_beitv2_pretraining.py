@@ -20,6 +20,7 @@ from beit2.options import mean_and_std, pick_precision, schedules
 from beit2.training.checkpoints import append_epoch_log
 from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.memory_plan import plan_memory
+from beit2.training.monitor import Monitor
 from beit2.training.parallel import new_replica
 from beit2.training.pretraining_loss import token_loss
 from beit2.training.run import Run, new_run, replay_step, training_steps
@@ -57,6 +58,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     identity = run_identity(options, world, precision, dataset.paths, tokenizer=codes)
     run = new_run(options, world, precision, replica, groups, steps, rates, decays, identity=identity)
     normalizer = Normalizer(*mean_and_std(options), world.device)
+    monitor = Monitor(options, normalizer, precision) if options.monitor_every else None
     loss_of = functools.partial(token_loss, replica.wrapped, tokenizer, normalizer, precision)
 
     if options.replay:
@@ -67,7 +69,10 @@ def train(options: argparse.Namespace, world: World) -> dict:
         start = f"from step {run.state.step} ({run.source or 'new'})"
         log.info(f"{len(dataset)} pictures, {steps} steps an epoch of {batch}; {start}")
         batches, means = run_batches(dataset, options, world, steps, run.state.step, run.last, collate), {}
+        scores = monitor.report(run, log, None) if monitor and run.source is None else {}
         for done in training_steps(run, log, batches, loss_of):
+            if monitor and monitor.is_due(run, done):
+                scores = monitor.report(run, log, done)
             if done.epoch_ends or done.run_ends:
                 means = run.state.means()
             if done.epoch_ends:
@@ -75,7 +80,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
             if done.saves:
                 run.save(log, done)
         accuracy = means.get("mlm_acc", means.get("mlm_acc_1"))
-        return log.finish(accuracy=None if accuracy is None else round(100 * accuracy, 3))
+        return log.finish(accuracy=None if accuracy is None else round(100 * accuracy, 3), **scores)
 
 
 def end_epoch(run: Run, means: dict) -> None:

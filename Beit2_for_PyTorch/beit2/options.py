@@ -119,8 +119,8 @@ def check_common(options: argparse.Namespace) -> None:
     for name in ("batch_size", "epochs", "update_freq", "log_every"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} {getattr(options, name)}: must be at least 1")
-    for name in ("max_steps", "save_every", "num_workers", "start_epoch", "weight_decay"):
-        if getattr(options, name) < 0:
+    for name in ("max_steps", "save_every", "num_workers", "start_epoch", "weight_decay", "monitor_every"):
+        if getattr(options, name, 0) < 0:
             raise UsageError(f"--{name} {getattr(options, name)}: must not be negative")
     if not 0 <= getattr(options, "drop_path", 0) < 1:
         raise UsageError(f"--drop_path {options.drop_path}: must be at least 0 and below 1")

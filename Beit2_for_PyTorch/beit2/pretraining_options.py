@@ -96,6 +96,14 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--second_interpolation", default="lanczos", choices=tuple(INTERPOLATIONS))
     group.add_argument("--min_crop_scale", type=float, default=0.08)
     group.add_argument("--imagenet_default_mean_and_std", action="store_true", help="default: mean and std 0.5")
+    group.add_argument(
+        "--monitor_every", type=int, default=0, metavar="EPOCHS",
+        help="score the frozen encoder by k-NN and a linear classifier, at the start, every so many epochs, at the end",
+    )  # fmt: skip
+    group.add_argument(
+        "--monitor_data_path", default="", metavar="DIR",
+        help="its pictures, DIR/train/<class>/ and DIR/val/<class>/; default: DATA_PATH, or what it lies in",
+    )  # fmt: skip
 
 
 def build_model(options: argparse.Namespace) -> MaskedImageModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from small_models import OPTIONS
 
@@ -99,6 +100,19 @@ if distributed.rank() == 0:
 """
 
 
+def faint_classes(folder):
+    """Noise with a faint tint, 13 and 7 pictures a class: what features tell apart only now and then."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 13), ("val", 7)):
+        for tint in range(3):
+            (folder / split / str(tint)).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 240, (32, 32, 3), dtype=np.uint8)
+                pixels[..., tint] += 4
+                Image.fromarray(pixels).save(folder / split / str(tint) / f"{number}.png")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def runs(pictures, tokenizer_file, tmp_path_factory):
     """The folder of all runs on two ranks. An epoch has two steps; "cut" runs stop after the first epoch or in it."""
@@ -111,13 +125,14 @@ def runs(pictures, tokenizer_file, tmp_path_factory):
 
     (folder / "codebook.py").write_text(CODEBOOK)
     (folder / "stream.py").write_text(STREAM)
-    sharded = ("--parallel", "fsdp", "--activation_checkpointing")
+    watched = ("--monitor_every", "1", "--monitor_data_path", str(faint_classes(folder / "faint")))
+    sharded = ("--parallel", "fsdp", "--activation_checkpointing", *watched)
     half = ("--fsdp", "--precision", "fp16")
     features = ("--data_path", str(pictures), "--device", "cpu", "--num_workers", "0", "--checkpoint")
     features += (str(folder / "fsdp/checkpoint-sharded"),)
     torchrun(
         2,
-        run("ddp"),
+        run("ddp", *watched),
         run("fsdp", *sharded, "--max_steps", "3"),
         run("fsdp", *sharded),
         run("fp16", *half),
@@ -169,6 +184,21 @@ def test_fp16_scaling_survives_a_sharded_resume(runs):
     ours, theirs = (read_checkpoint(runs / name / "checkpoint-1.pth")["model"] for name in ("fp16", "fp16_cut"))
     for name in ours:
         assert torch.equal(ours[name], theirs[name]) and ours[name].isfinite().all(), name
+
+
+def test_a_monitor_s_scores_do_not_depend_on_the_ranks(runs):
+    """Of two ranks under DDP, two with shards, and one with the shards of two; with odd counts, so that one fills up."""
+
+    def scores(name):
+        lines = [json.loads(text) for text in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        found = {line["step"]: line for line in lines if line["kind"] == "monitor"}
+        return {step: (line["knn_top1"], line["linear_top1"]) for step, line in found.items()}
+
+    ddp = scores("ddp")
+    assert list(ddp) == [0, 2, 4] and len(set(ddp.values())) > 1
+    for name in ("fsdp", "moved"):
+        assert scores(name)[4] == pytest.approx(ddp[4], abs=5), name  # one picture of 21
+        assert scores(name)[0] == ddp[0]
 
 
 def test_features_of_a_sharded_checkpoint_on_two_ranks_are_those_on_one(runs):

@@ -110,6 +110,13 @@ class MaskedImageModel(Encoder):
             y = take_rows(y, rows)
         return [self.norm(main), (self.norm if self.shared_lm_head else self.cls_pt_norm)(y)]
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Normalised states with nothing masked, CLS first: images [B, 3, H, W] -> [B, 1 + N, C]."""
+        x, bias = self.embed(images), self.shared_bias()
+        for block in self.blocks:
+            x = self._run(block, x, bias, None)
+        return self.norm(x)
+
     def _run(self, block: Block, x: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, bias, rows, use_reentrant=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from beit2.model.initialization import materialize
@@ -85,6 +86,7 @@ class ShardedReplica(Replica):
         norms = [[block.norm1, block.norm2] for block in blocks]
         norms += [[module] for name, module in model.named_children() if isinstance(module, nn.LayerNorm)]
         shards.shard(model, blocks, world, precision, fp32=norms if precision != "fp32" else ())
+        register_fsdp_forward_method(model, "encode")
         materialize(model, world.device, seed)
 
     def save(self, options, optimizer, scale, progress, epoch, numbered, extra) -> None:
