@@ -187,7 +187,7 @@ def test_fp16_scaling_survives_a_sharded_resume(runs):
 
 
 def test_a_monitor_s_scores_do_not_depend_on_the_ranks(runs):
-    """Of two ranks under DDP, two with shards, and one with the shards of two; with odd counts, so that one fills up."""
+    """Of two ranks under DDP, two with shards, and one with the shards of two; odd counts, so one fills up."""
 
     def scores(name):
         lines = [json.loads(text) for text in (runs / name / "metrics.jsonl").read_text().splitlines()]
