@@ -17,6 +17,28 @@ for folder in (ROOT, *(ROOT / project for project in PROJECTS)):
         sys.path.insert(0, str(folder))
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    if isinstance(collector, pytest.Module):
+        scripts_of_project(collector.path)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    scripts_of_project(item.path)
+
+
+def scripts_of_project(test: Path) -> None:
+    """Two projects may have a script of one name: `import extract_features` means that of the test's own project."""
+    project = next((ROOT / name for name in PROJECTS if ROOT / name in test.parents), None)
+    if project is None:
+        return
+    sys.path.remove(str(project))
+    sys.path.insert(0, str(project))
+    for script in project.glob("*.py"):
+        known = sys.modules.get(script.stem)
+        if known is not None and Path(known.__file__ or "").parent != project:
+            del sys.modules[script.stem]
+
+
 @pytest.fixture(scope="session")
 def sample_data() -> Path:
     """Folder with the small real data sets of ci/sample_data/README.md; built on the first run (needs network).

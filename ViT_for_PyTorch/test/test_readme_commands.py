@@ -6,12 +6,8 @@ script that it would start. Commands that other tests run are named with those t
 """
 
 import json
-import os
-import re
-import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +18,7 @@ from PIL import Image
 import convert_weight
 import run_vit
 import vit
+from ci import pages
 from common import rank_table
 from vit import options
 from vit.labels import imagenet_labels
@@ -33,28 +30,28 @@ REFERENCE = [  # of MindFormers' page, as the table at the top of the README pro
     f"{RECIPE} --run_mode eval --eval_dataset_dir DIR",
     f"{RECIPE} --run_mode predict --predict_data FILE",
 ]
-ELSEWHERE = {  # first words -> why it is not run here
-    "pip install": "installing is `make install`",
-    "python -m common.launch.cluster": "common/test runs it",
-    "python -m common.rank_table check": "common/test runs it",
-    "python ../common/": "common/test runs hccl_tools.py and merge_hccl.py",
-    "python -m common.shards": "test_sharded.py runs it",
-    "python convert_weight.py --to onnx": "test_export.py runs it",
+ELSEWHERE = {  # a line -> why it is not run here
+    "pip install .*": "installing is `make install`",
+    "python -m common.launch.cluster .*": "common/test runs it",
+    "python -m common.rank_table check .*": "common/test runs it",
+    "python ../common/(hccl_tools|merge_hccl).py .*": "common/test runs both",
+    "python -m common.shards .*": "test_sharded.py runs it",
+    "python convert_weight.py --to onnx .*": "test_export.py runs it",
     "torchrun --nproc_per_node 8 run_vit.py ...": "test_run_vit.py runs it on two and three ranks",
 }
-
-
-def commands(page: str) -> list[str]:
-    """Lines of a page's bash blocks without comments, continued lines as one."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (PROJECT / page).read_text(encoding="utf-8"), re.M | re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in (" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines) if line]
+STAND_INS = {
+    "/data/imageNet-1k": "imageNet-1k",
+    "../.sample_data/images": "imageNet-1k",
+    "--data_path=...": "--data_path=imageNet-1k",
+    "--ckpt_path=...": "--ckpt_path=mae_vit_base_p16",
+    "PICTURE_OR_FOLDER [...]": "imageNet-1k/val",
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with what the README's lines name: data, published weights, a run's output, a MindSpore file."""
-    root = tmp_path_factory.mktemp("reader")
+    root = pages.reader_folder(PROJECT, tmp_path_factory.mktemp("reader"))
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in ("n02206856", "n11939491"):  # bee, daisy
@@ -62,7 +59,6 @@ def place(tmp_path_factory) -> Path:
             folder.mkdir(parents=True)
             for index in range(4):
                 Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    (root / "configs").symlink_to(PROJECT / "configs")
     weights = root / "torch" / "hub" / "checkpoints"
     weights.mkdir(parents=True)
     torch.manual_seed(0)
@@ -101,44 +97,45 @@ def run_python(words: list[str], place: Path) -> None:
 
 
 def run_shell(words: list[str], place: Path) -> None:
-    """A script of test/, or run_distribute.sh: `--dry_run`, and what it would start is parsed."""
-    known = {"/data/imageNet-1k": str(place / "imageNet-1k"), "../.sample_data/images": str(place / "imageNet-1k")}
-    known |= {"hccl_2s_16p.json": str(place / "sixteen.json"), "hosts": str(place / "hosts")}
-    arguments = [word for word in words if word != "..."]
-    for old, new in known.items():
-        arguments = [re.sub(rf"(^|=){re.escape(old)}$", rf"\g<1>{new}", word) for word in arguments]
-    arguments = [word.replace("=...", f"={place / 'imageNet-1k'}") for word in arguments]
-    if not any(word.startswith("--data_path") for word in arguments) and "run_distribute" not in arguments[0]:
-        arguments.append(f"--data_path={place / 'imageNet-1k'}")
-    arguments = [re.sub(r"^--ckpt_path=/.*", "--ckpt_path=mae_vit_base_p16", word) for word in arguments]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", *arguments, "--device=cpu", "--dry_run"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    started = [line for line in done.stdout.splitlines() if "run_vit.py" in line]
-    assert started, done.stdout
-    parsed, _ = options.parse(shlex.split(started[0].split("run_vit.py", 1)[1]), "")
-    assert parsed.run_mode in options.RUN_MODES
+    """A script of test/, or run_distribute.sh: what it would start is parsed."""
+    if not any(word.startswith("--data_path") for word in words):
+        words = [*words, "--data_path=imageNet-1k"]
+    for script, *arguments in pages.dry_run(words, place):
+        parsed, _ = options.parse(arguments, "")
+        assert script == "run_vit.py" and parsed.run_mode in options.RUN_MODES
 
 
 def test_every_command_of_the_readme_runs(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
     two = [rank_table.generate(f"10.0.0.{n}", {i: f"192.168.{n}.{i + 1}" for i in range(8)}) for n in (1, 2)]
-    rank_table.write(rank_table.merge(two), place / "sixteen.json")
+    rank_table.write(rank_table.merge(two), place / "hccl_2s_16p.json")
     (place / "hosts").write_text("10.0.0.1 slots=8\n10.0.0.2 slots=8\n")
-    for line in [*commands("README.md"), *REFERENCE]:
-        words = shlex.split(line)
-        if any(line.startswith(first) for first in ELSEWHERE):
-            continue
+    for words in [*pages.lines_to_run(PROJECT / "README.md", ELSEWHERE, STAND_INS), *map(str.split, REFERENCE)]:
         if words[0] == "python":
             run_python(words[1:], place)
         else:
-            assert words[0] == "bash", line
-            run_shell(words[1:], place)
+            assert words[0] == "bash", words
+            run_shell(words, place)
     assert json.loads((place / "my_timm_vit" / "config.json").read_text())["num_classes"] == 1000
     assert (place / "my_hf_vit" / "model.safetensors").is_file() and (place / "vit_base_p16.pth").is_file()
 
 
+def test_the_snippet_of_the_readme_runs(place, monkeypatch):
+    """On the small stand-ins, to which the published names lead; with one epoch of two steps."""
+    monkeypatch.setitem(vit.model.PRESETS, "vit_base_p16", vit.model.PRESETS["vit_demo"] | {"image_size": 16})
+    (place / "snippet").mkdir()
+    monkeypatch.chdir(place / "snippet")
+    (place / "snippet" / "imageNet-1k").symlink_to(place / "imageNet-1k")
+    monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
+    Image.new("RGB", (20, 20), "yellow").save("sunflower.png")
+    (code,) = pages.blocks(PROJECT / "README.md", "python")
+    overrides = {word.split("=")[0]: word.split("=")[1] for word in SMALL}
+    small = f'eval_dataset="imageNet-1k/val", overrides={overrides}'
+    code = code.replace('eval_dataset="imageNet-1k/val"', small).replace("size=224", "size=16")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (place / "snippet" / "my_vit" / "config.json").is_file()
+
+
 def test_the_chinese_page_has_the_same_lines():
-    assert set(commands("README.zh-CN.md")) == set(commands("README.md"))
+    assert set(pages.commands(PROJECT / "README.zh-CN.md")) == set(pages.commands(PROJECT / "README.md"))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ci import pages
+
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = sorted(
     path for path in ROOT.rglob("*.zh-CN.md") if ".venv" not in path.parts and "common" not in path.parts[:-2]
@@ -14,22 +16,14 @@ READMES = [path for path in PAIRS if path.name == "README.zh-CN.md"]
 each_page = pytest.mark.parametrize("page", PAIRS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def english(page: Path) -> str:
-    return page.with_name(page.name.replace(".zh-CN", "")).read_text(encoding="utf-8")
-
-
-def commands(text: str) -> set[str]:
-    """Lines of code blocks without comments, continued lines as one."""
-    blocks = [code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if kind in ("", "bash")]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    starts = ("python", "bash ", "make ", "torchrun ", "pip ", "cd ")
-    return {" ".join(line.split("#")[0].split()) for line in lines if line.startswith(starts)}
+def english(page: Path) -> Path:
+    return page.with_name(page.name.replace(".zh-CN", ""))
 
 
 @each_page
 def test_a_chinese_page_has_no_command_or_flag_of_its_own(page):
-    chinese, other = page.read_text(encoding="utf-8"), english(page)
-    assert commands(chinese) - commands(other) == set()
+    assert set(pages.commands(page)) - set(pages.commands(english(page))) == set()
+    chinese, other = (path.read_text(encoding="utf-8") for path in (page, english(page)))
     known = set(re.findall(r"--[a-z][\w-]*", other))
     left = re.sub(r"^\|[^|]*\|", "|", chinese, flags=re.M)  # the first column of a table may hold old commands
     assert set(re.findall(r"--[a-z][\w-]*", left)) - known == set()
@@ -40,7 +34,9 @@ def test_a_chinese_readme_has_the_sections_that_its_readers_know_and_every_train
     chinese = page.read_text(encoding="utf-8")
     found = [name for name in re.findall(r"^## (.+)$", chinese, re.M)]
     assert found == list(SECTIONS)
-    scripts = {name for line in commands(english(page)) for name in re.findall(r"train_(?:clip_)?full_[18]p\.sh", line)}
+    scripts = {
+        name for line in pages.commands(english(page)) for name in re.findall(r"train_(?:clip_)?full_[18]p\.sh", line)
+    }
     assert all(name in chinese for name in scripts)
 
 
