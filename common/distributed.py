@@ -32,6 +32,9 @@ _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hc
 # own the last reference, and gloo's destructor, called with Python's lock held, can wait for ever.
 _ended_groups: list[dist.ProcessGroup] = []
 _stores: list[dist.Store] = []  # of the process, then a part of it for each group
+_watches: list[lost_ranks.Watch] = []  # of the group that is up
+_meetings: list[str] = []  # of `wait_for_all`, in the group that is up
+LOOK_S = 600.0  # between two looks whether all ranks are still there
 _failed_groups: list[dist.ProcessGroup] = []  # a thread of these may wait for a rank that is gone: never joined
 
 
@@ -95,6 +98,8 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
     try:
         barrier()
         watch = _watch_ranks(rank)
+        _watches.append(watch)
+        _meetings.clear()
         _set_timeout(timedelta(seconds=train_timeout_s))
         yield world
         kept_in = _ended_groups
@@ -105,6 +110,7 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
     finally:
         kept_in.append(group)
         if watch:
+            _watches.remove(watch)
             watch.close()
         # After an error the other ranks may never answer: destroy does not wait for them, and torchrun ends them all.
         with contextlib.suppress(RuntimeError, ValueError):
@@ -203,6 +209,26 @@ def barrier() -> None:
     """Waits for all ranks. An all-reduce of one number: unlike `dist.barrier` it need not guess a device."""
     if is_distributed():
         dist.all_reduce(torch.zeros(1))  # a CPU tensor: every backend string above has gloo for it
+
+
+def wait_for_all() -> None:
+    """Waits for all ranks however long one takes, in no collective, whose time-out is for steps and not for hours.
+
+    Raises:
+        RanksLost: one of them is gone.
+    """
+    if not is_distributed():
+        return
+    store, name, pause, looked = _stores[-1], f"met_{len(_meetings)}", 0.01, time.monotonic()
+    _meetings.append(name)
+    store.add(name, 1)
+    while store.add(name, 0) < world_size():
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+        if _watches and time.monotonic() - looked > LOOK_S:
+            if lost := lost_ranks.gone(_watches[-1]):
+                raise lost_ranks.RanksLost(f"rank {rank()} waits for the other ranks: {lost}")
+            looked = time.monotonic()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

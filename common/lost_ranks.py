@@ -20,6 +20,7 @@ from typing import NamedTuple
 from common.hosts import address_towards
 
 PROBE_S = 5.0  # how long a host may take to answer; a route that is down is often silent
+ALL_THERE = "all ranks are still there: one of them hangs, or is later than the time-out"
 _BACKLOG = 4096  # knocks are never taken off the queue
 _OF_A_COLLECTIVE = re.compile(
     r"gloo|nccl|hccl|ProcessGroup|connection (closed|reset|refused)|broken pipe|pair closure|wait timeout",
@@ -85,6 +86,12 @@ def is_about_others(text: str) -> bool:
     return RanksLost.__name__ in text or "with the other ranks" in text or bool(_OF_A_COLLECTIVE.search(text))
 
 
+def gone(watch: Watch, probe_s: float = PROBE_S) -> str | None:
+    """One line about who is gone; None where nobody is, or places are not known. Takes up to `probe_s` seconds."""
+    told = describe(watch, probe_s)
+    return None if told == ALL_THERE else told
+
+
 def describe(watch: Watch, probe_s: float = PROBE_S) -> str | None:
     """One line about who is gone, or None where places are not known. Takes up to `probe_s` seconds."""
     others = [place for place in watch.places if place.rank != watch.rank]
@@ -102,7 +109,7 @@ def describe(watch: Watch, probe_s: float = PROBE_S) -> str | None:
         lines.append(f"no answer from {_listed(silent)}: the host is lost, or cut off from {here}")
     if ended:
         lines.append(f"ended: {_listed(ended)}; the reason is in the log of the rank that ended first")
-    return "; ".join(lines) or "all ranks are still there: one of them hangs, or is later than the time-out"
+    return "; ".join(lines) or ALL_THERE
 
 
 def knock(places: Sequence[Place], probe_s: float) -> dict[Place, str]:

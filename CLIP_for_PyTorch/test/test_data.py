@@ -13,10 +13,12 @@ import pytest
 import torch
 from clip_sample import draw, write_coco_zips
 
-from clip_pretraining.data import coco, tables
+from clip_pretraining.data import coco, picture_check, tables
+from clip_pretraining.data.batches import GlobalBatchSampler
 from clip_pretraining.data.crop_cache import CropCache
-from clip_pretraining.data.images import ImageError
-from clip_pretraining.data.pairs import DecodedImages, GlobalBatchSampler, ImageRef, Pairs
+from clip_pretraining.data.images import ImageError, decode_image
+from clip_pretraining.data.pairs import DecodedImages, ImageRef, Pairs
+from clip_pretraining.data.picture_check import check_images, tell_unreadable
 from common.errors import UsageError
 
 
@@ -70,7 +72,7 @@ def test_captions_in_any_order_and_pictures_without_any(tmp_path):
     }
     (tmp_path / "c.json").write_text(json.dumps(content))
     pairs = coco.read_captions(tmp_path / "c.json", tmp_path, "val")
-    assert pairs.image_of_caption.tolist() == [2, 0, 2] and pairs.captions == ["of 5", "of 7", "of 5"]
+    assert pairs.image_of_caption.tolist() == [2, 0, 2] and list(pairs.captions) == ["of 5", "of 7", "of 5"]
 
 
 def test_coco_captions_that_say_nothing(tmp_path, capsys):
@@ -177,26 +179,44 @@ def test_unreadable_pictures_are_skipped_below_one_percent_and_stop_the_run_abov
     cut = tmp_path / "pictures/3.jpg"
     cut.write_bytes(cut.read_bytes()[:-100])  # its header is fine
     (tmp_path / "pictures/8.jpg").unlink()
-    bad = tables.check_images(pairs, 0, tmp_path / "cache")
+    bad, _ = check_images(pairs, 0, tmp_path / "cache")
     assert sorted(bad) == [3, 8] and "8.jpg: No such file" in bad[8]
-    kept = tables.drop_unreadable(pairs, bad)
+    tell_unreadable(pairs, bad)
+    kept = pairs.without_images(sorted(bad))
     assert (len(kept.images), len(kept)) == (198, 396)
     assert kept.captions[6] == draw(4)[1] and kept.images[kept.image_of_caption[6]].path.endswith("/4.jpg")
     assert "2 of 200 samples left out: 2 x picture cannot be read" in capsys.readouterr().out
 
     (tmp_path / "pictures/9.jpg").unlink()
     with pytest.raises(UsageError, match="More than 1.000%"):
-        tables.drop_unreadable(pairs, tables.check_images(pairs, 0, tmp_path / "cache"))
+        tell_unreadable(pairs, check_images(pairs, 0, tmp_path / "cache")[0])
 
 
-def test_the_check_is_kept_until_a_file_changes(tmp_path, monkeypatch):
-    pairs = many_pictures(tmp_path / "pictures", 4)
-    assert tables.check_images(pairs, 0, tmp_path / "cache") == {}
-    monkeypatch.setattr(tables, "unreadable_images", lambda *a: pytest.fail("decoded again"))
-    assert tables.check_images(pairs, 0, tmp_path / "cache") == {}
+def test_the_check_goes_on_where_it_was_ended_and_is_kept_until_a_file_changes(tmp_path, monkeypatch):
+    """Of 200 pictures in pieces of 64; ended by Ctrl-C in the third piece, its last line cut short."""
+    pairs = many_pictures(tmp_path / "pictures", 200)
+    (tmp_path / "pictures/70.jpg").write_bytes(draw(0)[0][:-100])
+    seen: list[str] = []
+
+    def decode(data: bytes, size: int, name: str):
+        seen.append(name)
+        if len(seen) == 150:
+            raise KeyboardInterrupt
+        return decode_image(data, size, name)
+
+    monkeypatch.setattr(picture_check, "decode_image", decode)
+    with pytest.raises(KeyboardInterrupt):
+        check_images(pairs, 0, tmp_path / "cache")
+    (ledger,) = (tmp_path / "cache").glob("checked_*.jsonl")
+    ledger.write_text(ledger.read_text() + "[2, ")
+    del seen[:]
+    bad, state = check_images(pairs, 0, tmp_path / "cache")
+    assert list(bad) == [70] and len(seen) == 200 - 128
+    del seen[:]
+    assert check_images(pairs, 0, tmp_path / "cache") == (bad, state) and not seen
     (tmp_path / "pictures/1.jpg").write_bytes(b"")
-    monkeypatch.undo()
-    assert list(tables.check_images(pairs, 0, tmp_path / "cache")) == [1]
+    bad, changed = check_images(pairs, 0, tmp_path / "cache")
+    assert sorted(bad) == [1, 70] and len(seen) == 64 and changed != state
 
 
 TABLES = {

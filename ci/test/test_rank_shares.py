@@ -20,7 +20,7 @@ from PIL import Image
 import vit  # noqa: F401  mends torchvision before timm and transformers
 from beit2.image_data import run_batches, steps_per_epoch
 from ci.training_cases import TEXT_CONFIG
-from clip_pretraining.data.pairs import EpochLoader, GlobalBatchSampler
+from clip_pretraining.data.batches import EpochLoader, GlobalBatchSampler
 from clip_pretraining.data.shards import read_shards
 from common.distributed import World
 from data2vec.config import load_config

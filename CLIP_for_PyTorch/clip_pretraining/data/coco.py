@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from clip_pretraining.data import left_out
-from clip_pretraining.data.pairs import ImageRef, Pairs
-from clip_pretraining.data.tables import drop_bad_captions
+from clip_pretraining.data.left_out import drop_bad_captions
+from clip_pretraining.data.pairs import Pairs, Pictures
+from clip_pretraining.data.texts import Texts
 from common.errors import UsageError
 
 ANNOTATIONS = "annotations_trainval2017"
@@ -32,22 +33,32 @@ def read_split(
     """The pairs of "train" or "val": one per annotation, in the order of the json, each picture listed once.
 
     Args:
-        data_dir: folder with the zips or the unpacked folders.
-        cache_dir: where zips are unpacked; default beside them.
         limit: the largest share of captions that may say nothing.
 
     Raises:
         UsageError: something is missing, truncated or not what COCO publishes. The message names the file.
     """
+    return read_captions(*find_split(data_dir, split, cache_dir), split, limit)
+
+
+def find_split(data_dir: str | Path, split: str, cache_dir: str | Path | None = None) -> tuple[Path, Path]:
+    """The captions file of "train" or "val" and the folder of its pictures, unpacked when need be.
+
+    Args:
+        data_dir: folder with the zips or the unpacked folders.
+        cache_dir: where zips are unpacked; default beside them.
+    """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise UsageError(f"--data_dir {data_dir}: no such folder")
     images = locate(data_dir, f"{split}2017", f"{split}2017", cache_dir)
-    annotations = locate(data_dir, ANNOTATIONS, "annotations", cache_dir, f"captions_{split}2017.json")
-    return read_captions(annotations / f"captions_{split}2017.json", images, split, limit)
+    captions = f"captions_{split}2017.json"
+    return locate(data_dir, ANNOTATIONS, "annotations", cache_dir, captions) / captions, images
 
 
-def read_captions(json_file: Path, image_dir: Path, name: str, limit: float = left_out.LIMIT) -> Pairs:
+def read_captions(
+    json_file: Path, image_dir: Path, name: str, limit: float = left_out.LIMIT, listing: Path | None = None
+) -> Pairs:
     """Pairs from one COCO captions file."""
     try:
         content = json.loads(json_file.read_text(encoding="utf-8"))
@@ -63,8 +74,9 @@ def read_captions(json_file: Path, image_dir: Path, name: str, limit: float = le
         raise UsageError(f"{json_file}: not a COCO captions file (lacks {error})") from None
     except ValueError as error:
         raise UsageError(f"{json_file}: {error}") from None
-    pairs = Pairs(name, [ImageRef(os.path.join(image_dir, n)) for n in names], captions, owner, names)
-    return drop_bad_captions(pairs, str(json_file), limit)
+    files = Texts.of(names)
+    pairs = Pairs(name, Pictures(files, str(image_dir)), captions, owner, files)
+    return drop_bad_captions(pairs, str(json_file), limit, listing)
 
 
 def _caption(annotation: dict) -> str:

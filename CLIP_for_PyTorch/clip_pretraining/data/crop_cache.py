@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from clip_pretraining.data.pairs import DecodedImages
-from clip_pretraining.data.tables import file_stamp
+from clip_pretraining.data.picture_check import file_stamp
 from common.errors import UsageError
 
 _PIXELS = 2  # of decode_image: another number where it gives other pixels, so that no old crop counts
@@ -53,23 +53,21 @@ class CropCache:
             raise UsageError(f"--crop_cache {folder}: {reason}; {needed} MiB are needed") from None
         self._crops = np.memmap(stem.with_suffix(".crops"), np.uint8, "r+", shape=(len(source), 3, size, size))
         self._keys = np.memmap(stem.with_suffix(".keys"), _KEY, "r+", shape=(len(source),))
-        self._pictures = np.array(
-            [_picture_key(ref.name, file_stamp(ref.path)) for ref in source.images], dtype=np.uint64
-        )
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """The picture, uint8 [3, S, S]."""
-        key = self._keys[index]
-        if key["picture"] == self._pictures[index]:
+        ref, key = self.source.images[index], self._keys[index]
+        picture = _picture_key(ref.name, file_stamp(ref.path))
+        if key["picture"] == picture:
             crop = np.array(self._crops[index])  # a copy: what is checked is what is returned
             if zlib.crc32(crop) == key["checksum"]:
                 return torch.from_numpy(crop)
         crop = self.source[index]
         self._crops[index] = crop.numpy()
-        self._keys[index] = (self._pictures[index], zlib.crc32(crop.numpy()), 0)
+        self._keys[index] = (picture, zlib.crc32(crop.numpy()), 0)
         return crop
 
 

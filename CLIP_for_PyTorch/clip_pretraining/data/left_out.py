@@ -8,12 +8,19 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from clip_pretraining.data.texts import Texts
 from common import distributed
 from common.errors import UsageError
+
+if TYPE_CHECKING:
+    from clip_pretraining.data.pairs import Pairs
 
 LIMIT = 0.01  # of samples; above it the data set is wrong, not merely imperfect
 
@@ -23,6 +30,26 @@ class Fault(NamedTuple):
 
     cause: str
     where: str
+
+
+class Faults(Sequence[Fault]):
+    """Many faults, in arrays: 1 % of millions are many."""
+
+    def __init__(self, causes: Texts, places: Texts):
+        self.causes, self.places = causes, places
+
+    @classmethod
+    def of(cls, faults: Iterable[Fault]) -> Faults:
+        if isinstance(faults, cls):
+            return faults
+        faults = list(faults)
+        return cls(*(Texts.of(fault[part] for fault in faults) for part in (0, 1)))
+
+    def __len__(self) -> int:
+        return len(self.causes)
+
+    def __getitem__(self, index: int) -> Fault:
+        return Fault(self.causes[index], self.places[index])
 
 
 NO_CAPTION = "caption empty or missing"
@@ -59,6 +86,47 @@ def tell(name: str, faults: Sequence[Fault], total: int, limit: float = LIMIT, l
         raise UsageError(f"{message}. More than {limit:.3%}: is it the right data? --max_bad_share raises the limit")
     if distributed.rank() == 0:
         print(f"warning: {message}", flush=True)
+
+
+def drop_bad_captions(pairs: Pairs, source: str, limit: float = LIMIT, listing: Path | None = None) -> Pairs:
+    """Without captions that say nothing or are not UTF-8; tells of them and of what reading had left out already.
+
+    Raises:
+        UsageError: more than `limit` of the samples, or all of them.
+    """
+    causes = {i: cause for i, text in enumerate(pairs.captions) if (cause := _fault_of(text))}
+    found = [Fault(cause, pairs.image_keys[int(pairs.image_of_caption[i])]) for i, cause in causes.items()]
+    faults = Faults.of([*pairs.left_out, *found])
+    tell(source, faults, pairs.samples, limit, listing)
+    if len(faults) == pairs.samples:
+        raise UsageError(f"{source}: no pairs in it")
+    kept = pairs.take(np.setdiff1d(np.arange(len(pairs)), list(causes))) if causes else pairs
+    return replace(kept, left_out=faults)
+
+
+def _fault_of(caption: str) -> str | None:
+    if not caption.strip():
+        return NO_CAPTION
+    try:
+        caption.encode()
+    except UnicodeEncodeError:  # a surrogate: a byte that was not UTF-8, or half a letter in JSON
+        return NOT_UTF8
+    return None
+
+
+def judge(pairs: Pairs, source: str, limit: float = LIMIT, listing: Path | None = None) -> None:
+    """Tells what is left out of pairs that an earlier start has read; raises as that would have."""
+    tell_of_cut_tars(source, pairs.left_out, len(pairs.images.files), limit, listing)
+    tell(source, pairs.left_out, pairs.samples, limit, listing)
+
+
+def tell_of_cut_tars(
+    source: str, faults: Sequence[Fault], tars: int, limit: float = LIMIT, listing: Path | None = None
+) -> None:
+    """Raises where more than `limit` of the tars are cut short: what they have lost is not known."""
+    cut = [fault for fault in faults if fault.cause == CUT_TAR]
+    if len(cut) > limit * tars:
+        tell(f"{source} ({tars} tars)", cut, tars, limit, listing)
 
 
 def _write(listing: Path, faults: Sequence[Fault]) -> str:

@@ -1,30 +1,29 @@
-"""Image-caption pairs in memory: where each picture is, the packed captions, the batches made of them.
+"""Image-caption pairs: where each picture is, the captions, the items of training.
 
 A picture is listed once however many captions it has. Reading follows the one rule of the repo: what a sample looks
-like depends on its index alone, so the number of loader workers and a resume change nothing.
+like depends on its index alone, so the number of loader workers and a resume change nothing. All that there is one of
+for each pair lies in arrays: a list of Python objects would be copied to every worker as it is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from clip_pretraining.data import remote
 from clip_pretraining.data.images import ImageError, decode_image
 from clip_pretraining.data.left_out import Fault
+from clip_pretraining.data.texts import Texts, first_equal
 from clip_pretraining.data.tokenization import PackedCaptions, pad_captions
-from common.device import mix_seed
 
 
 @dataclass(frozen=True)
@@ -63,51 +62,140 @@ class ImageRef:
             raise ImageError(f"{self.name}: {error.strerror or error}") from None
 
 
+class Pictures(Sequence[ImageRef]):
+    """Where pictures are: each in a file of its own below `root`, or many in a tar.
+
+    Args:
+        files: names of the pictures' files, or of the tars.
+        file_of: int32 [pictures], the tar of each; None: a file each.
+        offset, length: int64 [pictures], where in the tar.
+    """
+
+    def __init__(
+        self,
+        files: Texts,
+        root: str = "",
+        file_of: np.ndarray | None = None,
+        offset: np.ndarray | None = None,
+        length: np.ndarray | None = None,
+    ):
+        self.files, self.root = files, root
+        self.file_of, self.offset, self.length = file_of, offset, length
+
+    @classmethod
+    def of(cls, refs: Iterable[ImageRef]) -> Pictures:
+        if isinstance(refs, cls):
+            return refs
+        refs = list(refs)
+        files = Texts.of(dict.fromkeys(ref.path for ref in refs))
+        place = {path: i for i, path in enumerate(files)}
+        places = np.array([(place[ref.path], ref.offset, ref.length) for ref in refs], dtype=np.int64).reshape(-1, 3)
+        return cls(files, "", places[:, 0].astype(np.int32), places[:, 1], places[:, 2])
+
+    def __len__(self) -> int:
+        return len(self.files if self.file_of is None else self.file_of)
+
+    def __getitem__(self, index):
+        """One picture, or the list of a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if self.file_of is None:
+            return ImageRef(relative_to(self.root, self.files[index]))
+        path = relative_to(self.root, self.files[int(self.file_of[index])])
+        return ImageRef(path, int(self.offset[index]), int(self.length[index]))
+
+    def take(self, positions: np.ndarray) -> Pictures:
+        if self.file_of is None:
+            return Pictures(self.files.take(positions), self.root)
+        return Pictures(self.files, self.root, self.file_of[positions], self.offset[positions], self.length[positions])
+
+
 @dataclass
 class Pairs:
-    """A split: pictures, captions, and which picture each caption describes (in the order of the annotation file)."""
+    """A split: pictures, captions, and which picture each caption describes (in the order of the source)."""
 
     name: str
-    images: list[ImageRef]
-    captions: list[str]
-    image_of_caption: np.ndarray  # int64 [captions]
-    image_keys: list[str] = field(default_factory=list)  # short names for reports; defaults to the file names
+    images: Pictures  # or any sequence of ImageRef
+    captions: Texts  # or any sequence of str
+    image_of_caption: np.ndarray  # int32 [captions]
+    image_keys: Texts = field(default_factory=list)  # short names for reports; defaults to the file names
     left_out: list[Fault] = field(default_factory=list)  # samples of the source that are none of these
+    samples: int = 0  # of the source, those left out among them
+    starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # first caption of each of its parts
 
     def __post_init__(self):
-        self.image_of_caption = np.asarray(self.image_of_caption, dtype=np.int64)
-        if not self.image_keys:
-            self.image_keys = [os.path.basename(image.name) for image in self.images]
+        self.images, self.captions = Pictures.of(self.images), Texts.of(self.captions)
+        self.image_of_caption = np.asarray(self.image_of_caption, dtype=np.int32)
+        self.image_keys = Texts.of(self.image_keys or (os.path.basename(image.name) for image in self.images))
+        self.samples = self.samples or len(self) + len(self.left_out)
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """All of it as arrays, without the name."""
+        images = self.images
+        columns = {"image_of_caption": self.image_of_caption, "samples": np.array(self.samples), "starts": self.starts}
+        if images.file_of is not None:
+            columns |= {"file_of": images.file_of, "offset": images.offset, "length": images.length}
+        texts = {
+            "captions": self.captions,
+            "keys": self.image_keys,
+            "files": images.files,
+            "root": Texts.of([images.root]),
+            "causes": Texts.of(fault.cause for fault in self.left_out),
+            "places": Texts.of(fault.where for fault in self.left_out),
+        }
+        if images.files is self.image_keys:
+            del texts["files"]  # once is enough
+        for name, packed in texts.items():
+            columns |= {name: packed.data, f"{name}_ends": packed.ends}
+        return columns
+
+    @classmethod
+    def of_columns(cls, name: str, columns: dict[str, np.ndarray]) -> Pairs:
+        """What `columns` took apart."""
+        texts = {key: Texts(columns[key], columns[f"{key}_ends"]) for key in columns if f"{key}_ends" in columns}
+        root, places = texts["root"][0], (columns.get(key) for key in ("file_of", "offset", "length"))
+        return cls(
+            name,
+            Pictures(texts.get("files", texts["keys"]), root, *places),
+            texts["captions"],
+            columns["image_of_caption"],
+            texts["keys"],
+            [Fault(*fault) for fault in zip(texts["causes"], texts["places"], strict=True)],
+            int(columns["samples"]),
+            columns["starts"],
+        )
 
     def head(self, count: int | None) -> Pairs:
         """The first `count` captions and the pictures they describe; all of them when count is None or larger."""
         return self if count is None or count >= len(self) else self.take(np.arange(count))
 
     def keys(self) -> np.ndarray:
-        """Int [captions, 2]: which picture, and which text (the same for captions that differ in case only)."""
-        texts: dict[str, int] = {}
-        same = [texts.setdefault(caption.strip().lower(), len(texts)) for caption in self.captions]
-        return np.stack([self.image_of_caption, len(self.images) + np.array(same, dtype=np.int64)], axis=1)
+        """Int32 [captions, 2]: which picture, and which text (the same for captions that differ in case only)."""
+        texts = first_equal((caption.strip().lower() for caption in self.captions), len(self))
+        return np.stack([self.image_of_caption, len(self.images) + texts], axis=1).astype(np.int32)
 
     def take(self, captions: np.ndarray) -> Pairs:
-        """The captions of the given positions, in that order, with only their pictures."""
+        """The captions of the given positions, which rise, with only their pictures."""
         used, position = np.unique(self.image_of_caption[captions], return_inverse=True)
-        return Pairs(
-            self.name,
-            [self.images[i] for i in used],
-            [self.captions[i] for i in captions],
-            position,
-            [self.image_keys[i] for i in used],
-            self.left_out,
+        images, keys = self.images.take(used), self.image_keys.take(used)
+        if self.images.files is self.image_keys:
+            images.files = keys
+        return replace(
+            self,
+            images=images,
+            captions=self.captions.take(captions),
+            image_of_caption=position,
+            image_keys=keys,
+            starts=np.searchsorted(captions, self.starts),
         )
 
     def identity(self) -> dict[str, int | str]:
         """What the split is, by content: the same wherever it lies, another when a caption or picture is another."""
         captions, pictures = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-        for text, image in zip(self.captions, self.image_of_caption.tolist(), strict=True):
+        for text, image in zip(self.captions, self.image_of_caption, strict=True):
             captions.update(f"{image} {text}\n".encode("utf-8", "surrogatepass"))
         for key, image in zip(self.image_keys, self.images, strict=True):
             pictures.update(f"{key} {image.size()}\n".encode("utf-8", "surrogatepass"))
@@ -187,134 +275,6 @@ class Collate:
         return batch
 
 
-class GlobalBatchSampler(Sampler):
-    """Batches of one rank out of the global batches of an epoch.
-
-    The order is a permutation drawn from (seed, epoch). Rank r takes the r-th share of every global batch, so that the
-    same pairs meet in a step on any number of ranks. Without `drop_last` a ragged last global batch is shared out
-    evenly, which leaves out fewer than `world` pairs.
-
-    `keys` int [pairs, K]: pairs that share a key (the picture, the caption) are no negatives of each other, so they are
-    kept out of one global batch for as long as there are others to take.
-    """
-
-    def __init__(
-        self,
-        pairs: int,
-        batch: int,
-        seed: int,
-        rank: int,
-        world: int,
-        drop_last: bool,
-        keys: np.ndarray | None = None,
-    ):
-        self.pairs, self.batch, self.seed, self.rank, self.world = pairs, batch, seed, rank, world
-        self.keys = keys
-        tail = pairs % (batch * world) // world
-        self.tail = 0 if drop_last else tail
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.pairs // (self.batch * self.world) + (self.tail > 0)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng(mix_seed(self.seed, self.epoch)).permutation(self.pairs)
-        if self.keys is not None:
-            order = apart(order, self.keys, self.batch * self.world)
-        whole = self.pairs // (self.batch * self.world)
-        for step in range(len(self)):
-            share = self.batch if step < whole else self.tail
-            start = step * self.batch * self.world + self.rank * share
-            yield order[start : start + share].tolist()
-
-
-def apart(order: np.ndarray, keys: np.ndarray, batch: int) -> np.ndarray:
-    """`order` changed so that, in each run of `batch` pairs, none shares a key with another.
-
-    A pair that would clash waits for the next run. Towards the end, where only clashing pairs are left, they stay.
-
-    Args:
-        order: int [pairs], a permutation.
-        keys: int [pairs, K]; no value of one column occurs in another.
-    """
-    result: list[int] = []
-    waiting, coming = [], iter(order.tolist())
-    rows = keys.tolist()
-    while len(result) < len(order):
-        met: set[int] = set()
-        still_waiting = []
-        chosen = 0
-        for pair in itertools.chain(waiting, coming):
-            if met.isdisjoint(rows[pair]):
-                met.update(rows[pair])
-                result.append(pair)
-                chosen += 1
-            else:
-                still_waiting.append(pair)
-            if chosen == batch:
-                break
-        else:  # nothing more is coming: what clashes fills the rest
-            return np.array(result + still_waiting)
-        untouched = waiting[chosen + len(still_waiting) :]
-        waiting = still_waiting + untouched
-    return np.array(result)
-
-
-class EpochLoader(DataLoader):
-    """A DataLoader that hands the epoch on to its sampler; the Trainer calls `set_epoch`."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-
-
-def one_thread(_worker: int) -> None:
-    """A loader worker decodes with one thread: more of them only fight over the cores."""
-    torch.set_num_threads(1)
-
-
-def unreadable_images(
-    images: Sequence[ImageRef], workers: int, rank: int = 0, ranks: int = 1, say: Callable[[str], None] = print
-) -> dict[int, str]:
-    """Decodes every picture once and says what is wrong with which; a header alone does not show a truncated file.
-
-    Args:
-        rank, ranks: each of `ranks` processes looks at its share.
-        say: told of the progress, every half a minute.
-
-    Returns:
-        {position: reason} of those of the share that cannot be read.
-    """
-    mine = range(rank, len(images), ranks)
-    loader = DataLoader(_Check(images, mine), batch_size=None, num_workers=workers, worker_init_fn=one_thread)
-    bad, last = {}, time.monotonic()
-    for done, (index, reason) in enumerate(zip(mine, loader, strict=True), 1):
-        if reason:
-            bad[index] = reason
-        if time.monotonic() - last > 30:
-            last = time.monotonic()
-            say(f"checking pictures: {done:,} of {len(mine):,}, {len(bad)} cannot be read")
-    return bad
-
-
-class _Check(Dataset):
-    def __init__(self, images: Sequence[ImageRef], mine: Sequence[int]):
-        self.images, self.mine = images, mine
-
-    def __len__(self) -> int:
-        return len(self.mine)
-
-    def __getitem__(self, index: int) -> str:
-        ref = self.images[self.mine[index]]
-        try:
-            decode_image(ref.read(), 8, ref.name)
-        except ImageError as error:
-            return str(error)
-        return ""
-
-
-def relative_to(folder: Path, path: str) -> str:
-    """`path`, taken from `folder` unless it is absolute."""
-    return path if os.path.isabs(path) else str(folder / path)
+def relative_to(folder: str | Path, path: str) -> str:
+    """`path`, taken from `folder` unless it is absolute or a URL."""
+    return path if remote.is_remote(path) else os.path.join(folder, path)

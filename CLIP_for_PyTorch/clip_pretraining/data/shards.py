@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tarfile
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,9 +21,10 @@ from typing import BinaryIO
 import numpy as np
 
 from clip_pretraining.data import left_out, remote
-from clip_pretraining.data.pairs import ImageRef, Pairs
-from clip_pretraining.data.tables import IMAGE_SUFFIXES, drop_bad_captions, keep_json
-from common import distributed
+from clip_pretraining.data.left_out import drop_bad_captions
+from clip_pretraining.data.pairs import Pairs, Pictures
+from clip_pretraining.data.picture_check import IMAGE_SUFFIXES, keep_json
+from clip_pretraining.data.texts import GrowingTexts, Texts
 from common.errors import UsageError
 from common.pictures import is_litter
 
@@ -51,25 +53,24 @@ def read_shards(
     Raises:
         UsageError: a tar that is missing or compressed, more faults than `limit`, or no pairs in them.
     """
-    refs: list[ImageRef] = []
-    captions: list[str] = []
-    keys: list[str] = []
+    keys, captions = GrowingTexts(), GrowingTexts()
+    places = array("q")  # of each picture its tar, offset and length
     faults: list[left_out.Fault] = []
     shards = expand_shards(pattern)
-    for shard in shards:
+    for number, shard in enumerate(shards):
         samples, found = _samples_of(shard, caption_key, index_dir)
         faults += [left_out.Fault(cause, f"{shard}: {key}") for cause, key in found]
         for key, offset, length, caption in samples:
-            refs.append(ImageRef(shard, offset, length))
+            places.extend((number, offset, length))
             captions.append(caption)
             keys.append(key)
-    cut = [fault for fault in faults if fault.cause == left_out.CUT_TAR]
-    if len(cut) > limit * len(shards):
-        left_out.tell(f"{pattern} ({len(shards)} tars)", cut, len(shards), limit, listing)
-    if not refs:
+    left_out.tell_of_cut_tars(pattern, faults, len(shards), limit, listing)
+    if not places:
         what = f" ({faults[0].cause}: {faults[0].where})" if faults else ""
         raise UsageError(f"{pattern}: no picture in it{what}; needed is KEY.jpg beside KEY.{caption_key.split(':')[0]}")
-    pairs = Pairs("shards", refs, captions, np.arange(len(refs)), keys, faults)
+    tar, offset, length = np.array(places).reshape(-1, 3).T
+    pictures = Pictures(Texts.of(shards), "", tar.astype(np.int32), offset.copy(), length.copy())
+    pairs = Pairs("shards", pictures, captions.packed(), np.arange(len(tar)), keys.packed(), faults)
     return drop_bad_captions(pairs, pattern, limit, listing)
 
 
@@ -130,9 +131,7 @@ def _samples_of(shard: str, caption_key: str, index_dir: Path | None) -> Listed:
             return list_tar(file, "r:", caption_key, os.stat(shard).st_size)
     if index_dir is None:
         raise UsageError(f"{shard}: give --cache_dir, where the contents of remote tars are kept")
-    # one rank downloads, the others are told
-    found = _remote_samples(shard, caption_key, index_dir) if distributed.rank() == 0 else None
-    samples, faults = distributed.broadcast_object(found)
+    samples, faults = _remote_samples(shard, caption_key, index_dir)
     return [tuple(sample) for sample in samples], [tuple(fault) for fault in faults]
 
 

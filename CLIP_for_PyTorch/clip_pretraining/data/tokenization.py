@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import html
+import itertools
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,10 +65,10 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int = 1000, for_clip: b
 
 
 class PackedCaptions:
-    """Token ids of many captions in one int32 array: 591,753 COCO captions take 32 MB instead of 300 MB padded."""
+    """Token ids of many captions in one array: 591,753 COCO captions take 16 MB instead of 300 MB padded."""
 
     def __init__(self, ids: np.ndarray, offsets: np.ndarray):
-        self.ids = ids  # int32 [sum of lengths]
+        self.ids = ids  # uint16, or int32 for more than 65,536 words; [sum of lengths]
         self.offsets = offsets  # int64 [captions + 1]
 
     def __len__(self) -> int:
@@ -78,13 +80,19 @@ class PackedCaptions:
     @classmethod
     def tokenise(cls, captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> PackedCaptions:
         """Every caption once, unpadded, truncated to max_length tokens (special tokens included)."""
-        parts: list[np.ndarray] = []
+        kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+        parts, lengths = [np.zeros(0, kind)], []
+        last = time.monotonic()
         for start in range(0, len(captions), 4096):
-            batch = tokenizer(list(captions[start : start + 4096]), truncation=True, max_length=max_length)
-            parts += [np.asarray(ids, dtype=np.int32) for ids in batch["input_ids"]]
-        offsets = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum([len(p) for p in parts], out=offsets[1:])
-        return cls(np.concatenate(parts) if parts else np.zeros(0, np.int32), offsets)
+            batch = tokenizer(captions[start : start + 4096], truncation=True, max_length=max_length)["input_ids"]
+            parts.append(np.fromiter(itertools.chain.from_iterable(batch), dtype=kind))
+            lengths += map(len, batch)
+            if time.monotonic() - last > 30:
+                last = time.monotonic()
+                print(f"tokenising: {start:,} of {len(captions):,} captions", flush=True)
+        offsets = np.zeros(len(captions) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(np.concatenate(parts), offsets)
 
 
 def pad_captions(rows: Sequence[np.ndarray], pad_token_id: int, max_length: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
-from clip_pretraining.data.pairs import ImageSource, Pairs, one_thread
+from clip_pretraining.data.batches import one_thread
+from clip_pretraining.data.pairs import ImageSource, Pairs
 from clip_pretraining.data.tokenization import PackedCaptions, pad_captions
 from clip_pretraining.evaluation.retrieval import recall_at_k
 from clip_pretraining.model import loss as losses
@@ -130,7 +131,7 @@ def evaluate_split(
         encoder.model.train(was_training)
     if not bool(torch.isfinite(image).all() & torch.isfinite(text).all()):
         raise FloatingPointError("evaluation: the model's features are not finite")
-    owner = torch.as_tensor(pairs.image_of_caption, device=image.device)
+    owner = torch.from_numpy(pairs.image_of_caption.astype(np.int64)).to(image.device)
     metrics = {
         "loss": in_batch_loss(image[owner], text, encoder.model, batch_size, drop_last),
         "batch_size": batch_size,

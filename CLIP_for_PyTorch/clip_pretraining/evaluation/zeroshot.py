@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clip_pretraining.data.pairs import DecodedImages, ImageRef
-from clip_pretraining.data.tables import IMAGE_SUFFIXES
+from clip_pretraining.data.picture_check import IMAGE_SUFFIXES
 from clip_pretraining.data.tokenization import PackedCaptions, clean_caption
 from clip_pretraining.evaluation.encoder import Encoder
 from common.errors import UsageError

@@ -27,7 +27,7 @@ HOUSE = {
 }
 DROPPED = {
     "use_combine_grad": "gradients are already combined: in DDP's buckets and in the fused optimizer",
-    "overwrite_cache": "captions are tokenised anew at every start (half a minute for COCO); no cache to overwrite",
+    "overwrite_cache": "what is kept of captions and tokens is built anew whenever their file or the tokenizer changes",
     "use_fast_tokenizer": "transformers 5 has only the fast tokenizers",
     "preprocessing_num_workers": "captions are tokenised in batches by the tokenizer's own threads",
     "logging_dir": "TensorBoard files go to OUTPUT_DIR/tensorboard",

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from clip_pretraining.options.arguments import ClipTrainingArguments, DataArguments
 from clip_pretraining.training.pipeline import Setup
-from common.distributed import World, broadcast_object
+from common.distributed import World
 
 
 def facts(setup: Setup, data: DataArguments, args: ClipTrainingArguments, world: World, steps: int) -> dict[str, Any]:
@@ -19,8 +19,7 @@ def facts(setup: Setup, data: DataArguments, args: ClipTrainingArguments, world:
     The number of ranks does not matter as long as the global batch stays.
     """
     return {
-        # of the training pairs; hashing millions of captions is work for one rank
-        "data": broadcast_object(setup.train.pairs.identity() if setup.train and world.is_main else {}),
+        "data": setup.train_identity,
         "max_seq_length": setup.collate.max_length,
         "clean_captions": data.clean_captions,
         "global_batch": args.per_device_train_batch_size * world.size,

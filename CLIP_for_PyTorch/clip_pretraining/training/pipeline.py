@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,18 @@ from transformers import CLIPProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import VisionTextDualEncoderProcessor as DualEncoderProcessor
 from transformers.utils import logging as hf_logging
 
-from clip_pretraining.data import coco, tables
+from clip_pretraining.data.batches import GlobalBatchSampler
 from clip_pretraining.data.crop_cache import CropCache
-from clip_pretraining.data.pairs import Collate, DecodedImages, GlobalBatchSampler, ImageSource, PairDataset, Pairs
-from clip_pretraining.data.shards import expand_shards, read_shards
-from clip_pretraining.data.tokenization import PackedCaptions, clean_caption, load_tokenizer
+from clip_pretraining.data.pairs import Collate, DecodedImages, ImageSource, PairDataset, Pairs
+from clip_pretraining.data.picture_check import check_images, tell_unreadable
+from clip_pretraining.data.tokenization import load_tokenizer
 from clip_pretraining.evaluation import zeroshot
 from clip_pretraining.evaluation.encoder import Encoder, evaluate_split
 from clip_pretraining.exchange.transformers_folder import processor_of
 from clip_pretraining.model import layers, loading
 from clip_pretraining.model.loading import ImageSettings
 from clip_pretraining.options.arguments import ClipTrainingArguments, DataArguments, ModelArguments
+from clip_pretraining.training import sources
 from common import device as devices
 from common.distributed import World
 from common.errors import UsageError
@@ -38,6 +39,7 @@ class Setup:
     processor: CLIPProcessor | DualEncoderProcessor
     collate: Collate
     train: PairDataset | None = None
+    train_identity: dict[str, int | str] = field(default_factory=dict)  # of the pairs, by content
     validation: PairDataset | None = None
     zero_shot: zeroshot.Task | None = None
     validation_features: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -66,11 +68,17 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
         processor_of(model, tokenizer, settings),
         Collate(tokenizer.pad_token_id, longest, args.mask_equal_captions),
     )
+
+    def split_of(name: str) -> sources.Split:
+        source = sources.find(name, data, model_args.cache_dir)
+        return sources.prepare(source, data, tokenizer, longest, args.dataloader_num_workers, world)
+
     if args.do_train:
-        setup.train = _dataset(_pairs("train", model_args, data, args, world), setup, data)
+        train = split_of("train")
+        setup.train, setup.train_identity = _dataset(train, setup, data), train.identity()
         _check_size(setup.train, args, world)
     if args.do_eval:
-        setup.validation = _dataset(_pairs("val", model_args, data, args, world), setup, data)
+        setup.validation = _dataset(split_of("val"), setup, data)
         if args.zero_shot_dir:
             setup.zero_shot = _zero_shot(model_args, data, args, world)
     return setup
@@ -89,35 +97,6 @@ def _tokenizer(source: str, model: PreTrainedModel, hub: dict) -> PreTrainedToke
     return tokenizer
 
 
-def _pairs(
-    split: str, model_args: ModelArguments, data: DataArguments, args: ClipTrainingArguments, world: World
-) -> Pairs:
-    long_name = {"train": "train", "val": "validation"}[split]
-    table, shards = getattr(data, f"{long_name}_file"), getattr(data, f"{long_name}_shards")
-    if table:
-        cache, name = Path(model_args.cache_dir or Path(table).parent / ".clip_cache"), Path(table).stem
-        columns, listing = (data.image_column, data.caption_column), cache / f"left_out_{name}.tsv"
-        pairs = tables.read_table(table, *columns, data.data_dir, data.delimiter, data.max_bad_share, listing)
-    elif shards:
-        index_dir = Path(model_args.cache_dir) if model_args.cache_dir else None
-        cache = index_dir or Path(expand_shards(shards)[0]).parent / ".clip_cache"
-        listing = cache / "left_out_shards.tsv"
-        pairs = read_shards(shards, data.caption_key, index_dir, data.max_bad_share, listing)
-    else:
-        pairs = coco.read_split(data.data_dir, split, model_args.cache_dir, data.max_bad_share)
-        cache = Path(model_args.cache_dir or Path(data.data_dir) / ".clip_cache")
-    limit = data.max_train_samples if split == "train" else data.max_eval_samples
-    return _readable(pairs.head(limit), cache, data, args, world)
-
-
-def _readable(pairs: Pairs, cache: Path, data: DataArguments, args: ClipTrainingArguments, world: World) -> Pairs:
-    if data.check_images:
-        bad = tables.check_images(pairs, args.dataloader_num_workers, cache)
-        listing = cache / f"left_out_{pairs.name}.tsv"
-        pairs = tables.drop_unreadable(pairs, bad, data.max_bad_share, listing)
-    return pairs
-
-
 def _zero_shot(
     model_args: ModelArguments, data: DataArguments, args: ClipTrainingArguments, world: World
 ) -> zeroshot.Task:
@@ -125,18 +104,18 @@ def _zero_shot(
     task = zeroshot.read_task(args.zero_shot_dir, args.class_names, args.templates, data.clean_captions)
     pictures = Pairs("zero_shot", task.images, [str(label) for label in task.labels], np.arange(len(task.images)))
     cache = Path(model_args.cache_dir or Path(args.zero_shot_dir) / ".clip_cache")
-    pictures = _readable(pictures, cache, data, args, world)
+    if data.check_images:
+        bad, _ = check_images(pictures, args.dataloader_num_workers, cache)
+        tell_unreadable(pictures, bad, data.max_bad_share, cache / "left_out_zero_shot.tsv")
+        pictures = pictures.without_images(sorted(bad))
     return replace(task, images=pictures.images, labels=[int(label) for label in pictures.captions])
 
 
-def _dataset(pairs: Pairs, setup: Setup, data: DataArguments) -> PairDataset:
-    captions = [clean_caption(caption) for caption in pairs.captions] if data.clean_captions else pairs.captions
-    tokens = PackedCaptions.tokenise(captions, setup.tokenizer, setup.collate.max_length)
-    size = setup.settings.size
-    images: ImageSource = DecodedImages(pairs.images, size)
+def _dataset(split: sources.Split, setup: Setup, data: DataArguments) -> PairDataset:
+    images: ImageSource = DecodedImages(split.pairs.images, setup.settings.size)
     if data.crop_cache:
-        images = CropCache(Path(data.crop_cache), pairs.name, images)
-    return PairDataset(pairs, tokens, images)
+        images = CropCache(Path(data.crop_cache), split.pairs.name, images)
+    return PairDataset(split.pairs, split.tokens, images)
 
 
 def _check_size(train: PairDataset, args: ClipTrainingArguments, world: World) -> None:

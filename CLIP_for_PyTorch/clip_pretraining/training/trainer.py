@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from clip_pretraining import resume
-from clip_pretraining.data.pairs import EpochLoader, GlobalBatchSampler, PairDataset, one_thread
+from clip_pretraining.data.batches import EpochLoader, GlobalBatchSampler, one_thread
+from clip_pretraining.data.pairs import PairDataset
 from clip_pretraining.evaluation.encoder import normalise_pixels
 from clip_pretraining.model import loss as losses
 from clip_pretraining.model.layers import full_attention_mask
