@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from beit2 import device_patches, parameter_groups
 from beit2 import tokenizer_options as setup
+from beit2.codebook_figure import draw_codebook_use
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.labelled import LabelledImages
 from beit2.data.normalizer import Normalizer
@@ -60,8 +62,6 @@ def train(options: argparse.Namespace, world: World) -> dict:
     run = new_run(options, world, precision, replica, groups, steps, schedule(options, steps), identity=identity)
     normalizer = Normalizer(HALF, HALF, world.device)
     loss_of = functools.partial(distillation_loss, replica.wrapped, normalizer, precision)
-    if run.state.step % steps == 0 and "unfinished" not in run.kept:
-        tokenizer.quantize.reset_usage()
 
     def kept() -> dict:
         return {"teacher": teacher.config}
@@ -69,6 +69,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     if options.replay:
         return replay_step(run, dataset, loss_of)
     with run.open_log() as log:
+        if run.state.step % steps == 0 and "unfinished" not in run.kept:
+            begin_epoch(run, log, tokenizer)
         batches, results = run_batches(dataset, options, world, steps, run.state.step, run.last), {}
         for done in training_steps(run, log, batches, loss_of):
             if done.epoch_ends:
@@ -76,12 +78,21 @@ def train(options: argparse.Namespace, world: World) -> dict:
             if done.saves:
                 run.save(log, done, **kept())
             if done.epoch_ends:
-                tokenizer.quantize.reset_usage()
+                begin_epoch(run, log, tokenizer)
         if not results and test is not None:
             with run.evaluating(log, None, kept):
                 results = evaluate(options, tokenizer, test, world)
             log.record(run.state.step, "eval", **results)
+        draw_codebook_use(Path(options.output_dir), tokenizer.n_code, steps, world)
         return finish(log, results)
+
+
+def begin_epoch(run: Run, log: RunLog, tokenizer: VQKD) -> None:
+    """Counts the codes' use anew; with --revive_dead_codes those that the epoch before did not use come back."""
+    if run.options.revive_dead_codes and 0 < run.state.step < run.last:
+        count = tokenizer.quantize.revive_unused()
+        log.info(f"{count} of {tokenizer.n_code} codes were not used in this epoch: they begin anew in the next batch")
+    tokenizer.quantize.reset_usage()
 
 
 def finish(log: RunLog, results: dict[str, float], loss: float | None = None) -> dict:
@@ -113,7 +124,8 @@ def end_epoch(
     line["train_total_loss"] = line["train_loss"]  # the reference logs the sum under both names
     if results:
         line["test_loss"] = line["test_total_loss"]
-    log.record(run.state.step, "eval", **results, train_unused_codes=means["Unused_code"])
+    perplexity = tokenizer.quantize.perplexity()
+    log.record(run.state.step, "eval", **results, train_unused_codes=means["Unused_code"], train_perplexity=perplexity)
     if run.world.is_main:
         line |= {"epoch": run.epoch, "n_parameters": run.replica.parameter_count}
         append_epoch_log(run.options.output_dir, line)

@@ -22,6 +22,7 @@ OF_A_RUN = (
     "profile*",
     "dump_precision",
     "loss.png",
+    "codebook_use.png",
     "log.txt",
     "replay.json",
     "train_*_loss.txt",

@@ -22,6 +22,7 @@ from beit2.options import (
     add_run_options,
     add_schedule_options,
     adopt,
+    given_patch_size,
     mean_and_std,
     parse,
 )
@@ -76,6 +77,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--abs_pos_emb", action="store_true", default=False)
     group.add_argument("--layer_scale_init_value", type=float, default=0.1)
     group.add_argument("--input_size", type=int, default=224)
+    group.add_argument("--patch_size", type=int, help="default: what the model's name says")
     group.add_argument("--drop", type=float, default=0.0)
     group.add_argument("--attn_drop_rate", type=float, default=0.0)
     group.add_argument("--drop_path", type=float, default=0.1)
@@ -162,6 +164,7 @@ def build_test_set(
 _OF_THE_CHECKPOINT = (
     "model",
     "input_size",
+    "patch_size",
     "crop_pct",
     "imagenet_default_mean_and_std",
     "qkv_bias",
@@ -251,6 +254,7 @@ def build_model(options: argparse.Namespace, classes: int) -> VisionTransformer:
         use_abs_pos_emb=options.abs_pos_emb,
         use_mean_pooling=options.use_mean_pooling,
         init_scale=options.init_scale,
+        **given_patch_size(options),
     )
     if options.finetune:
         load_pretrained(model, options)

@@ -37,7 +37,6 @@ DEAD = {
     "load-tar": "it never did anything",
     "weight_decay_end": "the tokenizer's weight decay is constant, there and here",
     "imagenet_default_mean_and_std": "--process_type imagenet_norm says how the tokenizer's pictures are normalised",
-    "patch_size": "--model says it",
     "log_dir": "TensorBoard files are in <output_dir>/tensorboard",
 }
 
@@ -168,6 +167,19 @@ def adopt(options: argparse.Namespace, trained: argparse.Namespace | None, names
     for name in names:
         if name not in options.given and hasattr(trained, name):
             setattr(options, name, getattr(trained, name))
+
+
+def given_patch_size(options: argparse.Namespace) -> dict[str, int]:
+    """--patch_size as an argument of a model; without the option the model's name says it.
+
+    Raises:
+        UsageError: --input_size is no multiple of it.
+    """
+    if options.patch_size is None:
+        return {}
+    if options.patch_size < 1 or options.input_size % options.patch_size:
+        raise UsageError(f"--patch_size {options.patch_size}: --input_size {options.input_size} is no multiple of it")
+    return {"patch_size": options.patch_size}
 
 
 def mean_and_std(options: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,11 +15,13 @@ from beit2.data.transforms import INTERPOLATIONS, TwoViewTransform
 from beit2.model.masked_image_model import MaskedImageModel
 from beit2.model.names import FINETUNING_MODELS, create_model, create_tokenizer
 from beit2.model.tokenizer import VQKD, load_tokenizer_weights
+from beit2.model.tokenizer_file import patch_of
 from beit2.options import (
     add_dead_options,
     add_optimizer_options,
     add_run_options,
     add_schedule_options,
+    given_patch_size,
     parse,
     truth,
 )
@@ -77,6 +79,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_mask_patches_per_block", type=int, default=None)
     group.add_argument("--min_mask_patches_per_block", type=int, default=16)
     group.add_argument("--input_size", type=int, default=224)
+    group.add_argument("--patch_size", type=int, help="default: what the model's name says")
     group.add_argument("--second_input_size", type=int, default=224, help="of the tokenizer's pictures")
     group.add_argument("--drop_path", type=float, default=0.1)
     group.add_argument("--early_layers", type=int, default=9)
@@ -119,6 +122,7 @@ def build_model(options: argparse.Namespace) -> MaskedImageModel:
         "init_values": options.layer_scale_init_value,
         "use_abs_pos_emb": options.abs_pos_emb,
         "use_shared_rel_pos_bias": options.rel_pos_bias,
+        **given_patch_size(options),
     }
     if options.model.endswith("cls_pt"):
         overrides |= {
@@ -144,9 +148,11 @@ def load_tokenizer(options: argparse.Namespace, precision: str, window: tuple[in
     if options.random_tokenizer and options.tokenizer_weight:
         raise UsageError("--random_tokenizer and --tokenizer_weight: give one of the two")
     path = None if options.random_tokenizer else _tokenizer_file(options)
+    patch = given_patch_size(options).get("patch_size") if path is None else patch_of(path)
     tokenizer = create_tokenizer(
         options.tokenizer_model,
         img_size=options.second_input_size,
+        **({} if patch is None else {"patch_size": patch}),
         n_code=options.codebook_size,
         code_dim=options.codebook_dim,
         process_type=getattr(saved_options(path), "process_type", "default"),  # as it was trained

@@ -10,7 +10,7 @@ from beit2.data.labelled import CentreCrop, CropAndFlip, LabelledImages, find_cl
 from beit2.data.reading import check_images
 from beit2.model.names import FINETUNING_MODELS, create_model
 from beit2.model.vision_transformer import VisionTransformer
-from beit2.options import add_dead_options, add_optimizer_options, add_run_options, adopt, parse, truth
+from beit2.options import add_optimizer_options, add_run_options, adopt, given_patch_size, parse, truth
 from beit2.weights.download import local_file
 from beit2.weights.files import read_checkpoint, read_state_dict
 from common.errors import UsageError
@@ -24,6 +24,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrained_weights", default="", help="pretraining checkpoint: file or URL")
     parser.add_argument("--checkpoint_key", default="model|module|teacher")
     parser.add_argument("--input_size", type=int, default=224)
+    parser.add_argument("--patch_size", type=int, help="default: what the model's name says")
     parser.add_argument("--layer_scale_init_value", type=float, default=0.1)
     parser.add_argument("--abs_pos_emb", action="store_true")
     parser.add_argument("--rel_pos_bias", action="store_true", default=True)
@@ -43,7 +44,6 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     add_optimizer_options(parser, lr=0.0, weight_decay=1e-4)  # the rate falls to 0 in a cosine, by epoch
     parser.add_argument("--optimizer", dest="opt", default=argparse.SUPPRESS, help="the same as --opt")
     add_run_options(parser)
-    add_dead_options(parser, "patch_size")
     parser.set_defaults(update_freq=1)
     options = parse(parser, argv)
     if not options.avgpool_patchtokens:
@@ -66,7 +66,7 @@ def load_encoder(options: argparse.Namespace) -> VisionTransformer:
     encoder = create_model(
         options.model, img_size=options.input_size, num_classes=0, use_rel_pos_bias=False, use_mean_pooling=False,
         use_shared_rel_pos_bias=options.rel_pos_bias, use_abs_pos_emb=options.abs_pos_emb,
-        init_values=options.layer_scale_init_value,
+        init_values=options.layer_scale_init_value, **given_patch_size(options),
     )  # fmt: skip
     path = local_file(options.pretrained_weights)
     state = read_state_dict(path, keys=tuple(options.checkpoint_key.split("|")))
@@ -116,6 +116,7 @@ def build_test_set(options: argparse.Namespace, names: list[str] | None) -> tupl
 _OF_THE_CHECKPOINT = (
     "model",
     "input_size",
+    "patch_size",
     "imagenet_default_mean_and_std",
     "rel_pos_bias",
     "abs_pos_emb",

@@ -35,8 +35,13 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--codebook_emd_dim", type=int, default=32)
     parser.add_argument("--ema_decay", type=float, default=0.99)
     parser.add_argument("--quantize_kmeans_init", action="store_true")
+    parser.add_argument(
+        "--revive_dead_codes", action="store_true",
+        help="after every epoch: codes that nothing used get a place among the next batch's vectors",
+    )  # fmt: skip
     parser.add_argument("--process_type", default="default", choices=PROCESS_TYPES)
     parser.add_argument("--input_size", type=int, default=224)
+    parser.add_argument("--patch_size", type=int, help="that of the teacher; default: what the model's name stands for")
     parser.add_argument("--data_path", default="", help="image folder")
     parser.add_argument("--eval_data_path", default="", help="image folder")
     parser.add_argument("--data_set", default="image_folder", choices=("image_folder",))
@@ -82,7 +87,15 @@ def build_test_set(opts: argparse.Namespace) -> LabelledImages | None:
 
 
 # what shapes the tokenizer and its pictures: an evaluation takes it from the checkpoint
-_OF_THE_CHECKPOINT = ("model", "input_size", "codebook_n_emd", "codebook_emd_dim", "process_type", "teacher_model_type")
+_OF_THE_CHECKPOINT = (
+    "model",
+    "input_size",
+    "patch_size",
+    "codebook_n_emd",
+    "codebook_emd_dim",
+    "process_type",
+    "teacher_model_type",
+)
 
 
 def checkpoint_to_evaluate(opts: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
@@ -135,6 +148,7 @@ def build_tokenizer(opts: argparse.Namespace, teacher: nn.Module) -> VQKD:
             kmeans_init=opts.quantize_kmeans_init,
             process_type=opts.process_type,
             decoder_out_dim=teacher.output_dim,
+            **options.given_patch_size(opts),
         )
     except ValueError as error:
         raise UsageError(f"--model {opts.model}, --teacher_weight {opts.teacher_weight}: {error}") from error

@@ -7,11 +7,15 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
+from small_models import OPTIONS
 
 import beit2
+import run_beitv2_pretraining
 import run_class_finetuning
 import run_linear_eval
 import run_vqkd_training
+from beit2.codebook_figure import codebook_use
 from beit2.data.labelled import find_classes
 from beit2.weights.files import read_checkpoint
 from common import preemption
@@ -107,6 +111,42 @@ def test_tokenizer_training_and_resume(pictures, teacher_file, tmp_path):
     assert checked["rec_loss"] == pytest.approx(result["rec_loss"], abs=1e-6)
 
 
+def test_a_tokenizer_of_another_patch_size_whose_dead_codes_come_back(pictures, tmp_path, capsys):
+    """As for a CLIP B/32 teacher; stopped between two epochs the codes that come back are the same."""
+    from beit2.model.teachers import build_teacher
+
+    torch.manual_seed(0)
+    shape = {"width": 64, "layers": 1, "heads": 1, "output_dim": 12, "patch": 16, "res": 32}
+    torch.save(build_teacher(shape).state_dict(), tmp_path / "clip.pt")
+
+    def run(name, *extra):
+        options = ["--teacher_weight", str(tmp_path / "clip.pt"), "--output_dir", str(tmp_path / name), "--epochs", "3"]
+        run_vqkd_training.main([*TOKENIZER, "--codebook_n_emd", "64", *data_of(pictures), *options, *extra])
+
+    revived = ("--patch_size", "16", "--revive_dead_codes")
+    run("whole", *revived)
+    told = re.findall(r"(\d+) of 64 codes were not used in this epoch", capsys.readouterr().out)
+    assert len(told) == 2 and int(told[0]) > 0
+    for steps in ("4", "8", "12"):
+        run("cut", *revived, "--max_steps", steps)
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    run("without", "--patch_size", "16")
+    assert not same_weights(tmp_path / "whole", tmp_path / "without")
+    curves = codebook_use(tmp_path / "cut", codes=64, steps=4)
+    assert [epoch for epoch, _ in curves["used in training"]] == [1, 2, 3]
+    assert [64 - used for _, used in curves["used in training"]][:2] == [int(count) for count in told]
+    assert set(curves) == {"used in training", "used by held-out pictures", "used as evenly as"}
+    assert Image.open(tmp_path / "cut/codebook_use.png").size[0] > 400
+    pretraining = [*OPTIONS, "--tokenizer_weight", str(tmp_path / "whole/checkpoint.pth"), "--patch_size", "16"]
+    pretraining += ["--codebook_size", "64", "--num_mask_patches", "2", "--min_mask_patches_per_block", "1"]
+    pretraining += ["--data_path", str(pictures / "train"), "--model", "beit_test", "--max_steps", "1"]
+    run_beitv2_pretraining.main([*pretraining, "--output_dir", str(tmp_path / "pretraining")])
+    with pytest.raises(UsageError, match=r"gives the tokenizer \(2, 2\) patches, the model has \(4, 4\)"):
+        run_beitv2_pretraining.main([*pretraining, "--patch_size", "8", "--output_dir", str(tmp_path / "x")])
+    with pytest.raises(UsageError, match="--patch_size 5: --input_size 32 is no multiple"):
+        run("x", "--patch_size", "5")
+
+
 def test_tokenizer_training_errors(pictures, teacher_file, tmp_path, pretrained):
     data = ["--data_path", str(pictures / "train"), "--output_dir", str(tmp_path)]
     with pytest.raises(UsageError) as caught:
@@ -117,7 +157,10 @@ def test_tokenizer_training_errors(pictures, teacher_file, tmp_path, pretrained)
     assert "no CLIP vision tower" in caught.value.message
     with pytest.raises(UsageError) as caught:
         run_vqkd_training.main([*TOKENIZER, *data, "--teacher_weight", str(teacher_file), "--input_size", "48"])
-    assert "sees 16 patches, the tokenizer 6 x 6" in caught.value.message
+    assert (
+        "32 pixels in patches of 8, the tokenizer 48 in patches of 8: give --input_size 32 --patch_size 8"
+        in caught.value.message
+    )
     with pytest.raises(UsageError) as caught:
         run_vqkd_training.main([*TOKENIZER, *data, "--teacher_weight", str(teacher_file), "--eval"])
     assert "need --resume" in caught.value.message
@@ -170,11 +213,10 @@ def test_the_reference_s_folder_layouts(pictures, pretrained, tmp_path):
     result = run_class_finetuning.main([*CLASSIFIER, "--data_set", "IMNET", *run, str(tmp_path / "finetuned")])
     assert 0 <= result["TrainAccuracy"] <= 100
     own = "--batch_size_per_gpu 8 --optimizer sgd --num_labels 2 --val_freq 2 --amp_forward False --rel_pos_bias "
-    own += "--imagenet_default_mean_and_std False --avgpool_patchtokens True --patch_size 16 --lr 1e-2 --epochs 3"
+    own += "--imagenet_default_mean_and_std False --avgpool_patchtokens True --patch_size 8 --lr 1e-2 --epochs 3"
     weights = ["--pretrained_weights", str(pretrained), "--data_path", str(pictures)]
     probe = ["--model", "beit_test_classifier", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
-    with pytest.warns(UserWarning, match="--patch_size has no effect"):
-        run_linear_eval.main([*probe, *weights, *own.split(), "--output_dir", str(tmp_path / "probe")])
+    run_linear_eval.main([*probe, *weights, *own.split(), "--output_dir", str(tmp_path / "probe")])
     log = [json.loads(text) for text in (tmp_path / "probe/log.txt").read_text().splitlines()]
     assert ["test_acc1" in line for line in log] == [True, False, True]
     with pytest.raises(UsageError) as caught:

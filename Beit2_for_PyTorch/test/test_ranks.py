@@ -67,8 +67,13 @@ books = []
 for batch in batches:
     quantizer(batch[distributed.rank()].unsqueeze(0))
     books.append(distributed.gather_objects(quantizer.embedding.weight.clone()))
+usage = quantizer.cluster_size.clone()
+quantizer.cluster_size[3:7] = 0
+assert quantizer.revive_unused() == 4
+quantizer(batches[0, distributed.rank()].unsqueeze(0))
+revived = distributed.gather_objects(quantizer.embedding.weight.clone())
 if distributed.rank() == 0:
-    torch.save({"batches": batches, "books": books, "usage": quantizer.cluster_size}, sys.argv[1])
+    torch.save({"batches": batches, "books": books, "usage": usage, "revived": revived}, sys.argv[1])
 """
 
 
@@ -231,3 +236,5 @@ def test_ranks_share_one_codebook(runs):
         assert torch.equal(first, second)
         torch.testing.assert_close(first, alone.embedding.weight)
     torch.testing.assert_close(result["usage"], alone.cluster_size)
+    first, second = result["revived"]
+    assert torch.equal(first, second) and not torch.allclose(first[3:7], result["books"][-1][0][3:7], atol=0.1)

@@ -9,7 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPE
 
 import beit2
 from beit2.model.quantizer import NormEMAQuantizer, kmeans
-from beit2.model.teachers import ScalingLayer, load_teacher
+from beit2.model.teachers import ScalingLayer, build_teacher, load_teacher
 from beit2.model.tokenizer import load_tokenizer_weights
 from common.errors import UsageError
 
@@ -142,6 +142,40 @@ def test_weight_files(golden, tmp_path):
         load_tokenizer_weights(plain, tmp_path / "cut.pth")
 
 
+def test_dead_codes_get_places_among_the_next_vectors():
+    torch.manual_seed(0)
+    quantizer = NormEMAQuantizer(16, 4).train()
+    near = F.normalize(torch.tensor([1.0, 0.1, 0, 0]) + 0.05 * torch.randn(2, 30, 4), dim=-1)  # few codes are near
+    quantizer(near)
+    dead = quantizer.cluster_size == 0
+    before = quantizer.embedding.weight.clone()
+    assert quantizer.revive_unused() == int(dead.sum()) > 10
+    quantizer.reset_usage()
+    assert torch.equal(quantizer.embedding.weight, before)  # until the next batch
+    with torch.no_grad():
+        quantizer.eval()(near)
+        assert torch.equal(quantizer.embedding.weight, before)  # and an evaluation is none
+    quantizer.train()(near)
+    after = quantizer.embedding.weight
+    assert torch.equal(after.norm(dim=1).round(decimals=5), torch.ones(16))
+    likeness = (after[dead] @ near.flatten(0, 1).T).amax(dim=1)
+    assert likeness.min() > 0.99 and quantizer.unused_codes() < int(dead.sum())
+    few = NormEMAQuantizer(16, 4).train()
+    few.revive_unused()
+    few(near[:1, :5])  # more dead codes than vectors
+    assert few.embedding.weight.isfinite().all()
+
+
+def test_perplexity_counts_codes_in_equal_use():
+    quantizer = NormEMAQuantizer(8, 4)
+    quantizer.count_usage(torch.tensor([0, 1, 2, 3]))
+    assert quantizer.perplexity() == pytest.approx(4)
+    quantizer.count_usage(torch.tensor([0] * 1000))
+    assert 1 < quantizer.perplexity() < 1.1
+    quantizer.reset_usage()
+    assert quantizer.perplexity() == pytest.approx(1)
+
+
 def test_codebook_use_is_counted():
     torch.manual_seed(0)
     quantizer = NormEMAQuantizer(8, 4)
@@ -158,7 +192,7 @@ def test_clip_teacher_from_a_transformers_folder(tmp_path, activation):
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=32, intermediate_size=128, projection_dim=12, num_hidden_layers=2, num_attention_heads=4,
-        image_size=32, patch_size=8, hidden_act=activation,
+        image_size=32, patch_size=8, hidden_act=activation, layer_norm_eps=1e-5 if activation == "gelu" else 0.03,
     )  # fmt: skip
     theirs = CLIPVisionModelWithProjection(config).eval()
     for name, parameter in theirs.named_parameters():  # large enough for the activations to differ
@@ -166,6 +200,7 @@ def test_clip_teacher_from_a_transformers_folder(tmp_path, activation):
             torch.nn.init.normal_(parameter)
     theirs.save_pretrained(tmp_path)
     ours = load_teacher(tmp_path, "clip")
+    assert build_teacher(ours.config).visual.ln_post.eps == config.layer_norm_eps  # also from a tokenizer's checkpoint
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         states = theirs.vision_model(images).last_hidden_state[:, 1:]
@@ -210,7 +245,9 @@ def test_dino_teacher_is_timm_s_vit(tmp_path):
     loss.backward()
     assert all(p.grad is None for p in tokenizer.teacher_model.parameters())
     assert not tokenizer.teacher_model.training
-    with pytest.raises(ValueError, match="sees 4 patches, the tokenizer 4 x 4"):
+    with pytest.raises(
+        ValueError, match="32 pixels in patches of 16, the tokenizer 32 in patches of 8: give .* --patch_size 16"
+    ):
         beit2.build_tokenizer(teacher, img_size=32, patch_size=8, decoder_out_dim=192, dim=16, depth=1, heads=1)
 
 

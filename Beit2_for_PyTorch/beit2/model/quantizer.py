@@ -41,6 +41,7 @@ class NormEMAQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(n_code))  # running use of each code; 0 = unused
         self.embedding = Codebook(n_code, code_dim, kmeans_init)
         self._codes_are_set = False
+        self._dead: Tensor | None = None  # bool [n_code]: those that the next training batch gives new places
 
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the nearest code: z [..., C], any length -> int64 [...]. Changes no state.
@@ -68,6 +69,8 @@ class NormEMAQuantizer(nn.Module):
             if not self.embedding.initted.item():
                 self._init_by_kmeans(z.detach().flatten(0, 1))
             self._codes_are_set = True
+        if self.training and self._dead is not None:
+            self._revive(z.detach().flatten(0, 1))
         indices = self.nearest(z.detach())
         codes = F.embedding(indices, self.embedding.weight)  # [B, N, C], before the update
         if self.training:
@@ -99,6 +102,31 @@ class NormEMAQuantizer(nn.Module):
         means = F.normalize(sums[:, :-1] / counts.clamp(min=1).unsqueeze(1), dim=-1)
         means = torch.where(counts.unsqueeze(1) == 0, weight, means)  # an unused code stays
         weight.copy_(F.normalize(weight.lerp(means, 1 - self.decay), dim=-1))
+
+    def revive_unused(self) -> int:
+        """Lets the next training batch give the codes that were not used since `reset_usage` a place among its vectors.
+
+        The reference leaves a code where it is that nothing is near to, so it is lost for ever (Dhariwal et al. 2020,
+        section 3.1, restart them likewise). The use is the same on all ranks. Returns how many there are.
+        """
+        self._dead = self.cluster_size == 0
+        return int(self._dead.sum())
+
+    @torch.no_grad()
+    def _revive(self, z: Tensor) -> None:
+        """Puts dead codes onto vectors drawn from rank 0's [M, C], one each; those beyond M wait for the next time."""
+        dead = self._dead.nonzero().flatten()[: len(z)]  # an epoch's only one: the host waits for the device
+        self._dead = None
+        places = z[torch.randperm(len(z))[: len(dead)].to(z.device)].contiguous()
+        if distributed.is_distributed() and len(dead):
+            dist.broadcast(places, 0)
+        self.embedding.weight[dead] = places.to(self.embedding.weight.dtype)
+
+    def perplexity(self) -> float:
+        """How many codes it would take, used equally, to be as varied as those in use now: exp of their entropy."""
+        sizes = self.cluster_size.cpu().double()  # once an epoch
+        shares = sizes / sizes.sum().clamp(min=1e-12)
+        return float(torch.special.entr(shares).sum().exp())
 
     def reset_usage(self) -> None:
         """Forgets the counted use: before an epoch."""

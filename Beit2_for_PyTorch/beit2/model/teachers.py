@@ -32,15 +32,15 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's models, and
 class ResidualAttentionBlock(nn.Module):
     """CLIP's transformer block, under OpenAI's names."""
 
-    def __init__(self, width: int, heads: int, activation: str):
+    def __init__(self, width: int, heads: int, activation: str, norm_eps: float):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, norm_eps)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, width * 4))
         self.mlp.add_module("gelu", ACTIVATIONS[activation]())
         self.mlp.add_module("c_proj", nn.Linear(width * 4, width))
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width, norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ln_1(x)
@@ -60,18 +60,19 @@ class CLIPVisionTower(nn.Module):
         patch: int,
         res: int,
         activation: str = "quick_gelu",
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         self.output_dim, self.grid = output_dim, res // patch
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(self.grid**2 + 1, width) * width**-0.5)
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width, norm_eps)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.Sequential(
-            *(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
+            *(ResidualAttentionBlock(width, heads, activation, norm_eps) for _ in range(layers))
         )
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width, norm_eps)
         self.proj = nn.Parameter(torch.randn(width, output_dim) * width**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class CLIPTeacher(nn.Module):
     def __init__(self, **config):
         super().__init__()
         self.visual = CLIPVisionTower(**config)
-        self.output_dim, self.num_patches = self.visual.output_dim, self.visual.grid**2
+        self.output_dim, self.pixels, self.patch = self.visual.output_dim, config["res"], config["patch"]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.visual(images)
@@ -112,7 +113,7 @@ class DINOTeacher(nn.Module):
         for name, module in vit.named_children():
             self.add_module(name, module)
         self.cls_token, self.pos_embed = vit.cls_token, vit.pos_embed
-        self.output_dim, self.num_patches = width, (res // patch) ** 2
+        self.output_dim, self.pixels, self.patch = width, res, patch
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, res, res] -> [B, N, width]."""
@@ -125,7 +126,8 @@ TEACHERS = {"clip": CLIPTeacher, "dino": DINOTeacher}
 
 
 def build_teacher(config: dict) -> nn.Module:
-    """A frozen teacher of a plain configuration {"type": "clip"|"dino", width, layers, heads, patch, res, output_dim}.
+    """A frozen teacher of a plain configuration {"type": "clip"|"dino", width, layers, heads, patch, res, output_dim},
+    for clip also `activation` and `norm_eps`.
 
     Raises:
         ValueError: unknown type.
@@ -144,8 +146,8 @@ def load_teacher(path: str | Path, kind: str, heads: int | None = None) -> nn.Mo
 
     Args:
         path: for clip: a transformers CLIP folder or file, or an OpenAI / open_clip state dict; a folder says in its
-            config.json which activation and how many heads it has, else it is QuickGELU as in OpenAI's models. For
-            dino: a DINO or timm ViT state dict, or a classifier of run_class_finetuning.py that is such a ViT
+            config.json which activation, norm epsilon and how many heads it has, else they are as in OpenAI's models.
+            For dino: a DINO or timm ViT state dict, or a classifier of run_class_finetuning.py that is such a ViT
             (--use_cls --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value 0).
         kind: "clip" or "dino".
         heads: attention heads; by default the width over 64, as in the published CLIP and DINO models of these sizes.
@@ -172,6 +174,8 @@ def load_teacher(path: str | Path, kind: str, heads: int | None = None) -> nn.Mo
         if shape["hidden_act"] not in ACTIVATIONS:
             raise ValueError(f"{path}: its activation {shape['hidden_act']} is none of {', '.join(ACTIVATIONS)}")
         config["activation"] = shape["hidden_act"]
+    if "layer_norm_eps" in shape:
+        config["norm_eps"] = shape["layer_norm_eps"]
     teacher = build_teacher(config | {"res": side * patch, "output_dim": output_dim})
     missing, _ = teacher.load_state_dict(state, strict=False)
     if missing:

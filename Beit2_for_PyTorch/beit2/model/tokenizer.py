@@ -33,7 +33,7 @@ class VQKD(nn.Module):
         decay, beta, kmeans_init: of the quantizer.
         decoder_out_dim: length of the teacher's features.
         process_type: how images are normalised: "default" to [-1, 1], "imagenet_norm", or "dall-e" (not at all).
-        teacher: a frozen module images -> [B, N, decoder_out_dim] with `mean` and `std`, or None.
+        teacher: a frozen module images -> [B, N, decoder_out_dim] with `mean`, `std`, `pixels` and `patch`, or None.
     """
 
     def __init__(
@@ -79,9 +79,13 @@ class VQKD(nn.Module):
             init_linear_and_norm(layer, std=0.02, bound=2.0, convolutions=False)
 
     def _check_teacher(self, teacher: nn.Module, decoder_out_dim: int) -> None:
-        height, width = self.window_size
-        if teacher.num_patches != height * width:
-            raise ValueError(f"the teacher sees {teacher.num_patches} patches, the tokenizer {height} x {width}")
+        ours = self.encoder.patch_embed.img_size[0], self.encoder.patch_size[0]
+        theirs = teacher.pixels, teacher.patch
+        if ours != theirs:
+            raise ValueError(
+                f"the teacher sees {theirs[0]} pixels in patches of {theirs[1]}, the tokenizer {ours[0]} in patches of "
+                f"{ours[1]}: give --input_size {theirs[0]} --patch_size {theirs[1]}"
+            )
         if teacher.output_dim != decoder_out_dim:
             raise ValueError(f"the teacher's features have {teacher.output_dim} values, decoder_out_dim is not that")
 

@@ -42,6 +42,12 @@ def tokenizer_of(location: str, name: str | None = None) -> VQKD:
     return tokenizer
 
 
+def patch_of(path: Path) -> int | None:
+    """The patch size of the tokenizer in a file; None where it holds none."""
+    convolution = read_state_dict(path, keys=("model", "state_dict", "module")).get(_NEEDED[1])
+    return None if convolution is None else convolution.shape[-1]
+
+
 def _name_of(state: dict[str, Tensor], path: Path) -> str:
     """The first model with such an encoder; what follows it does not encode."""
     depth = len({name.split(".")[2] for name in state if name.startswith("encoder.blocks.")})
