@@ -121,8 +121,9 @@ def _is_stale(path: Path, found: dict[str, Any]) -> bool:
     if found.get("place") == _place():
         try:
             process = psutil.Process(found["pid"])
-            # a process that took over the pid has started at another time; a zombie writes nothing any more
-            is_it = abs(process.create_time() - found["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE
+            # a process that took over the pid has started at another time; one that was killed has given its memory
+            # back, or is doing so (which takes a while), and writes nothing any more
+            is_it = abs(process.create_time() - found["started"]) < 2 and process.memory_info().vms > 0
             return not is_it
         except (psutil.NoSuchProcess, KeyError):
             return True

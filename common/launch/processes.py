@@ -16,11 +16,9 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import psutil
 
-from common import folder_lock
 from common.launch import outcome
 
 MARK = "LAUNCH_RUN"  # names the run in the environment of each of its processes
@@ -83,13 +81,9 @@ def guard() -> None:
     if sys.stdin.readline():  # "done"; nothing when the launcher was killed
         return
     end(task["mark"])
-    case = outcome.Case(**task["case"])
-    # a process that gives its memory back has no environment any more, and still counts as the folder's owner
-    begin = time.monotonic()
-    while folder_lock.living_owner(Path(case.output_dir)) and time.monotonic() - begin < _KILL_S:
-        time.sleep(0.1)
+    time.sleep(0.1)
     shutil.rmtree(task["scratch"], ignore_errors=True)
-    outcome.conclude(case, "FAILED", "the launcher was killed, and its ranks with it")
+    outcome.conclude(outcome.Case(**task["case"]), "FAILED", "the launcher was killed, and its ranks with it")
 
 
 if __name__ == "__main__":

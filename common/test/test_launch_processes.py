@@ -1,6 +1,5 @@
 """The launcher owns its processes: whatever ends it, no rank, no temporary file and no RUNNING is left."""
 
-import json
 import os
 import signal
 import socket
@@ -14,7 +13,6 @@ import pytest
 
 from common import folder_lock, result_file
 from common.errors import PREEMPTED
-from common.launch import outcome
 
 PROGRAM = """
 import os, signal, sys, tempfile, time
@@ -255,17 +253,3 @@ def test_odd_surroundings(project, run, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()
     assert f"{tmp_path}/Bilder ü" in (tmp_path / "Ausgabe ß" / "train_0.log").read_text(encoding="utf-8")
-
-
-def test_the_guard_waits_for_a_killed_rank_that_still_gives_its_memory_back(tmp_path):
-    """Such a process has no environment any more, by which the guard knows it, and owns the folder for a moment."""
-    case = outcome.Case.begin(str(tmp_path), "Trial", "4", 2, "acc")
-    result_file.ResultFile(tmp_path, "Trial", "4", 2, "acc", "").write({"Status": "RUNNING"})
-    with subprocess.Popen(["sleep", "3"]) as dying:
-        lock = folder_lock.Lock(tmp_path / folder_lock.NAME)
-        mine = {**lock.me, "pid": dying.pid, "started": psutil.Process(dying.pid).create_time()}
-        (tmp_path / folder_lock.NAME).write_text(json.dumps(mine))
-        task = {"mark": "no process has it", "scratch": str(tmp_path / "scratch"), "case": case.as_dict()}
-        subprocess.run([sys.executable, "-m", "common.launch.processes"], input=json.dumps(task) + "\n", text=True)
-    (path,) = case.files()
-    assert result_file.read(path)["Status"] == "FAILED"

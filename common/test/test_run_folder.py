@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from common import checkpoint_file, folder_lock, result_file, run_folder
@@ -54,6 +55,23 @@ def test_a_pid_that_another_process_has_now_is_no_owner(tmp_path):
     (tmp_path / ".lock").write_text("")  # cut short, and by nobody who could be asked
     os.utime(tmp_path / ".lock", (1, 1))
     assert folder_lock.living_owner(tmp_path) is None
+
+
+def test_a_killed_owner_that_still_gives_its_memory_back_is_no_owner(tmp_path, monkeypatch):
+    """Such a process has no environment and no memory in /proc, like a zombie, but is none yet (long on a busy host).
+
+    It was taken for a living owner, so that the launcher left `Status = RUNNING` of a run that it had ended itself.
+    """
+    with subprocess.Popen(["sleep", "600"]) as owner:
+        me = {**folder_lock.Lock(tmp_path / folder_lock.NAME).me, "pid": owner.pid}
+        me["started"] = psutil.Process(owner.pid).create_time()
+        (tmp_path / folder_lock.NAME).write_text(json.dumps(me))
+        assert folder_lock.living_owner(tmp_path)
+        owner.kill()
+        while psutil.Process(owner.pid).memory_info().vms:
+            time.sleep(0.01)
+        monkeypatch.setattr(psutil.Process, "status", lambda _: psutil.STATUS_RUNNING)
+        assert folder_lock.living_owner(tmp_path) is None  # not waited for: still in the table of processes
 
 
 def test_a_run_of_another_host_is_known_by_its_touch(tmp_path, monkeypatch):
