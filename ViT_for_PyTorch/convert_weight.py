@@ -15,12 +15,14 @@ from pathlib import Path
 import vit  # noqa: F401  (first: repairs torchvision)
 from common import checkpoint_file
 from common.errors import UsageError, print_usage_errors
-from vit import export, mindspore_checkpoint, weights
-from vit.description import config_of_file, named
-from vit.download import DownloadError
+from vit import mindspore_checkpoint
+from vit.config.description import config_of_file, named
 from vit.find_weights import weights_of
-from vit.labels import load_class_names
-from vit.model import build
+from vit.model.vision_transformer import build
+from vit.weights import export
+from vit.weights import loading as weights
+from vit.weights.download import DownloadError
+from vit.weights.labels import load_class_names
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

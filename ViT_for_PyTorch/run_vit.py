@@ -17,9 +17,9 @@ import argparse
 from common.checkpoint_file import CheckpointError
 from common.device import resolve
 from common.errors import UsageError, print_usage_errors
-from vit.config import Config
-from vit.download import PUBLISHED, DownloadError
-from vit.options import parse
+from vit.config.options import parse
+from vit.config.run_config import Config
+from vit.weights.download import PUBLISHED, DownloadError
 
 
 def check(options: argparse.Namespace, config: Config) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from common.errors import UsageError
-from vit import config
-from vit.config_ranges import RANGES
+from vit.config import run_config as config
+from vit.config.ranges import RANGES
 
 
 def numbers() -> list[str]:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import convert_weight
 from common.checkpoint_file import CheckpointError
-from vit import mindspore_checkpoint, weights
+from vit import mindspore_checkpoint
+from vit.weights import loading as weights
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"

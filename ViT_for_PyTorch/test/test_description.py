@@ -10,8 +10,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vit
 from common.checkpoint_file import CheckpointError
-from vit import AutoConfig, AutoModel, AutoProcessor, hub_files, timm_models
-from vit.description import config_of_file
+from vit import AutoConfig, AutoModel, AutoProcessor
+from vit.config.description import config_of_file
+from vit.model import timm_models
+from vit.model.vision_transformer import build
+from vit.weights import hub_files
 
 TIMM_NAMES = (
     "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
@@ -96,7 +99,7 @@ def test_timm_models_by_name_are_built_as_timm_builds_them():
         built += 1
         with torch.device("meta"):
             theirs = timm.create_model(name)
-            ours = vit.model.build(config)
+            ours = build(config)
         shapes = {key: value.shape for key, value in theirs.state_dict().items() if not key.startswith("head.")}
         assert shapes == {k: v.shape for k, v in ours.state_dict().items() if not k.startswith("head.")}, name
         assert isinstance(theirs, VisionTransformer)

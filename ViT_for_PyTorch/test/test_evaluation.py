@@ -18,7 +18,7 @@ import vit
 from common import result_file
 from common.distributed import World
 from common.errors import UsageError
-from vit.config import KnnConfig
+from vit.config.run_config import KnnConfig
 from vit.data import class_identity
 from vit.data.image_folder import scan
 from vit.training import probes

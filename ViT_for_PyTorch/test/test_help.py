@@ -6,7 +6,8 @@ import pytest
 
 import convert_weight
 import run_vit
-from vit import config, options
+from vit.config import options
+from vit.config import run_config as config
 
 
 def help_of(main, capsys) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vit
-from vit.model import build_model
+from vit.model.vision_transformer import build_model
 
 SIZES = dict(img_size=36, patch_size=6, embed_dim=64, depth=6, num_heads=4, num_classes=9)
 

@@ -11,7 +11,8 @@ import run_vit
 import vit
 from common import checkpoint_file
 from common.errors import UsageError
-from vit import lora, weights
+from vit.model import lora
+from vit.weights import loading as weights
 
 LORA = ["model.train=lora", "model.lora_rank=3", "model.lora_alpha=5", "model.lora_layers=qkv,fc2"]
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import vit
 from common.errors import UsageError
-from vit import config
+from vit.config import run_config as config
 
 PROJECT = Path(__file__).resolve().parents[1]
 # the recipe of the reference, in the places where its file has them; the rest of the file has no meaning here

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vit
-from vit import model as vit_model
+from vit.model import vision_transformer as vit_model
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=4, num_classes=10)

@@ -11,7 +11,7 @@ from PIL import Image
 import vit
 from vit import AutoConfig, AutoModel, ViTConfig, ViTImageProcessor, pipeline
 from vit.data.image_folder import BrokenImage
-from vit.labels import save_class_names
+from vit.weights.labels import save_class_names
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "mf_pipeline.json").read_text())

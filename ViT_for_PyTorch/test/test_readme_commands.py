@@ -20,8 +20,8 @@ import run_vit
 import vit
 from ci import pages
 from common import rank_table
-from vit import options
-from vit.labels import imagenet_labels
+from vit.config import options
+from vit.weights.labels import imagenet_labels
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECIPE = "python run_mindformer.py --config ./configs/vit/run_vit_base_p16_224_100ep.yaml"

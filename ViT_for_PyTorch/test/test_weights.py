@@ -10,7 +10,8 @@ import torch
 
 import vit
 from common.checkpoint_file import CheckpointError
-from vit import download, labels, weights
+from vit.weights import download, labels
+from vit.weights import loading as weights
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=4)

@@ -7,9 +7,9 @@ from common.torchvision_repair import repair_torchvision
 repair_torchvision()  # before anything imports torchvision or timm
 
 _MODULE_OF = {
-    "build_model": "vit.model",
-    "create_model": "vit.model",
-    "load_weights": "vit.weights",
+    "build_model": "vit.model.vision_transformer",
+    "create_model": "vit.model.vision_transformer",
+    "load_weights": "vit.weights.loading",
     "layer_decay_groups": "vit.training.optim",
     "learning_rate_at": "vit.training.schedule",
     "topk_counts": "vit.training.metrics",
@@ -19,11 +19,11 @@ _MODULE_OF = {
     "ViTForImageClassification": "vit.api.auto",
     "ViTModel": "vit.api.auto",
     "ViTProcessor": "vit.api.auto",
-    "ViTConfig": "vit.model",
+    "ViTConfig": "vit.model.vision_transformer",
     "ViTImageProcessor": "vit.api.image_processor",
     "load_image": "vit.api.image_processor",
     "pipeline": "vit.api.predictor",
-    "save_pretrained": "vit.hub_files",
+    "save_pretrained": "vit.weights.hub_files",
     "Trainer": "vit.api.trainer",
 }
 __all__ = sorted(_MODULE_OF)

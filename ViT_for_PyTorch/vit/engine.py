@@ -16,13 +16,12 @@ from common.distributed import all_reduce_mean, gather_objects, process_group
 from common.preemption import until_asked
 from common.run_log import RunLog
 from common.update import gradients_stay_local
-from vit import config as configuration
-from vit.config import Config
+from vit.config import run_config as configuration
+from vit.config.description import config_of_run
+from vit.config.run_config import Config
 from vit.data.loader import Batch, to_model_input
 from vit.data.mixup import apply_mix, draw_mix
-from vit.description import config_of_run
 from vit.evaluation import NETWORK
-from vit.labels import save_class_names
 from vit.preparation import Run, build, local_checkpoint, prepare, resume, to_resume
 from vit.training import checkpoint
 from vit.training.checkpoint import RunShape
@@ -31,6 +30,7 @@ from vit.training.evaluate import Score, evaluate_model
 from vit.training.metrics import soft_target_cross_entropy
 from vit.training.optim import set_learning_rate
 from vit.training.schedule import learning_rate_at, scaled_lr
+from vit.weights.labels import save_class_names
 
 
 def train(config: Config) -> dict[str, Any]:

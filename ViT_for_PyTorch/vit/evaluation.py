@@ -10,19 +10,19 @@ from typing import Any
 from common.distributed import World, process_group
 from common.errors import UsageError
 from common.run_log import RunLog
-from vit import download
-from vit.config import Config
+from vit.config.description import config_of_run
+from vit.config.run_config import Config
 from vit.data import class_identity
 from vit.data.image_folder import ImageFolder, check_same_classes, scan
 from vit.data.loader import Batch
-from vit.description import config_of_run
-from vit.labels import load_class_names
-from vit.model import ViTConfig
+from vit.model.vision_transformer import ViTConfig
 from vit.preparation import build, local_checkpoint
 from vit.training import class_report, probes
 from vit.training.class_report import ClassTally
 from vit.training.data import evaluation_loader
 from vit.training.evaluate import Score, evaluate_model
+from vit.weights import download
+from vit.weights.labels import load_class_names
 
 NETWORK = "ViT_for_PyTorch"
 METHODS = ("eval", "knn", "linear")

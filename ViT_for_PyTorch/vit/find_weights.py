@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.shards import PROGRESS
-from vit import download
-from vit.hub_files import MODEL_FILES
 from vit.training.checkpoint import folder_of, newest
+from vit.weights import download
+from vit.weights.hub_files import MODEL_FILES
 
 
 def weights_of(name_or_path: str | Path) -> Path:

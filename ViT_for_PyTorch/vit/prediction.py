@@ -17,16 +17,16 @@ from common import pictures as picture_files
 from common.distributed import World, gather_objects, process_group
 from common.errors import UsageError
 from common.result_file import keep_aside
-from vit import prediction_grid
+from vit.api import prediction_grid
 from vit.api.image_processor import ViTImageProcessor, load_image
 from vit.api.predictor import ImageClassificationPipeline, Prediction, pipeline
-from vit.config import Config
+from vit.config.description import config_of_run
+from vit.config.run_config import Config
 from vit.data.image_folder import BrokenImage
-from vit.description import config_of_run
 from vit.engine import local_checkpoint
-from vit.labels import load_class_names
-from vit.model import build
-from vit.weights import load_weights
+from vit.model.vision_transformer import build
+from vit.weights.labels import load_class_names
+from vit.weights.loading import load_weights
 
 RESULTS, UNREADABLE, GRID = "predictions.json", "unreadable.json", "predictions.png"
 Answer = list[Prediction] | str  # labels, best first; or why there are none

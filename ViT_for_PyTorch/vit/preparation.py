@@ -17,18 +17,20 @@ from common import device as devices
 from common.distributed import World, barrier, broadcast_object
 from common.errors import UsageError
 from common.update import GuardedStep, LossScale, loss_scale
-from vit import config as configuration
-from vit import cpu_patches, download, lora, npu_patches
-from vit.config import Config, ModelConfig
+from vit import cpu_patches, npu_patches
+from vit.config import run_config as configuration
+from vit.config.run_config import Config, ModelConfig
 from vit.data.augment import Augmentation
 from vit.find_weights import checkpoint_of
-from vit.model import ClassifyingViT, ViTConfig
-from vit.model import build as build_model
+from vit.model import lora
+from vit.model.vision_transformer import ClassifyingViT, ViTConfig
+from vit.model.vision_transformer import build as build_model
 from vit.training import checkpoint
 from vit.training.checkpoint import RunShape, TrainState
 from vit.training.data import Data
 from vit.training.optim import build_ema, build_optimizer
-from vit.weights import HeadPolicy, load_weights
+from vit.weights import download
+from vit.weights.loading import HeadPolicy, load_weights
 
 # what a user changes on purpose between a run and its continuation; said in one line
 MAY_CHANGE = ("optimizer.base_lr", "optimizer.min_lr", "optimizer.warmup_epochs", "epochs")

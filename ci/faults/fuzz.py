@@ -261,7 +261,8 @@ def picture(path: Path) -> None:
 
 
 def of_vit() -> list[Parser]:
-    from vit import config, mindspore_checkpoint
+    from vit import mindspore_checkpoint
+    from vit.config import run_config as config
 
     weights = {"a.weight": torch.ones(2, 3), "b": torch.arange(4)}
     recipe = b"epochs: 3\nbatch_size: 8\nmodel: {name: vit_demo, drop_path: 0.1}\noptimizer:\n  base_lr: 1.0e-3\n"

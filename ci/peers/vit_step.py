@@ -35,7 +35,7 @@ from vit.training import optim
 from vit.training.metrics import soft_target_cross_entropy
 from vit.data.augment import Augmentation
 from vit.data.mixup import apply_mix, draw_mix
-from vit.model import create_model
+from vit.model.vision_transformer import create_model
 
 CPU = torch.device("cpu")
 CLASSES = 1000

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
-from vit import download
 from vit.api.image_processor import ViTImageProcessor
-from vit.description import config_of_file
+from vit.config.description import config_of_file
 from vit.find_weights import checkpoint_of, weights_of
-from vit.hub_files import save_pretrained
-from vit.model import PRESETS, ClassifyingViT, ViTConfig, build, field_names, preset
-from vit.weights import load_weights
+from vit.model.vision_transformer import PRESETS, ClassifyingViT, ViTConfig, build, field_names, preset
+from vit.weights import download
+from vit.weights.hub_files import save_pretrained
+from vit.weights.loading import load_weights
 
 
 class AutoConfig:

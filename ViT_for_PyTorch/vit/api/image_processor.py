@@ -17,7 +17,7 @@ from torch import Tensor
 from common.pictures import to_rgb, upright
 from vit.data.augment import MEAN, RESIZE_FOR_224, STD, EvalTransform, normalise
 from vit.data.image_folder import BrokenImage, read_image
-from vit.model import ViTConfig
+from vit.model.vision_transformer import ViTConfig
 
 URL_STARTS = ("http://", "https://")
 URL_TIMEOUT_S, URL_BYTES = 30, 1 << 28

@@ -13,11 +13,11 @@ from torch import Tensor
 from common import device as devices
 from vit import cpu_patches, npu_patches
 from vit.api.image_processor import ViTImageProcessor, image_list
-from vit.description import config_of_file
+from vit.config.description import config_of_file
 from vit.find_weights import weights_of
-from vit.labels import labels_for, load_class_names
-from vit.model import ClassifyingViT, build
-from vit.weights import load_weights
+from vit.model.vision_transformer import ClassifyingViT, build
+from vit.weights.labels import labels_for, load_class_names
+from vit.weights.loading import load_weights
 
 TASK = "image_classification"
 Prediction = dict[str, float | str]  # {"score": ..., "label": ...}

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from vit import config as configuration
 from vit import engine, evaluation
 from vit.api.predictor import Prediction, check_task, pipeline
-from vit.config import Config
-from vit.model import PRESETS
+from vit.config import run_config as configuration
+from vit.config.run_config import Config
+from vit.model.vision_transformer import PRESETS
 from vit.training.checkpoint import find
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -20,7 +20,7 @@ class Trainer:
 
     Args:
         task: "image_classification".
-        model: a model name; it also chooses the recipe (`RECIPES`, else the defaults of vit/config.py).
+        model: a model name; it also chooses the recipe (`RECIPES`, else the defaults of vit/config/run_config.py).
         train_dataset, eval_dataset: image folders `<class>/<picture>`.
         args: a YAML file to use instead of the recipe.
         output_dir: results and checkpoints.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.pictures import to_rgb
 from common.posterize_repair import repair_posterize
-from vit.model import ViTConfig
+from vit.model.vision_transformer import ViTConfig
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 ERASE_AREA = (0.02, 1 / 3)  # of the picture

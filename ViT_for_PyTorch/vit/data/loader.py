@@ -16,7 +16,7 @@ from common.device import mix_seed, step_generator
 from common.errors import UsageError
 from vit.data.augment import MEAN, STD, Erasure, EvalTransform, TrainTransform, erase, normalise
 from vit.data.image_folder import BadFiles, BrokenImage, ImageFolder, read_image
-from vit.model import ViTConfig
+from vit.model.vision_transformer import ViTConfig
 
 PREFETCHED_BATCHES = 4  # per worker
 REPLACEMENTS = 20  # broken pictures in a row before giving up

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common import checkpoint_file, shards
 from common.errors import UsageError
 from common.update import LossScale
-from vit import lora
+from vit.model import lora
 
 
 @dataclass

@@ -9,11 +9,11 @@ from itertools import islice
 from common.device import pins_memory
 from common.distributed import World
 from common.errors import UsageError
-from vit.config import Config
+from vit.config.run_config import Config
 from vit.data.augment import EvalTransform, TrainTransform
 from vit.data.image_folder import ImageFolder, check_same_classes, scan
 from vit.data.loader import Batch, EvalLoader, TrainLoader
-from vit.model import ViTConfig
+from vit.model.vision_transformer import ViTConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common import device as devices
 from common.distributed import World, all_reduce_sum
 from vit.data.loader import Batch, to_model_input
-from vit.model import ClassifyingViT
+from vit.model.vision_transformer import ClassifyingViT
 from vit.training.metrics import topk_correct
 
 if TYPE_CHECKING:

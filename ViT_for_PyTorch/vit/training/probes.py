@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from common import device as devices
 from common.distributed import World, all_reduce_sum, gather_objects
-from vit.config import KnnConfig
+from vit.config.run_config import KnnConfig
 from vit.data.loader import Batch, to_model_input
-from vit.model import ClassifyingViT
+from vit.model.vision_transformer import ClassifyingViT
 from vit.training.class_report import ClassTally
 from vit.training.evaluate import Score
 from vit.training.metrics import topk_correct

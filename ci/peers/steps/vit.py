@@ -27,7 +27,7 @@ from vit.training import optim
 from vit.training.metrics import soft_target_cross_entropy
 from vit.data.augment import Augmentation
 from vit.data.mixup import apply_mix, draw_mix
-from vit.model import PRESETS, create_model
+from vit.model.vision_transformer import PRESETS, create_model
 
 SIZES = {
     "full": {"name": "vit_base_p16", "classes": 1000, "batch": 128},

@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vit.conv_stem import ConvStem
+from vit.model.conv_stem import ConvStem
 
 POSITION_STD = 0.1
 # strengths of identity and noise in the two products, the paper's for vision models

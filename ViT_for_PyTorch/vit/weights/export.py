@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from common.errors import UsageError
-from vit.hub_files import CONFIG, PREPROCESSING, RESAMPLING, WEIGHTS, save_pretrained, to_hugging_face
-from vit.model import ClassifyingViT, ViTConfig
+from vit.model.vision_transformer import ClassifyingViT, ViTConfig
+from vit.weights.hub_files import CONFIG, PREPROCESSING, RESAMPLING, WEIGHTS, save_pretrained, to_hugging_face
 
 ONE_FILE_BYTES = 2_000_000_000  # protobuf ends at 2 GiB: larger models keep their weights in a file beside it
 

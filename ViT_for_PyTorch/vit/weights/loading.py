@@ -13,9 +13,11 @@ from torch import Tensor
 
 from common import checkpoint_file, shards
 from common.distributed import rank
-from vit import hub_files, lora, mindspore_checkpoint
-from vit.hub_files import MODEL_FILES
-from vit.model import PRESETS, reset_head
+from vit import mindspore_checkpoint
+from vit.model import lora
+from vit.model.vision_transformer import PRESETS, reset_head
+from vit.weights import hub_files
+from vit.weights.hub_files import MODEL_FILES
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 HeadPolicy = Literal["optional", "required", "new"]

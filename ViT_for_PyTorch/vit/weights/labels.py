@@ -6,7 +6,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from vit import hub_files
+from vit.weights import hub_files
 
 CLASS_NAMES_FILE = "class_names.json"
 

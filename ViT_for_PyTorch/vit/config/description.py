@@ -10,11 +10,11 @@ from torch import Tensor
 
 from common import checkpoint_file
 from common.errors import UsageError
-from vit import timm_models
-from vit.config import Config
-from vit.conv_stem import patch_size_of
-from vit.model import PRESETS, ViTConfig, field_names, preset
-from vit.weights import read_checkpoint
+from vit.config.run_config import Config
+from vit.model import timm_models
+from vit.model.conv_stem import patch_size_of
+from vit.model.vision_transformer import PRESETS, ViTConfig, field_names, preset
+from vit.weights.loading import read_checkpoint
 
 
 def config_of_run(config: Config, checkpoint: Path | None, training: bool, pooling: bool = False) -> ViTConfig:

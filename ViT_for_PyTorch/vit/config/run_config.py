@@ -16,10 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.device import DEVICES, PRECISIONS
 from common.errors import UsageError
-from vit import lora, mindformers_yaml, timm_models
-from vit.config_ranges import check_ranges
+from vit.config import mindformers_yaml
+from vit.config.ranges import check_ranges
 from vit.data.augment import INTERPOLATIONS, Augmentation, rand_augment
-from vit.model import INITIALISATIONS, POOLINGS, PRESETS
+from vit.model import lora, timm_models
+from vit.model.vision_transformer import INITIALISATIONS, POOLINGS, PRESETS
 
 
 @dataclass

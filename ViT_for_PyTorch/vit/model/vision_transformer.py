@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from common.device import no_autocast
-from vit.conv_stem import ConvStem
-from vit.initialisation import mimic_trained_attention, scale_with_width
+from vit.model.conv_stem import ConvStem
+from vit.model.initialisation import mimic_trained_attention, scale_with_width
 
 HEAD_INIT_STD = 2e-5  # main_finetune.py; a fresh head starts at uniform predictions and does not disturb the encoder
 POOLINGS = ("avg", "token")

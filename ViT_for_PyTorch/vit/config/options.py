@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from common import apex_options
 from common.device import DEVICES, PRECISIONS
 from common.errors import UsageError
-from vit import config as configuration
-from vit.config import CHOICES, Config, values_by_key
-from vit.config_ranges import RANGES
+from vit.config import run_config as configuration
+from vit.config.ranges import RANGES
+from vit.config.run_config import CHOICES, Config, values_by_key
 
 RUN_MODES = ("train", "finetune", "eval", "knn", "linear", "predict")
 DEVICE_TARGETS = {"ascend": "npu", "gpu": "cuda", "cpu": "cpu"}
@@ -153,7 +153,7 @@ def _add_device_options(group: argparse._ArgumentGroup) -> None:
 
 def _keys_text() -> str:
     """Every key of the configuration with its default and what it may be."""
-    lines = ["all keys, as KEY=VALUE or --KEY VALUE, with their defaults (vit/config.py says more):"]
+    lines = ["all keys, as KEY=VALUE or --KEY VALUE, with their defaults (vit/config/run_config.py says more):"]
     for key, value in values_by_key(Config()).items():
         allowed = f"{RANGES[key]}" if key in RANGES else ", ".join(filter(None, CHOICES.get(key, ())))
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value

@@ -10,7 +10,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
-from vit.model import POOLINGS, ViTConfig, build
+from vit.model.vision_transformer import POOLINGS, ViTConfig, build
 
 
 def is_known(name: str) -> bool:

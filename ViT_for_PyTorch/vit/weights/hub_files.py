@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from common.checkpoint_file import CheckpointError
-from vit.model import ClassifyingViT, ViTConfig
-from vit.timm_models import config_of_architecture
+from vit.model.timm_models import config_of_architecture
+from vit.model.vision_transformer import ClassifyingViT, ViTConfig
 
 WEIGHTS, CONFIG, PREPROCESSING = "model.safetensors", "config.json", "preprocessor_config.json"
 MODEL_FILES = (WEIGHTS, "pytorch_model.bin")
