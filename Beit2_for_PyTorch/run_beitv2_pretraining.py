@@ -16,6 +16,7 @@ from beit2 import pretraining_options as setup
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.images import collate
 from beit2.data.normalizer import Normalizer
+from beit2.model.flops import pretraining_flops
 from beit2.options import mean_and_std, pick_precision, schedules
 from beit2.training.checkpoints import append_epoch_log
 from beit2.training.identity import run_identity, tensors_digest
@@ -57,6 +58,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     codes = tensors_digest([tokenizer.quantize.embedding.weight, *tokenizer.encode_task_layer.parameters()])
     identity = run_identity(options, world, precision, dataset.paths, tokenizer=codes)
     run = new_run(options, world, precision, replica, groups, steps, rates, decays, identity=identity)
+    run.flops = pretraining_flops(replica.model, tokenizer, options.num_mask_patches)
     normalizer = Normalizer(*mean_and_std(options), world.device)
     monitor = Monitor(options, normalizer, precision) if options.monitor_every else None
     loss_of = functools.partial(token_loss, replica.wrapped, tokenizer, normalizer, precision)

@@ -21,6 +21,7 @@ from beit2 import finetuning_options as setup
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.normalizer import Normalizer
 from beit2.data.reading import check_images
+from beit2.model.flops import classification_flops
 from beit2.options import mean_and_std, pick_precision, schedules
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log, plain_options
 from beit2.training.identity import run_identity
@@ -62,6 +63,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     follow = functools.partial(setup.update_average, average, model, options.model_ema_decay) if average else None
     identity = run_identity(options, world, precision, training.paths, training.labels, names)
     run = new_run(options, world, precision, replica, groups, steps, rates, decays, after=follow, identity=identity)
+    run.flops = classification_flops(model, len(names))
     if average is not None and run.source is not None:
         load_model(average, run.kept.get("model_ema", model.state_dict()), run.source)
     best = float(run.kept.get("best_acc1", -1.0))  # below any accuracy
@@ -81,7 +83,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
                 results = end_epoch(run, log, done, average or model, test, normalizer, kept)
             if done.epoch_ends and results.get("acc1", -2.0) > best:
                 best = results["acc1"]
-                save_best(run, average or model, names, best)
+                save_best(run, log, average or model, names, best)
             if done.saves and options.save_ckpt:
                 run.save(log, done, **kept())
         if test is not None and not results:  # a run that was finished before
@@ -191,13 +193,14 @@ def end_epoch(
     return results
 
 
-def save_best(run: Run, model: nn.Module, names: list[str], best: float) -> None:
+def save_best(run: Run, log: RunLog, model: nn.Module, names: list[str], best: float) -> None:
     """checkpoint-best.pth: the weights that were evaluated, which are the average's where there is one."""
     options = run.options
     if run.world.is_main and options.save_ckpt and options.case_kind == "acc":
         content = {"model": model.state_dict(), "averaged": options.model_ema, "epoch": run.epoch, "best_acc1": best}
         content |= {"classes": names, "args": plain_options(options)}
-        checkpoint_file.save(content, Path(options.output_dir) / "checkpoint-best.pth")
+        path = Path(options.output_dir) / "checkpoint-best.pth"
+        log.writer.submit(content, lambda kept: checkpoint_file.save(kept, path))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from beit2 import device_patches
 from beit2 import probe_options as setup
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.normalizer import Normalizer
+from beit2.model.flops import probe_flops
 from beit2.model.vision_transformer import VisionTransformer
 from beit2.options import mean_and_std, pick_precision
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
@@ -76,6 +77,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     identity = run_identity(options, world, precision, dataset.paths, dataset.labels, names, encoder=probed)
     # the probe itself is fp32
     run = new_run(options, world, "fp32", Replica(probe, world), groups, steps, rates, identity=identity)
+    run.flops = probe_flops(encoder, len(names))
     best = float(run.kept.get("best_acc1", 0.0))
     loss_of = functools.partial(probe_loss, run.replica.wrapped, encoder, normalizer, precision)
 

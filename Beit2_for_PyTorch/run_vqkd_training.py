@@ -21,6 +21,7 @@ from beit2.codebook_figure import draw_codebook_use
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.labelled import LabelledImages
 from beit2.data.normalizer import Normalizer
+from beit2.model.flops import tokenizer_flops
 from beit2.model.tokenizer import VQKD
 from beit2.options import pick_precision, schedule
 from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
@@ -60,6 +61,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     taught_by = tensors_digest(parameter.flatten()[:1024] for parameter in teacher.parameters())
     identity = run_identity(options, world, precision, dataset.paths, teacher=taught_by)
     run = new_run(options, world, precision, replica, groups, steps, schedule(options, steps), identity=identity)
+    run.flops = tokenizer_flops(tokenizer)
     normalizer = Normalizer(HALF, HALF, world.device)
     loss_of = functools.partial(distillation_loss, replica.wrapped, normalizer, precision)
 

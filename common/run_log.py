@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from common import device as devices
-from common import folder_lock, run_folder
+from common import folder_lock, run_folder, utilisation
+from common.background_write import BackgroundWriter
 from common.distributed import World
 from common.errors import Preempted, UsageError, name_place
 from common.metrics_file import MetricsFile, TensorBoard, plot_loss, read_losses
@@ -29,9 +31,7 @@ from common.preemption import Watch
 from common.profile.precision_dump import PrecisionDump
 from common.profile.step_profiler import StepProfiler
 from common.result_file import ResultFile, keep_aside
-from common.throughput import SteadyClock
-
-Scalar = float | int | torch.Tensor
+from common.throughput import Scalar, SteadyClock, Window
 
 
 class RunLog:
@@ -57,6 +57,7 @@ class RunLog:
         evaluation: no training: nothing in the folder is moved or owned, so that it may run beside a training, whose
             metrics.jsonl it then leaves alone.
         needs_shared: every host writes into the folder (sharded checkpoints), so that all must share it.
+        precision: of the matrix products, for MFU.
     """
 
     def __init__(
@@ -74,24 +75,26 @@ class RunLog:
         profile: bool = False,
         evaluation: bool = False,
         needs_shared: bool = False,
+        precision: str = "fp32",
     ):
         self.folder = Path(output_dir)
         self.world = world
         self.total_steps, self.batch_size = total_steps, batch_size
         self.log_every = max(1, log_every)
         self.resume, self.evaluation, self.needs_shared = resume, evaluation, needs_shared
-        self.fps_unit = fps_unit
+        self.fps_unit, self.precision = fps_unit, precision
         self.result = ResultFile(
             self.folder, network, batch_size, world.size, case_kind, devices.describe(world.device)
         )
         self._clock = SteadyClock(world.device, skip_steps)
         self._profiler = StepProfiler(self.folder, network, world, total_steps) if profile else None
         self._dump = PrecisionDump(self.folder, world, of_training=not evaluation)
-        self._window = _Window()
+        self._window = Window()
         self._losses: dict[int, float] = {}  # by step
         self._has_trained = False
         self._is_finished = False
         self._signals = Watch(saves=not evaluation)
+        self.writer = BackgroundWriter()  # of checkpoints; finished before the run ends or says that it was stopped
         self._held = contextlib.ExitStack()
         self._started = time.perf_counter()
 
@@ -143,6 +146,8 @@ class RunLog:
         name_place(error, self.folder)
         self.progress.close()
         try:
+            with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+                self.writer.wait()
             if self.world.is_main:
                 self._close_files(error)
         finally:
@@ -184,6 +189,7 @@ class RunLog:
             FloatingPointError: the loss or the accuracy is inf or nan.
         """
         self._flush_window()
+        self.writer.wait()
         if not (self.evaluation or self.resume or self._has_trained):
             raise UsageError("no training step was done: there is no result")
         self._tell(self._profiler.finish() if self._profiler else None)
@@ -205,6 +211,10 @@ class RunLog:
                 raise FloatingPointError(f"the result is not finite: {key} = {values[key]}")
         if fps is not None and not self._clock.is_steady:
             values["FPSNote"] = "too few steps: the warm-up steps are counted"
+        if fps is not None and self._clock.is_steady and (flops := self._clock.flops_per_second()) and self.peak:
+            values["MFU"] = round(100 * flops / self.peak, 3)
+            each, source = self._peak
+            values["MFUPeak"] = f"{each / 1e12:.4g} TFLOP/s a device in {self.precision} ({source})"
         memory = devices.peak_memory_bytes(self.world.device)
         values |= {"PeakMemoryMiB": memory >> 20, **extra, "Status": "OK"}
         if self.world.is_main:
@@ -249,6 +259,7 @@ class RunLog:
         lr: float,
         grad_norm: Scalar | None = None,
         epoch: float | None = None,
+        flops: float = 0.0,
         **extra: Scalar,
     ) -> None:
         """Records one optimizer step. Tensors stay on the device and are read only when a line is due.
@@ -260,14 +271,15 @@ class RunLog:
             lr: learning rate that this step used.
             grad_norm: before clipping.
             epoch: position in epochs.
+            flops: of the model in this step over all ranks (utilisation.py), for MFU; 0 where it is not known.
             **extra: further scalars, averaged over the window like the loss.
         """
         if self.resume and not (self._has_trained or self._window.steps):
             self._continue_at(step)
         self._tell(self._dump.finish(step))
-        self._clock.tick(samples)
+        self._clock.tick(samples, flops)
         scalars = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **extra}
-        self._window.add(step, samples, epoch, {k: v for k, v in scalars.items() if v is not None})
+        self._window.add(step, samples, flops, epoch, {k: v for k, v in scalars.items() if v is not None})
         self.progress.update(step - self.progress.n)
         if step % self.log_every == 0 or step == self.total_steps:
             self._flush_window()
@@ -278,11 +290,12 @@ class RunLog:
         return self._signals.agreed()
 
     def stopped(self, step: int, saved: bool = True) -> Preempted:
-        """What to raise after `preempted`, once the checkpoint is written: `raise log.stopped(step)`.
+        """What to raise after `preempted`, with the checkpoint given to the writer: `raise log.stopped(step)`.
 
         Args:
             saved: False where the run was told to keep no checkpoints.
         """
+        self.writer.wait()
         return self._signals.stopped(step, saved)
 
     def count(self, samples: int) -> None:
@@ -306,6 +319,19 @@ class RunLog:
         if self.world.is_main:
             self.progress.write(message)
 
+    @cached_property
+    def _peak(self) -> tuple[float, str]:
+        """Of one device; measured where no document says, when the first steady line needs it."""
+        begin = self._clock.pause()
+        found = utilisation.peak(self.world.device, self.precision) if self.world.is_main else (0.0, "")
+        self._clock.go_on(begin)
+        return found
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of all devices."""
+        return self._peak[0] * self.world.size
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _tell(self, message: str | None) -> None:
@@ -324,7 +350,10 @@ class RunLog:
         line |= values
         line["fps"] = round(window.samples / max(seconds, 1e-9), 3)
         line["data_ms"] = round(1000 * window.data_seconds / window.steps, 3)
-        self._window = _Window(step=window.step)
+        line["memory_mib"] = devices.peak_memory_bytes(self.world.device) >> 20
+        if window.flops and self._clock.is_steady and self.peak:
+            line["mfu"] = round(100 * window.flops / max(seconds, 1e-9) / self.peak, 3)
+        self._window = Window(step=window.step)
         self._losses[window.step] = values["loss"]
         self._has_trained = True
         self._write_metrics(line)
@@ -361,36 +390,6 @@ class RunLog:
         name = f"train_{self.result.case_name}_loss"
         (self.folder / f"{name}.txt").write_text("".join(f"{loss:.6f}\n" for _, loss in losses))
         plot_loss(losses, self.folder / "loss.png", title=self.result.case_name)
-
-
-class _Window:
-    """Sums of the steps since the last line; tensors are summed on their device, without waiting for it."""
-
-    def __init__(self, step: int = 0):
-        self.step = step
-        self.steps = 0
-        self.samples = 0
-        self.epoch: float | None = None
-        self.data_seconds = 0.0
-        self.begin = time.perf_counter()
-        self._sums: dict[str, Scalar] = {}
-        self._lr = 0.0
-
-    def add(self, step: int, samples: int, epoch: float | None, scalars: dict[str, Scalar]) -> None:
-        self.step, self.epoch = step, epoch
-        self.steps += 1
-        self.samples += samples
-        self._lr = float(scalars.pop("lr"))
-        for key, value in scalars.items():
-            if isinstance(value, torch.Tensor):
-                value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
-            self._sums[key] = self._sums[key] + value if key in self._sums else value
-
-    def means(self) -> dict[str, float]:
-        """Mean of each scalar over the window; `lr` is the last one."""
-        means = {key: float(value) / self.steps for key, value in self._sums.items()}
-        loss = means.pop("loss")
-        return {"loss": loss, "lr": self._lr, **means}
 
 
 def _short(value: Any) -> str:

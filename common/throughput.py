@@ -12,6 +12,8 @@ import torch
 
 from common import device as devices
 
+Scalar = float | int | torch.Tensor
+
 
 class SteadyClock:
     """Samples and wall seconds of the steady part of a run."""
@@ -21,8 +23,9 @@ class SteadyClock:
         self._skip = skip_steps
         self._steps = 0
         self._samples = 0
+        self._flops = 0.0
         self._paused = 0.0
-        self._begin: tuple[float, int, int, float] | None = None  # time, steps, samples, paused seconds
+        self._begin: tuple[float, int, int, float, float] | None = None  # time, steps, samples, FLOPs, paused seconds
 
     @property
     def is_steady(self) -> bool:
@@ -32,9 +35,10 @@ class SteadyClock:
     def start(self) -> None:
         self._mark()
 
-    def tick(self, samples: int) -> None:
+    def tick(self, samples: int, flops: float = 0.0) -> None:
         self._steps += 1
         self._samples += samples
+        self._flops += flops
         # A very short run keeps the mark after its first step, so that it still has a number to show.
         if self._steps == self._skip or (self._steps == 1 and self._skip > 1):
             self._mark()
@@ -51,19 +55,56 @@ class SteadyClock:
 
     def fps(self) -> float | None:
         """Samples per second of the steady steps; None before there is one."""
-        steps, samples, seconds = self._since_mark()
+        steps, samples, _, seconds = self._since_mark()
         return samples / seconds if steps else None
 
     def seconds_per_step(self) -> float:
-        steps, _, seconds = self._since_mark()
+        steps, _, _, seconds = self._since_mark()
         return seconds / max(steps, 1)
+
+    def flops_per_second(self) -> float:
+        """Of the models of all ranks in the steady steps; 0 where nobody said."""
+        _, _, flops, seconds = self._since_mark()
+        return flops / seconds
 
     def _mark(self) -> None:
         devices.synchronize(self._device)
-        self._begin = (time.perf_counter(), self._steps, self._samples, self._paused)
+        self._begin = (time.perf_counter(), self._steps, self._samples, self._flops, self._paused)
 
-    def _since_mark(self) -> tuple[int, int, float]:
+    def _since_mark(self) -> tuple[int, int, float, float]:
         devices.synchronize(self._device)
-        begin, steps, samples, paused = self._begin or (time.perf_counter(), self._steps, self._samples, self._paused)
-        seconds = time.perf_counter() - begin - (self._paused - paused)
-        return self._steps - steps, self._samples - samples, max(seconds, 1e-9)
+        now = (time.perf_counter(), self._steps, self._samples, self._flops, self._paused)
+        seconds, steps, samples, flops, paused = (b - a for a, b in zip(self._begin or now, now, strict=True))
+        return steps, samples, flops, max(seconds - paused, 1e-9)
+
+
+class Window:
+    """Sums of the steps since the last line; tensors are summed on their device, without waiting for it."""
+
+    def __init__(self, step: int = 0):
+        self.step = step
+        self.steps = 0
+        self.samples = 0
+        self.flops = 0.0
+        self.epoch: float | None = None
+        self.data_seconds = 0.0
+        self.begin = time.perf_counter()
+        self._sums: dict[str, Scalar] = {}
+        self._lr = 0.0
+
+    def add(self, step: int, samples: int, flops: float, epoch: float | None, scalars: dict[str, Scalar]) -> None:
+        self.step, self.epoch = step, epoch
+        self.steps += 1
+        self.samples += samples
+        self.flops += flops
+        self._lr = float(scalars.pop("lr"))
+        for key, value in scalars.items():
+            if isinstance(value, torch.Tensor):
+                value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def means(self) -> dict[str, float]:
+        """Mean of each scalar over the window; `lr` is the last one."""
+        means = {key: float(value) / self.steps for key, value in self._sums.items()}
+        loss = means.pop("loss")
+        return {"loss": loss, "lr": self._lr, **means}

@@ -59,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
                 set_learning_rate(run.optimizer, lr)
                 loss = forward_backward(run, step, batches, log)
                 norm, _ = run.update(step + 1, loss)
-                log.step(step + 1, run.shape.global_batch, all_reduce_mean(loss), lr, norm, epoch=epoch)
+                log.step(step + 1, run.shape.global_batch, all_reduce_mean(loss), lr, norm, epoch, run.flops)
                 run.state.step = step + 1
                 if is_due(run, config.log_every):
                     run.update.check()
@@ -94,6 +94,7 @@ def open_log(run: Run, resumed_from: Path | None) -> RunLog:
         resume=resumed_from is not None,
         needs_shared=config.parallel == "fsdp",
         profile=config.profile,
+        precision=config.precision,
     )
 
 
@@ -175,12 +176,20 @@ def save(run: Run, log: RunLog, name: str = "") -> None:
         if name and (sharded or run.config.model.train == "lora"):
             checkpoint.save_whole(folder / name, values, run.model, ema)
             return
-        path = folder / (name or f"checkpoint-{run.state.step}{'' if sharded else '.pt'}")
-        write = checkpoint.save_sharded if sharded else checkpoint.save
-        write(path, values, run.model, run.optimizer, ema)
-        if run.world.is_main:
-            checkpoint_file.keep_newest(folder, run.config.keep_checkpoints, "checkpoint-*.pt")
-            shards.keep_newest_shards(folder, run.config.keep_checkpoints)
+        if sharded:
+            checkpoint.save_sharded(folder / f"checkpoint-{run.state.step}", values, run.model, run.optimizer, ema)
+            if run.world.is_main:
+                drop_old(run, folder)
+            return
+        content = checkpoint.tensors(run.model, run.optimizer, ema) | values
+        path = folder / (name or f"checkpoint-{run.state.step}.pt")
+        log.writer.submit(content, lambda kept: (checkpoint_file.save(kept, path), drop_old(run, folder)))
+
+
+def drop_old(run: Run, folder: Path) -> None:
+    """Leaves the newest checkpoints that are whole."""
+    checkpoint_file.keep_newest(folder, run.config.keep_checkpoints, "checkpoint-*.pt")
+    shards.keep_newest_shards(folder, run.config.keep_checkpoints)
 
 
 def bad_files(run: Run) -> dict[str, str]:

@@ -23,6 +23,7 @@ from vit.config.run_config import Config, ModelConfig
 from vit.data.augment import Augmentation
 from vit.find_weights import checkpoint_of
 from vit.model import lora
+from vit.model.flops import flops_per_image
 from vit.model.vision_transformer import ClassifyingViT, ViTConfig
 from vit.model.vision_transformer import build as build_model
 from vit.training import checkpoint
@@ -58,6 +59,7 @@ class Run:
     state: TrainState
     identity: dict[str, Any]  # what its checkpoints are of
     class_weights: torch.Tensor | None = None  # [C] of the loss; None = all alike
+    flops: float = 0.0  # of a step, over all ranks
 
 
 def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> Run:
@@ -77,6 +79,8 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
     if world.is_main and options.warmup_epochs >= config.epochs:
         print(f"warning: the run ends inside its warm-up ({config.epochs} of {options.warmup_epochs:g} epochs)")
     freeze(model, config.model)
+    kind = config.model.train
+    flops = flops_per_image(model, head_only=kind == "head", frozen=kind == "lora")
     ema = build_ema(model, options.ema_decay)
     trained = over_ranks(config, world, model, ema)  # before the optimizer, which must see the shards
     optimizer = build_optimizer(
@@ -110,6 +114,7 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
         state=TrainState(),
         identity=identity_of(config, data, model),
         class_weights=balanced_weights(data).to(world.device) if config.class_weights == "balanced" else None,
+        flops=flops * shape.global_batch,
     )
 
 

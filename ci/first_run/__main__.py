@@ -8,7 +8,7 @@
 All runs are deterministic (DETERMINISTIC=1). A card without stored curves (ci/baselines/losses/<device>/) is compared
 with the CPU's, up to rounding; one that has them must repeat them. The first precision's runs are profiled as well
 (--profile): what the host waits for, and where the time goes. MFU is over a data sheet's peak, or over a matrix product
-measured here (ci/first_run/utilisation.py). The report is Markdown, on stdout and in ci/reports/; it
+measured here (common/utilisation.py). The report is Markdown, on stdout and in ci/reports/; it
 ends in words about what is wrong first. Exit code: 0 nothing is wrong, 1 something is, 2 a wrong command line.
 """
 
@@ -25,7 +25,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from ci.first_run import utilisation
 from ci.first_run.report import Run, page
 from ci.gates.losses import loss_files
 from ci.training_cases import CASES, COUNTED, ROOT, short_names
@@ -59,7 +58,7 @@ def train(project: str, precision: str, device: str, data: Path, folder: Path, p
     run.losses = tuple(loss_files.read(output).losses.values())
     result = result_file.read(next(output.glob("*_perf.log")))
     run.fps, run.memory = result.get("ActualFPS", ""), result.get("PeakMemoryMiB", "")
-    run.step_ms = result.get("StepTimeMs", "")
+    run.step_ms, run.mfu, run.peak = (result.get(key, "") for key in ("StepTimeMs", "MFU", "MFUPeak"))
     page = output / "profile" / "summary.txt"
     run.profile = page.read_text(encoding="utf-8") if page.is_file() else ""
     return run
@@ -113,28 +112,6 @@ def store(runs: list[Run], own: str) -> None:
             path.write_text(json.dumps({"steps": STEPS, "losses": known}, indent=1) + "\n")
 
 
-def peaks_of(device: str, precisions: list[str]) -> dict:
-    """`utilisation.peak` of each precision; nothing, and a line, where it fails: the runs will tell."""
-    try:
-        return utilisation.ask("peaks", device, *precisions)
-    except RuntimeError as error:
-        print(f"no MFU, the device's peak could not be measured: {error}", file=sys.stderr)
-        return {}
-
-
-def set_flops(runs: list[Run], data: Path, folder: Path, peaks: dict) -> None:
-    """Gives the runs of one project what their MFU is made of."""
-    if not any(run.losses for run in runs):
-        return
-    try:
-        flops = utilisation.ask("flops", runs[0].project, data, folder / "counted", STEPS)["flops"]
-    except RuntimeError as error:
-        print(f"{runs[0].project}: no MFU, the FLOPs could not be counted: {error}", file=sys.stderr)
-        return
-    for run in runs:
-        run.flops, (run.peak, run.peak_source) = flops, peaks.get(run.precision, (0.0, ""))
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ci.first_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,7 +133,6 @@ def main(argv: list[str] | None = None) -> int:
     print("doctor ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "common.doctor", "--device", options.device]
     doctor = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    peaks = peaks_of(options.device, options.precision)
     with tempfile.TemporaryDirectory() as name:
         for project in projects:
             data = Path(name) / project / "data"
@@ -168,8 +144,6 @@ def main(argv: list[str] | None = None) -> int:
                 runs.append(train(project, precision, options.device, data, Path(name), profile))
                 if not options.store:
                     compare(runs[-1], own)
-            if not options.store:
-                set_flops(runs[-len(options.precision) :], data, Path(name) / project, peaks)
     if options.store:
         store(runs, own)
     head = f"{STEPS} steps of each project's small case, {time.perf_counter() - began:.0f} s in all"

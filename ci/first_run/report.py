@@ -23,21 +23,13 @@ class Run:
     step_ms: str = ""
     reference: str = "the CPU"
     profile: str = ""  # summary.txt of a profiled run
-    flops: float = 0.0  # of a step; 0 where they could not be counted
-    peak: float = 0.0  # FLOP/s that the device could do in this precision
-    peak_source: str = ""
+    mfu: str = ""  # percent; empty where it is not known
+    peak: str = ""  # what it is over, in words
 
     def profiled(self, pattern: str) -> str:
         """What the profile's page says, by a pattern with one group; empty without one."""
         found = re.search(pattern, self.profile, re.M)
         return found.group(1).strip() if found else ""
-
-    @property
-    def mfu(self) -> str:
-        """Share of the device's peak that a step's matrix products are, in percent; empty where it is not known."""
-        if not (self.flops and self.peak and self.step_ms):
-            return ""
-        return f"{100 * self.flops / (float(self.step_ms) / 1000) / self.peak:.2g} %"
 
     @property
     def data_wait(self) -> str:
@@ -92,16 +84,6 @@ def advice(runs: list[Run], doctor_failed: bool) -> str:
     )
 
 
-def peaks(runs: list[Run]) -> str:
-    """The peaks that MFU is over, each once: `67 TFLOP/s in fp32 (NVIDIA H100 data sheet, SXM)`."""
-    known = {
-        run.precision: f"{run.peak / 1e12:.3g} TFLOP/s in {run.precision} ({run.peak_source})"
-        for run in runs
-        if run.mfu
-    }
-    return ", ".join(known.values())
-
-
 def page(device: str, head: str, doctor: str, doctor_failed: bool, runs: list[Run]) -> str:
     """The page; `head` says what was run."""
     lines = [f"# First run on {device}", "", "```", doctor.strip(), "```", "", f"{head}, deterministic.", ""]
@@ -114,11 +96,11 @@ def page(device: str, head: str, doctor: str, doctor_failed: bool, runs: list[Ru
         ends = f"{run.losses[0]:.4f}, {run.losses[-1]:.4f}" if run.losses else ""
         gap = "" if run.gap is None else f"{100 * run.gap:.3f} % ({run.reference})"
         data = f"{run.data_wait} %" if run.data_wait else ""
-        cells = [run.project, run.precision, ends, gap, run.fps, run.step_ms, run.mfu, run.memory, run.host_waits, data]
+        mfu = f"{run.mfu} %" if run.mfu else ""
+        cells = [run.project, run.precision, ends, gap, run.fps, run.step_ms, mfu, run.memory, run.host_waits, data]
         lines.append(f"| {' | '.join([*cells, run.problem or 'none'])} |")
     lines += ["", "Speed and memory are those of tiny models; the profiled rows have the profiler's cost in them.", ""]
-    lines += (
-        [f"MFU: FLOPs of a step's matrix products, counted apart, over {text}.", ""] if (text := peaks(runs)) else []
-    )
+    if peaks := dict.fromkeys(run.peak for run in runs if run.peak):
+        lines += [f"MFU: FLOPs of a step's matrix products, over {', '.join(peaks)}.", ""]
     lines += [f"- {hint}" for hint in hints(runs)]
     return "\n".join([*lines, "", f"**{advice(runs, doctor_failed)}**", ""])

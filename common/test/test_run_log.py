@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import result_file
+from common import result_file, utilisation
 from common.distributed import World
 from common.errors import UsageError, sentence
 from common.lost_ranks import RanksLost
@@ -54,7 +54,7 @@ def test_metrics_hold_one_line_every_n_steps_and_the_rest(tmp_path):
     train_lines = [line for line in lines(tmp_path) if line["kind"] == "train"]
     assert [line["step"] for line in train_lines] == [5, 10, 12]
     assert train_lines[0]["loss"] == 7.0 and train_lines[0]["lr"] == 0.5 and train_lines[0]["data_ms"] >= 2
-    assert set(train_lines[0]) == {"kind", "step", "epoch", "loss", "lr", "grad_norm", "fps", "data_ms"}
+    assert set(train_lines[0]) == {"kind", "step", "epoch", "loss", "lr", "grad_norm", "fps", "data_ms", "memory_mib"}
 
 
 def test_fps_leaves_out_first_steps_and_pauses_but_not_waiting_for_data(tmp_path, monkeypatch):
@@ -217,3 +217,26 @@ def test_a_full_disk_is_told_and_an_older_ok_does_not_stay(small_disk):
     _, error = run_until(folder, 3, fill, resume=True)
     assert re.fullmatch(rf"error: {folder}/(metrics.jsonl|tensorboard): No space left on device\n", error), error
     assert result_file.read(folder / name)["Status"] == "FAILED"
+
+
+def test_mfu_is_the_models_flops_over_what_all_devices_could_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(utilisation, "peak", lambda device, precision: (1e9, f"a sheet for {precision}"))
+    with RunLog(tmp_path, World(), "Net", 4, total_steps=20, log_every=5, skip_steps=5, precision="bf16") as log:
+        for step in range(1, 21):
+            time.sleep(0.01)
+            log.step(step, 4, torch.tensor(1.0), 0.1, flops=2e6)
+        log.finish()
+    values = result_file.read(tmp_path / "Net_bs4_1p_acc.log")
+    expected = 100 * 2e6 / (float(values["StepTimeMs"]) / 1000) / 1e9
+    assert float(values["MFU"]) == pytest.approx(expected, rel=0.01) and expected < 20
+    assert values["MFUPeak"] == "0.001 TFLOP/s a device in bf16 (a sheet for bf16)"
+    steady = [line for line in lines(tmp_path) if "mfu" in line]
+    assert steady and all(0 < line["mfu"] < 20 and line["memory_mib"] > 0 for line in steady)
+
+
+def test_a_peak_is_a_documents_or_measured_without_a_random_draw(monkeypatch):
+    before = torch.get_rng_state()
+    flops, source = utilisation.peak(torch.device("cpu"), "fp32")
+    assert flops > 1e8 and source == "best matrix product measured here" and torch.equal(before, torch.get_rng_state())
+    monkeypatch.setattr(utilisation.devices, "describe", lambda device: "NVIDIA H100 80GB HBM3")
+    assert utilisation.peak(torch.device("cuda"), "bf16") == (989.4e12, "NVIDIA H100 data sheet, SXM")

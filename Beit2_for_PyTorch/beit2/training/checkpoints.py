@@ -180,11 +180,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         raise UsageError(f"{path}: its optimizer state does not fit this model: {error}") from error
 
 
-def open_log(options: argparse.Namespace, world: World, last: int, continued: bool) -> RunLog:
+def open_log(options: argparse.Namespace, world: World, last: int, continued: bool, precision: str) -> RunLog:
     """The log of a run that ends at step `last`."""
     return RunLog(
         options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
-        resume=continued, profile=options.profile,
+        resume=continued, profile=options.profile, precision=precision,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from beit2.model.initialization import materialize
 from beit2.model.masked_image_model import MaskedImageModel
 from beit2.training import checkpoints
 from common import checkpoint_file, distributed, shards
+from common.background_write import BackgroundWriter
 from common.checkpoint_file import CheckpointError
 from common.distributed import World
 from common.errors import UsageError
@@ -46,18 +47,22 @@ class Replica:
         epoch: int,
         numbered: bool,
         extra: dict[str, Any],
+        writer: BackgroundWriter,
     ) -> None:
-        """Writes checkpoint.pth, and with `numbered` checkpoint-<epoch>.pth, each whole or not at all.
+        """Has checkpoint.pth written, and with `numbered` checkpoint-<epoch>.pth, each whole or not at all.
 
-        Every rank calls it and none goes on before the files are there.
+        Every rank calls it.
         """
-        if self.world.is_main:
-            state = checkpoints.training_state(self.model, optimizer, scale, options, progress, epoch, **extra)
-            folder = Path(options.output_dir)
-            checkpoint_file.save(state, folder / checkpoints.LATEST)
-            if numbered:
-                checkpoint_file.save(state, folder / f"checkpoint-{epoch}.pth")
-        distributed.barrier()
+        if not self.world.is_main:
+            return
+        state = checkpoints.training_state(self.model, optimizer, scale, options, progress, epoch, **extra)
+        names = [checkpoints.LATEST, *([f"checkpoint-{epoch}.pth"] if numbered else [])]
+
+        def write(kept: dict[str, Any]) -> None:
+            for name in names:
+                checkpoint_file.save(kept, Path(options.output_dir) / name)
+
+        writer.submit(state, write)
 
     def load(
         self, path: Path, optimizer: torch.optim.Optimizer, scale: LossScale, steps: int
@@ -89,7 +94,7 @@ class ShardedReplica(Replica):
         register_fsdp_forward_method(model, "encode")
         materialize(model, world.device, seed)
 
-    def save(self, options, optimizer, scale, progress, epoch, numbered, extra) -> None:
+    def save(self, options, optimizer, scale, progress, epoch, numbered, extra, writer) -> None:
         folder = Path(options.output_dir)
         rest = {"scaler": scale.state_dict(), "args": checkpoints.plain_options(options), **extra}
         shards.save_shards(folder / checkpoints.SHARDED, progress | rest, optimizer, self.model)
@@ -97,7 +102,7 @@ class ShardedReplica(Replica):
             state = shards.whole_state(self.model)  # on rank 0; empty elsewhere
             if self.world.is_main:
                 content = {"model": state, "epoch": epoch, "args": checkpoints.plain_options(options)}
-                checkpoint_file.save(content, folder / f"checkpoint-{epoch}.pth")
+                writer.submit(content, lambda kept: checkpoint_file.save(kept, folder / f"checkpoint-{epoch}.pth"))
 
     def load(self, path, optimizer, scale, steps) -> tuple[dict[str, Any], dict[str, Any]]:
         if not path.is_dir():

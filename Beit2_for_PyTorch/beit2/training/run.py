@@ -50,6 +50,7 @@ class Run:
         source: the checkpoint it goes on from, None for a new one.
         kept: what that checkpoint has beside weights, optimizer and progress, such as the best accuracy.
         identity: what the run is of, which a run that goes on from its checkpoints must share.
+        flops: of the model in a step on one picture (model/flops.py), for MFU.
     """
 
     options: argparse.Namespace
@@ -66,6 +67,7 @@ class Run:
     source: Path | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+    flops: float = 0.0
 
     @property
     def last(self) -> int:
@@ -84,7 +86,7 @@ class Run:
         return self.state.step // self.steps - 1
 
     def open_log(self) -> RunLog:
-        return checkpoints.open_log(self.options, self.world, self.last, self.source is not None)
+        return checkpoints.open_log(self.options, self.world, self.last, self.source is not None, self.precision)
 
     def save(self, log: RunLog, done: Done, **extra: Any) -> None:
         """Writes the checkpoints that are due, `extra` in them. Every rank calls it."""
@@ -93,7 +95,8 @@ class Run:
         with log.pause("save"):
             progress = self.state.plain() | checkpoints.run_shape(self.steps)
             extra |= {"identity": self.identity}
-            self.replica.save(self.options, self.optimizer, self.scale, progress, self.epoch, done.numbered, extra)
+            what = (self.options, self.optimizer, self.scale, progress, self.epoch, done.numbered, extra)
+            self.replica.save(*what, log.writer)
 
     @contextlib.contextmanager
     def evaluating(self, log: RunLog, done: Done | None, kept: Callable[[], dict[str, Any]]) -> Iterator[None]:
@@ -205,7 +208,7 @@ def training_steps(run: Run, log: RunLog, batches: RunBatches, loss_of: LossFunc
         due_to_save = epoch_ends or run_ends or stops or due(state.step, options.save_every)
         if due_to_save or due(state.step, options.log_every):
             run.step.check()
-        log.step(state.step, run.samples, epoch=state.step / run.steps, **scalars)
+        log.step(state.step, run.samples, epoch=state.step / run.steps, flops=run.flops * run.samples, **scalars)
         yield done_of(run, due_to_save)
         if stops and not run_ends:
             raise log.stopped(state.step)

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from common import checkpoint_file
+from common.background_write import BackgroundWriter
 from common.checkpoint_file import CheckpointError
 from data2vec.training.update import TrainState
 from data2vec.weights.pretrained import load_weights
@@ -156,7 +157,12 @@ def _load_optimizer(state: TrainState, saved: dict[str, Any], path: Path) -> Non
 
 
 def save_checkpoints(
-    folder: Path, state: TrainState, config: DictConfig, val_loss: float | None, end_of_epoch: bool
+    folder: Path,
+    state: TrainState,
+    config: DictConfig,
+    val_loss: float | None,
+    end_of_epoch: bool,
+    writer: BackgroundWriter,
 ) -> None:
     """checkpoint_last.pt always; checkpoint_best.pt, checkpoint_<epoch>_<updates>.pt, checkpoint<epoch>.pt when due.
 
@@ -177,10 +183,14 @@ def save_checkpoints(
         names.append(f"checkpoint_{state.epoch}_{state.num_updates}.pt")
     if end_of_epoch and not options.no_epoch_checkpoints and done_epoch % options.save_interval == 0:
         names.append(f"checkpoint{done_epoch}.pt")
-    for name in names:
-        checkpoint_file.save(content, folder / name)
-    if options.keep_interval_updates > 0:
-        _keep_newest_intervals(folder, options.keep_interval_updates)
+
+    def write(kept: dict[str, Any]) -> None:
+        for name in names:
+            checkpoint_file.save(kept, folder / name)
+        if options.keep_interval_updates > 0:
+            _keep_newest_intervals(folder, options.keep_interval_updates)
+
+    writer.submit(content, write)
 
 
 def _keep_newest_intervals(folder: Path, count: int) -> None:

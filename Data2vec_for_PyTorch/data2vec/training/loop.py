@@ -176,13 +176,13 @@ def stopped(run: Training, ended: bool) -> Preempted:
 
 
 def save(run: Training, loss: float | None, ended: bool) -> None:
-    """The checkpoints that are due, by the main rank; the others wait."""
+    """The checkpoints that are due, by the main rank; the others wait until their content is copied."""
     state = run.state
     if run.config.checkpoint.no_save:
         return
     state.meters = {} if ended else run.report.meters()
     with run.report.log.pause("save"):
         if run.world.is_main:
-            save_checkpoints(run.save_dir, state, run.config, loss, ended)
+            save_checkpoints(run.save_dir, state, run.config, loss, ended, run.report.log.writer)
         state.best_loss = distributed.broadcast_object(state.best_loss)
         distributed.barrier()

@@ -58,16 +58,13 @@ def values(
     return kept | {"config": config, "vit_config": vit_config, "identity": identity}
 
 
-def save(
-    path: Path, values: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
-) -> None:
-    """Writes a checkpoint atomically; `model` is the plain module, not its DDP or compiled wrapper."""
-    tensors = {
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Any]:
+    """The tensors of a checkpoint; `model` is the plain module, not its DDP or compiled wrapper."""
+    return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "ema": ema.state_dict() if ema is not None else None,
     }
-    checkpoint_file.save(tensors | values, path)
 
 
 def save_sharded(
@@ -89,9 +86,9 @@ def save_whole(path: Path, values: dict[str, Any], model: nn.Module, ema: nn.Mod
         state = shards.whole_state(module) if options["parallel"] == "fsdp" else module.state_dict()
         return lora.merged(state, lora.scale_of(options["model"])) if lora.has_adapters(state) else state
 
-    tensors = {"model": whole(model), "ema": None if ema is None else whole(ema)}
-    if tensors["model"]:  # the main rank
-        checkpoint_file.save(tensors | values, path)
+    weights = {"model": whole(model), "ema": None if ema is None else whole(ema)}
+    if weights["model"]:  # the main rank
+        checkpoint_file.save(weights | values, path)
 
 
 def newest(folder: Path) -> Path | None:
