@@ -194,7 +194,7 @@ class RunLog:
             raise UsageError("no training step was done: there is no result")
         self._tell(self._profiler.finish() if self._profiler else None)
         duration = time.perf_counter() - self._started
-        fps = self._clock.fps()
+        fps, steady = self._clock.fps(), self._clock.is_steady
         if loss is None and self._losses:
             loss = self._losses[max(self._losses)]
         values: dict[str, Any] = {"E2ETrainingTime": round(duration, 2)}
@@ -209,14 +209,13 @@ class RunLog:
         for key in ("ActualLoss", "TrainAccuracy"):
             if not math.isfinite(values.get(key, 0)):
                 raise FloatingPointError(f"the result is not finite: {key} = {values[key]}")
-        if fps is not None and not self._clock.is_steady:
+        if fps is not None and not steady:
             values["FPSNote"] = "too few steps: the warm-up steps are counted"
-        if fps is not None and self._clock.is_steady and (flops := self._clock.flops_per_second()) and self.peak:
+        if fps is not None and steady and (flops := self._clock.flops_per_second()) and self.peak:
             values["MFU"] = round(100 * flops / self.peak, 3)
             each, source = self._peak
             values["MFUPeak"] = f"{each / 1e12:.4g} TFLOP/s a device in {self.precision} ({source})"
-        memory = devices.peak_memory_bytes(self.world.device)
-        values |= {"PeakMemoryMiB": memory >> 20, **extra, "Status": "OK"}
+        values |= {"PeakMemoryMiB": devices.peak_memory_bytes(self.world.device) >> 20, **extra, "Status": "OK"}
         if self.world.is_main:
             self._write_losses()
             self.progress.close()
