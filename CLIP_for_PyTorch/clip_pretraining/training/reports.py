@@ -33,6 +33,7 @@ def open_log(args: ClipTrainingArguments, world: World, total_steps: int | None,
         evaluation=bool(args.replay) or not args.do_train,
         skip_steps=args.skip_steps,
         profile=args.profile,
+        precision=args.precision,
     )
 
 

@@ -20,6 +20,7 @@ from clip_pretraining.data.batches import EpochLoader, GlobalBatchSampler, one_t
 from clip_pretraining.data.pairs import PairDataset
 from clip_pretraining.evaluation.encoder import normalise_pixels
 from clip_pretraining.model import loss as losses
+from clip_pretraining.model.flops import step_flops
 from clip_pretraining.model.layers import full_attention_mask
 from clip_pretraining.model.loading import ImageSettings
 from clip_pretraining.training.guarded_optimizer import GuardedOptimizer, scale_of
@@ -115,7 +116,9 @@ class ClipTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of this rank's share of the global batch, in chunks when it was asked for."""
         model.train()
-        self.last_samples = len(inputs["input_ids"]) * self.world.size
+        pairs, length = inputs["input_ids"].shape
+        self.last_samples = pairs * self.world.size
+        self.last_flops = step_flops(self.model, pairs, length) * self.world.size  # captions may differ between ranks
         micro = self.args.micro_batch_size
         if (rows := inputs.pop("rows", None)) is not None:
             names = _Names(self.train_dataset, rows.tolist())
@@ -337,6 +340,7 @@ class RunLogCallback(TrainerCallback):
             lr=trainer.last_lr,
             grad_norm=self.grad_norm,
             epoch=state.epoch,
+            flops=trainer.last_flops,
             logit_scale=model.logit_scale.detach().exp(),
             **extra,
         )

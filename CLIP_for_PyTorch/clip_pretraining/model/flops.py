@@ -1,0 +1,38 @@
+"""What a training step of both towers computes, in closed form; test_flops.py holds it to torch's counter.
+
+FLOPs of matrix products as `transformers` has them: rows that ours leaves out of the last blocks, and products of
+padding that our CPU patches skip, count.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from common.utilisation import transformer_flops
+
+
+def step_flops(model: PreTrainedModel, pairs: int, text_tokens: int) -> float:
+    """Forward and backward of `pairs` pairs whose captions are padded to `text_tokens`; the loss itself is left out.
+
+    A tower without a weight to train goes forward only.
+    """
+    vision, text = model.config.vision_config, model.config.text_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    stem = 2.0 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
+    towers = _tower(vision, patches + 1) * _passes(model.vision_model)
+    towers += _tower(text, text_tokens) * _passes(model.text_model)
+    ends = [model.visual_projection, model.text_projection]
+    if (pooler := getattr(model.text_model, "pooler", None)) is not None:  # RoBERTa's
+        ends.append(pooler.dense)
+    towers += sum(2.0 * layer.weight.numel() * _passes(layer) for layer in ends)
+    # nothing asks for the gradient of the pictures
+    return pairs * (stem * min(2, _passes(model.vision_model)) + towers)
+
+
+def _tower(config: PretrainedConfig, tokens: int) -> float:
+    return transformer_flops(tokens, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+
+
+def _passes(module: nn.Module) -> int:
+    return 3 if any(parameter.requires_grad for parameter in module.parameters()) else 1
