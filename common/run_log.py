@@ -58,6 +58,7 @@ class RunLog:
             metrics.jsonl it then leaves alone.
         needs_shared: every host writes into the folder (sharded checkpoints), so that all must share it.
         precision: of the matrix products, for MFU.
+        tensorboard_dir: where TensorBoard's files go instead of the folder's tensorboard/.
     """
 
     def __init__(
@@ -76,13 +77,13 @@ class RunLog:
         evaluation: bool = False,
         needs_shared: bool = False,
         precision: str = "fp32",
+        tensorboard_dir: str | Path | None = None,
     ):
-        self.folder = Path(output_dir)
-        self.world = world
-        self.total_steps, self.batch_size = total_steps, batch_size
+        self.folder, self.world = Path(output_dir), world
+        self.tensorboard_dir = Path(tensorboard_dir or self.folder / "tensorboard")
+        self.total_steps, self.batch_size, self.fps_unit, self.precision = total_steps, batch_size, fps_unit, precision
         self.log_every = max(1, log_every)
         self.resume, self.evaluation, self.needs_shared = resume, evaluation, needs_shared
-        self.fps_unit, self.precision = fps_unit, precision
         self.result = ResultFile(
             self.folder, network, batch_size, world.size, case_kind, devices.describe(world.device)
         )
@@ -91,8 +92,7 @@ class RunLog:
         self._dump = PrecisionDump(self.folder, world, of_training=not evaluation)
         self._window = Window()
         self._losses: dict[int, float] = {}  # by step
-        self._has_trained = False
-        self._is_finished = False
+        self._has_trained = self._is_finished = False
         self._signals = Watch(saves=not evaluation)
         self.writer = BackgroundWriter()  # of checkpoints; finished before the run ends or says that it was stopped
         self._held = contextlib.ExitStack()
@@ -131,7 +131,7 @@ class RunLog:
                 keep_aside(self.folder)
         self.result.write({"Status": "RUNNING"})
         self._metrics = MetricsFile(metrics)
-        self._tensorboard = TensorBoard(self.folder / "tensorboard")
+        self._tensorboard = TensorBoard(self.tensorboard_dir)
 
     def _check_hosts(self) -> None:
         absent = ", ".join(run_folder.hosts_without(self.folder, self.world))

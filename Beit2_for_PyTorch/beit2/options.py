@@ -37,7 +37,6 @@ DEAD = {
     "load-tar": "it never did anything",
     "weight_decay_end": "the tokenizer's weight decay is constant, there and here",
     "imagenet_default_mean_and_std": "--process_type imagenet_norm says how the tokenizer's pictures are normalised",
-    "log_dir": "TensorBoard files are in <output_dir>/tensorboard",
 }
 
 
@@ -65,6 +64,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Device, output, resume and logging."""
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="output", help="checkpoints and logs")
+    group.add_argument("--log_dir", default=None, help="TensorBoard's files; default: OUTPUT_DIR/tensorboard")
     group.add_argument("--device", default="auto", help="auto, npu, cuda or cpu")
     group.add_argument("--precision", choices=devices.PRECISIONS, help="default: bf16 on npu and cuda, fp32 on a CPU")
     group.add_argument("--loss_scale", default="dynamic", help="fp16: dynamic, or a number for a constant one")
@@ -86,7 +86,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_workers", type=int, default=min(10, devices.available_cores()))
     group.add_argument("--pin_mem", action="store_true", default=True)
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
-    add_dead_options(parser, "dist_on_itp", "dist_url", "world_size", "local_rank", "local-rank", "log_dir")
+    add_dead_options(parser, "dist_on_itp", "dist_url", "world_size", "local_rank", "local-rank")
 
 
 def add_optimizer_options(parser: argparse.ArgumentParser, *, lr: float, weight_decay: float) -> None:

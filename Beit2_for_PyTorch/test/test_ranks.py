@@ -13,6 +13,10 @@ from PIL import Image
 from safetensors import safe_open
 from small_models import OPTIONS
 
+import draw_predictions
+import export_weights
+import run_class_finetuning
+import run_linear_eval
 from beit2.model.quantizer import NormEMAQuantizer
 from beit2.training.checkpoints import fit_progress
 from beit2.weights.files import read_checkpoint
@@ -57,6 +61,10 @@ CODEBOOK = """
 import sys
 import torch
 from torch.nn.functional import normalize
+import draw_predictions
+import export_weights
+import run_class_finetuning
+import run_linear_eval
 from beit2.model.quantizer import NormEMAQuantizer
 from common import distributed
 
@@ -144,6 +152,10 @@ def runs(pictures, tokenizer_file, tmp_path_factory):
         run("fp16_cut", *half, "--max_steps", "3"),
         run("fp16_cut", *half),
         run("moved", *sharded, "--max_steps", "2"),
+        run("to_ddp", "--fsdp", "--max_steps", "3"),
+        run("to_ddp"),
+        run("to_fsdp", "--max_steps", "3"),
+        run("to_fsdp", "--fsdp"),
         ("extract_features.py", *features, "--output", str(folder / "two.safetensors"), "--batch_size", "5"),
         (str(folder / "codebook.py"), str(folder / "codebook.pt")),
         (str(folder / "stream.py"), str(folder / "stream.pt")),
@@ -178,6 +190,45 @@ def test_a_sharded_checkpoint_goes_on_with_another_number_of_ranks(runs):
     assert_same_curve(runs / "moved", runs / "ddp", 1e-4, ("grad_norm", "lr"))  # the loss there is rank 0's
     moved, stayed = (epoch_lines(runs / name) for name in ("moved", "ddp"))
     assert moved[1] == pytest.approx(stayed[1], rel=1e-4, abs=1e-6)
+
+
+def test_a_run_goes_on_in_shards_or_out_of_them(runs):
+    for name in ("to_ddp", "to_fsdp"):
+        assert_same_curve(runs / name, runs / "ddp", 1e-4)
+        assert epoch_lines(runs / name)[1] == pytest.approx(epoch_lines(runs / "ddp")[1], rel=1e-4, abs=1e-6)
+
+
+def test_the_shards_folder_is_taken_wherever_a_checkpoint_file_is(runs, pictures, tokenizer_file, tmp_path):
+    """Beside extract_features.py (below) and --resume (above)."""
+    folder, whole = str(runs / "fsdp/checkpoint-sharded"), str(runs / "fsdp/checkpoint-1.pth")
+    data = ["--data_path", str(pictures / "train"), "--eval_data_path", str(pictures / "val")]
+    for number, checkpoint in enumerate((folder, whole)):
+        out = tmp_path / str(number)
+        common = [
+            "--input_size",
+            "32",
+            "--num_workers",
+            "0",
+            "--device",
+            "cpu",
+            "--max_steps",
+            "1",
+            "--batch_size",
+            "8",
+        ]
+        common += ["--model", "beit_test_classifier", *data]
+        tuned = ["--finetune", checkpoint, "--output_dir", str(out / "tuned"), "--warmup_epochs", "0", "--aa", "none"]
+        run_class_finetuning.main([*common, *tuned, "--reprob", "0"])
+        run_linear_eval.main([*common, "--pretrained_weights", checkpoint, "--output_dir", str(out / "probe")])
+        figure = ["--tokenizer_weight", str(tokenizer_file), *data[:2], "--output", str(out / "figure.png")]
+        draw_predictions.main(["--checkpoint", checkpoint, *figure])
+        export_weights.main(["--checkpoint", checkpoint, "--to", "safetensors", "--output", str(out / "export")])
+    for name in ("tuned/metrics.jsonl", "probe/metrics.jsonl"):
+        ours, theirs = (train_lines((tmp_path / number / name).parent)[1]["loss"] for number in "01")
+        assert ours == theirs
+    for name in ("figure.png", "export/model.safetensors"):
+        ours, theirs = ((tmp_path / number / name).read_bytes() for number in "01")
+        assert len(ours) == len(theirs) and (name != "figure.png" or ours == theirs)
 
 
 def test_fp16_scaling_survives_a_sharded_resume(runs):

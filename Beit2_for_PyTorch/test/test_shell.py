@@ -1,6 +1,7 @@
 """The test/*.sh scripts: what they start, and one whole run."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,35 @@ def test_every_script_starts_its_program(pictures, script, expected, tmp_path):
     done = shell(script, *flags)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout and str(pictures) in done.stdout
+
+
+def test_every_flag_of_every_script_reaches_its_program_or_is_refused(pictures, tmp_path):
+    """Values with blanks and a quote, as a shell may split; those of the launcher itself are tested in common/."""
+    values = {"batch_size": "7", "epochs": "9", "max_steps": "11", "precision": "bf16", "device": "cpu"}
+    values |= {
+        "output_dir": f"{tmp_path}/o u't",
+        "log_dir": f"{tmp_path}/l o'g",
+        "tokenizer_weight": f"{tmp_path}/t o'k",
+    }
+    values |= {
+        "data_path": f"{tmp_path}/d a't",
+        "ckpt_path": f"{tmp_path}/c k'p",
+        "model": "m o",
+        "tokenizer_model": "t m",
+    }
+    for name in ("data_path", "ckpt_path"):
+        Path(values[name]).mkdir()
+    for script in ("pretraining.sh", *sorted(f"test/{path.name}" for path in (PROJECT / "test").glob("train_*_1p.sh"))):
+        usage = shell(script, "--help").stdout
+        known = {name for name in values if f"--{name}=" in usage}
+        assert set(values) - known <= {"tokenizer_weight", "tokenizer_model", "model"}, script
+        done = shell(script, *(f"--{name}={values[name]}" for name in known), "--dry_run")
+        assert done.returncode == 0, done.stderr
+        words = shlex.split(done.stdout.replace("\\\n", " "), comments=True)
+        for name in known:
+            assert any(values[name] in word for word in words), (script, name, done.stdout)
+        for name in set(values) - known:
+            assert "unknown flag" in (refused := shell(script, f"--{name}=x")).stderr and refused.returncode == 2
 
 
 def test_an_evaluation_does_not_go_on_from_the_pretraining_in_the_default_folder(pictures):
@@ -103,11 +133,12 @@ def test_pretraining_and_its_accuracy(pictures, tiny, tmp_path):
 
 def test_pretraining_sh_shards_over_its_ranks(tiny, tmp_path):
     flags, options = tiny
-    run = [*flags, "--nproc=2", "--epochs=1", f"--output_dir={tmp_path}"]
+    run = [*flags, "--nproc=2", "--epochs=1", f"--output_dir={tmp_path}", f"--log_dir={tmp_path / 'events'}"]
     done = shell("pretraining.sh", *run, "--", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert result(tmp_path, "Beit2_for_PyTorch_bs8_2p_acc")["Status"] == "OK"
     assert (tmp_path / "checkpoint-sharded/.metadata").exists() and (tmp_path / "checkpoint-0.pth").exists()
+    assert list((tmp_path / "events").glob("events.*")) and not (tmp_path / "tensorboard").exists()
 
 
 def test_a_failed_run_keeps_its_exit_code(pictures, tmp_path):

@@ -254,8 +254,9 @@ def main(argv: Sequence[str]) -> None:
             found: Mapping = {"usage": usage(Path(script), list(values))}
         else:
             check(flags, os.environ, unused.split(), Path(script).name)
-            if flags["output_dir"]:
-                flags.values["output_dir"] = os.path.abspath(os.path.expanduser(flags["output_dir"]))
+            for name in ("output_dir", "log_dir"):  # which need not be there yet
+                if flags.values.get(name):
+                    flags.values[name] = os.path.abspath(os.path.expanduser(flags[name]))
             plan = plan_of(flags, os.environ, int(ranks))
             if not plan["dry_run"] and importlib.util.find_spec("psutil") is None:
                 raise LaunchError(

@@ -92,6 +92,7 @@ class CLIPTeacher(nn.Module):
         super().__init__()
         self.visual = CLIPVisionTower(**config)
         self.output_dim, self.pixels, self.patch = self.visual.output_dim, config["res"], config["patch"]
+        self.num_patches = self.visual.grid**2
 
     def forward(self, images: Tensor) -> Tensor:
         return self.visual(images)
@@ -114,6 +115,7 @@ class DINOTeacher(nn.Module):
             self.add_module(name, module)
         self.cls_token, self.pos_embed = vit.cls_token, vit.pos_embed
         self.output_dim, self.pixels, self.patch = width, res, patch
+        self.num_patches = (res // patch) ** 2
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, res, res] -> [B, N, width]."""

@@ -14,11 +14,10 @@ from torch import nn
 
 from beit2.weights.download import local_file
 from beit2.weights.files import read_checkpoint
-from common import distributed
+from common import distributed, shards
 from common.distributed import World
 from common.errors import UsageError
 from common.run_log import RunLog
-from common.shards import saved_at
 from common.update import LossScale
 
 NETWORK = "Beit2_for_PyTorch"
@@ -61,28 +60,28 @@ def training_state(
     }
 
 
-def find_checkpoint(resume: str, auto_resume: bool, output_dir: str | Path, sharded: bool = False) -> Path | None:
+def find_checkpoint(resume: str, auto_resume: bool, output_dir: str | Path) -> Path | None:
     """The file to continue from: `resume` if given, else with auto_resume the newest good one of the output folder.
 
-    Sharded runs have a folder `checkpoint-sharded` in the place of checkpoint.pth. A damaged checkpoint.pth is passed
-    over, with a warning, for the highest checkpoint-N.pth.
+    Sharded runs have a folder `checkpoint-sharded` in the place of checkpoint.pth; any run goes on from either. A
+    damaged one is passed over, with a warning, for the other and then the highest checkpoint-N.pth.
     """
     if resume and resume != "auto":
         return local_file(resume)
     if not (auto_resume or resume == "auto"):
         return None
     folder = Path(output_dir)
-    if sharded:
-        return saved_at(folder / SHARDED)
+    latest = [path for path in (folder / LATEST, shards.saved_at(folder / SHARDED)) if path and path.exists()]
+    latest.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     numbered = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
     numbered.sort(key=lambda p: int(p.stem.split("-")[1]), reverse=True)
-    for path in (folder / LATEST, *numbered):
-        if path.exists():
-            try:
+    for path in (*latest, *numbered):
+        try:
+            if path.is_file():  # of a folder it is known
                 read_checkpoint(path)
-                return path
-            except UsageError as error:
-                warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+            return path
+        except UsageError as error:
+            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
     return None
 
 
@@ -156,7 +155,8 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> 
     unknown = sorted(set(state) - set(own))
     if unknown:
         raise UsageError(f"{path}: the checkpoint of another model, {unknown[0]} in it has no place here")
-    model.load_state_dict(state)
+    load = shards.load_whole_model if any(map(shards.is_sharded, own.values())) else nn.Module.load_state_dict
+    load(model, state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
@@ -175,7 +175,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
             groups.append({**group, **kept, "lr": float(group["lr"])})
         if len(state["param_groups"]) != len(optimizer.param_groups):
             raise ValueError(f"{len(state['param_groups'])} groups, this run has {len(optimizer.param_groups)}")
-        optimizer.load_state_dict({**state, "param_groups": groups})
+        shards.load_whole_optimizer(optimizer, {**state, "param_groups": groups})
     except ValueError as error:
         raise UsageError(f"{path}: its optimizer state does not fit this model: {error}") from error
 
@@ -184,14 +184,17 @@ def open_log(options: argparse.Namespace, world: World, last: int, continued: bo
     """The log of a run that ends at step `last`."""
     return RunLog(
         options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
-        resume=continued, profile=options.profile, precision=precision,
+        resume=continued, profile=options.profile, precision=precision, tensorboard_dir=options.log_dir,
     )  # fmt: skip
 
 
 def open_evaluation_log(options: argparse.Namespace, world: World, kind: str = "eval") -> RunLog:
     """The log of an evaluation alone, which has a result file of its own beside that of the training."""
     name = f"{NETWORK}_{kind}"
-    return RunLog(options.output_dir, world, name, options.batch_size, options.case_kind, evaluation=True)
+    return RunLog(
+        options.output_dir, world, name, options.batch_size, options.case_kind, evaluation=True,
+        tensorboard_dir=options.log_dir,
+    )  # fmt: skip
 
 
 def append_epoch_log(output_dir: str | Path, line: dict[str, Any]) -> None:

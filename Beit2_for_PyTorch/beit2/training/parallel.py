@@ -28,10 +28,7 @@ class Replica:
     Attributes:
         model: the model itself, whose parameters the optimizer has.
         wrapped: what is called: the model, or DDP around it.
-        sharded: whether parameters are FSDP2 shards (fp32 masters, gathered for compute in the run's precision).
     """
-
-    sharded = False
 
     def __init__(self, model: nn.Module, world: World, static_graph: bool = False):
         self.model, self.world = model, world
@@ -67,20 +64,28 @@ class Replica:
     def load(
         self, path: Path, optimizer: torch.optim.Optimizer, scale: LossScale, steps: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Restores a checkpoint; returns its progress, and what it holds besides. Every rank calls it."""
-        if path.is_dir():
-            raise UsageError(f"{path} is sharded: add --parallel fsdp, or start anew with --no_auto_resume")
-        return checkpoints.load_training_state(path, self.model, optimizer, scale, steps)
+        """Restores a checkpoint, sharded or not, as this replica is or the other one.
+
+        Returns its progress, and what it holds besides. Every rank calls it.
+        """
+        if not path.is_dir():
+            return checkpoints.load_training_state(path, self.model, optimizer, scale, steps)
+        try:
+            progress = checkpoints.fit_progress(shards.load_progress(path), steps, path)
+            scale.load_state_dict(progress.pop("scaler", None) or {})
+            shards.load_shards(path, optimizer, self.model)
+        except CheckpointError as error:
+            raise UsageError(str(error)) from error
+        own = {name: progress[name] for name in ("step", "sums", "counts") if name in progress}
+        return own, {name: value for name, value in progress.items() if name not in own}
 
 
 class ShardedReplica(Replica):
-    """A model spread over the ranks.
+    """A model spread over the ranks: FSDP2 shards, fp32 masters, gathered for compute in the run's precision.
 
     Its checkpoints are the folder `checkpoint-sharded` to resume from, on any number of ranks, and with `numbered` one
     plain checkpoint-<epoch>.pth with the whole model.
     """
-
-    sharded = True
 
     def __init__(self, model: MaskedImageModel, world: World, precision: str, seed: int):
         self.model = self.wrapped = model
@@ -103,18 +108,6 @@ class ShardedReplica(Replica):
             if self.world.is_main:
                 content = {"model": state, "epoch": epoch, "args": checkpoints.plain_options(options)}
                 writer.submit(content, lambda kept: checkpoint_file.save(kept, folder / f"checkpoint-{epoch}.pth"))
-
-    def load(self, path, optimizer, scale, steps) -> tuple[dict[str, Any], dict[str, Any]]:
-        if not path.is_dir():
-            raise UsageError(f"{path} is not sharded: use --parallel ddp, or start anew with --no_auto_resume")
-        try:
-            progress = checkpoints.fit_progress(shards.load_progress(path), steps, path)
-            scale.load_state_dict(progress.pop("scaler", None) or {})
-            shards.load_shards(path, optimizer, self.model)
-        except CheckpointError as error:
-            raise UsageError(str(error)) from error
-        own = {name: progress[name] for name in ("step", "sums", "counts") if name in progress}
-        return own, {name: value for name, value in progress.items() if name not in own}
 
 
 def new_replica(model: MaskedImageModel, world: World, options: argparse.Namespace, precision: str) -> Replica:

@@ -166,7 +166,7 @@ def new_run(
         decays = np.full(len(rates), options.weight_decay)
     run = Run(options, world, precision, replica, optimizer, scale, step, steps, rates, decays, identity=identity or {})
     searches = options.auto_resume or options.replay is not None
-    found = checkpoints.find_checkpoint(options.resume, searches, options.output_dir, replica.sharded)
+    found = checkpoints.find_checkpoint(options.resume, searches, options.output_dir)
     run.source = agree_on(found, world)
     progress = {"step": options.start_epoch * steps}
     if run.source is not None:
