@@ -14,7 +14,8 @@ from functools import partial
 from clip_pretraining import cpu_patches, npu_patches, resume
 from clip_pretraining.options import arguments, legacy
 from clip_pretraining.training import identity, pipeline, reports
-from clip_pretraining.training.trainer import ClipTrainer, RunLogCallback
+from clip_pretraining.training.log_callback import RunLogCallback
+from clip_pretraining.training.trainer import ClipTrainer
 from common import device, distributed
 from common.errors import print_usage_errors
 

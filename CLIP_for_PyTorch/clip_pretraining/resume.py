@@ -102,17 +102,20 @@ def choose(output_dir: str | Path, wanted: str | None, overwrite: bool) -> Path 
 
 
 def keep_best(trainer, eval_loss: float) -> None:
-    """Saves the model to output_dir/best when its evaluation loss is the lowest of the run."""
+    """Saves the model to output_dir/best when its evaluation loss is the lowest of the run. All ranks call it."""
     folder = Path(trainer.args.output_dir) / "best"
     record = folder / "best.json"
-    if record.is_file() and json.loads(record.read_text())["eval_loss"] <= eval_loss:
+    known = trainer.world.is_main and record.is_file()
+    if broadcast_object(known and json.loads(record.read_text())["eval_loss"] <= eval_loss):
         return
     staging = folder.with_name(".best.saving")
-    shutil.rmtree(staging, ignore_errors=True)
+    if trainer.world.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
     trainer.save_model(str(staging), _internal_call=True)
-    (staging / record.name).write_text(json.dumps({"eval_loss": eval_loss, "step": trainer.state.global_step}))
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    if trainer.world.is_main:
+        (staging / record.name).write_text(json.dumps({"eval_loss": eval_loss, "step": trainer.state.global_step}))
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
 
 
 def prepare_folder(output_dir: str | Path, checkpoint: Path | None, trains: bool) -> None:

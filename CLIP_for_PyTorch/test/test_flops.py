@@ -9,14 +9,16 @@ from transformers import AutoConfig
 
 from clip_pretraining.model.flops import step_flops
 from clip_pretraining.model.loading import FAMILIES, freeze
+from clip_pretraining.model.patch_dropout import keep_patches
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("locked", [False, True])
-def test_both_towers(name, locked):
+@pytest.mark.parametrize("locked, share", [(False, 1), (True, 1), (False, 0.5)])
+def test_both_towers(name, locked, share):
     config = AutoConfig.for_model(**read_json(f"{name}_config.json"))
     model = FAMILIES[config.model_type]._from_config(config, attn_implementation="sdpa")
     freeze(model, vision=locked, text=False)
+    keep_patches(model.train(), share)
     size, length = config.vision_config.image_size, 8
     ids = torch.full((2, length), 5)
     ids[:, -1] = config.text_config.eos_token_id

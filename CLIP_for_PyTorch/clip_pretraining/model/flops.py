@@ -9,18 +9,19 @@ from __future__ import annotations
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from clip_pretraining.model import patch_dropout
 from common.utilisation import transformer_flops
 
 
 def step_flops(model: PreTrainedModel, pairs: int, text_tokens: int) -> float:
     """Forward and backward of `pairs` pairs whose captions are padded to `text_tokens`; the loss itself is left out.
 
-    A tower without a weight to train goes forward only.
+    A tower without a weight to train goes forward only; of one with LoRA the frozen weights have no gradient of theirs.
     """
     vision, text = model.config.vision_config, model.config.text_config
     patches = (vision.image_size // vision.patch_size) ** 2
     stem = 2.0 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
-    towers = _tower(vision, patches + 1) * _passes(model.vision_model)
+    towers = _tower(vision, patch_dropout.kept(model, patches) + 1) * _passes(model.vision_model)
     towers += _tower(text, text_tokens) * _passes(model.text_model)
     ends = [model.visual_projection, model.text_projection]
     if (pooler := getattr(model.text_model, "pooler", None)) is not None:  # RoBERTa's
@@ -34,5 +35,6 @@ def _tower(config: PretrainedConfig, tokens: int) -> float:
     return transformer_flops(tokens, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
 
 
-def _passes(module: nn.Module) -> int:
-    return 3 if any(parameter.requires_grad for parameter in module.parameters()) else 1
+def _passes(module: nn.Module) -> float:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return 2 + trained / sum(p.numel() for p in module.parameters()) if trained else 1

@@ -109,6 +109,14 @@ class ClipTrainingArguments(TrainingArguments):
     mask_equal_captions: bool = field(
         default=False, metadata={"help": "A caption that comes twice in a batch is no negative of its other picture."}
     )
+    keep_patches: float = field(
+        default=1.0, metadata={"help": "Share of a picture's patches that training sees, drawn anew (FLIP: 0.5)."}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Evaluate and save a moving average of the weights (0.9999); 0: none."}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "Train low-rank additions to the towers' layers; 0: all."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "Their factor is alpha / rank; default 1."})
     clamp_logit_scale: bool = field(default=True, metadata={"help": "Keep logit_scale at or below ln 100."})
     zero_shot_dir: str | None = field(default=None, metadata={"help": "Folder of class folders: zero-shot accuracy."})
     class_names: str | None = field(
@@ -141,6 +149,9 @@ class ClipTrainingArguments(TrainingArguments):
         if self.max_steps == 0:
             self.max_steps = -1
         checks.check_ranges(self)  # before `Trainer`'s own, which do not name the option
+        self.lora_scale = (self.lora_alpha or self.lora_rank) / max(1, self.lora_rank)
+        self.sharded = checks.wants_shards(self)
+        self.fsdp = self.fsdp_config = None  # training/sharding.py does it: accelerate's cannot shard a scalar
         super().__post_init__()
         self._n_gpu = min(1, self._n_gpu)  # several cards are several processes, never DataParallel
         # The chunks of a large batch share one loss, so the Trainer must see one batch (training/trainer.py).

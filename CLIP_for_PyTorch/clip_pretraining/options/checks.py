@@ -39,6 +39,10 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "per_device_eval_batch_size": (1, _LARGEST, True),
     "dataloader_num_workers": (0, 4096, True),
     "dataloader_prefetch_factor": (1, 4096, True),
+    "keep_patches": (0, 1, False),
+    "ema_decay": (0, 1 - 1e-9, True),
+    "lora_rank": (0, 4096, True),
+    "lora_alpha": (0, 65536, False),
     "max_bad_share": (0, 1, True),
     "max_train_samples": (1, _LARGEST, True),
     "max_eval_samples": (1, _LARGEST, True),
@@ -67,6 +71,21 @@ def check_ranges(options: object) -> None:
             bound = f"at least {least:g}" if inclusive else f"above {least:g}"
             spoken = "per_device_train_batch_size" if name == "micro_batch_size" else name
             raise UsageError(f"--{spoken} {value}: must be {bound} and at most {largest:g}")
+
+
+def wants_shards(training: ClipTrainingArguments) -> bool:
+    """Whether --fsdp asks for a sharded model. UsageError for a kind that is not there, or what does not go with it."""
+    if not training.fsdp:
+        return False
+    kind = str(training.fsdp).lower()
+    if kind not in ("true", "full_shard", "full_shard auto_wrap") or training.fsdp_config:
+        asked = f"--fsdp {training.fsdp}" + (" with --fsdp_config" if training.fsdp_config else "")
+        raise UsageError(f"{asked}: there is --fsdp full_shard, layer by layer, without further options")
+    if training.torch_compile or training.torch_compile_backend or training.torch_compile_mode:
+        raise UsageError("--fsdp and --torch_compile: gathering a layer ends the compiled graph; leave one of them out")
+    if not training.optim.startswith("adamw"):
+        raise UsageError(f"--fsdp with --optim {training.optim}: only AdamW was tried with shards")
+    return True
 
 
 def _check_task(training: ClipTrainingArguments) -> None:
@@ -114,6 +133,8 @@ def _check_data(data: DataArguments, training: ClipTrainingArguments) -> None:
 def _check_training(training: ClipTrainingArguments) -> None:
     if training.optim not in OPTIMIZERS:
         raise UsageError(f"--optim {training.optim}: choose one of {', '.join(OPTIMIZERS)}")
+    if training.lora_alpha is not None and not training.lora_rank:
+        raise UsageError("--lora_alpha is the factor of --lora_rank's additions: give that too")
     if training.label_smoothing_factor:
         raise UsageError(
             "--label_smoothing_factor: the targets are which caption belongs to which picture; leave it out"

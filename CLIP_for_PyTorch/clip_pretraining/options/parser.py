@@ -38,6 +38,7 @@ _USUAL = {
     "dataloader_drop_last": "Leave out the last, smaller batch.",
     "gradient_checkpointing": "Less memory for 30 % more time.",
     "torch_compile": "Compile the model.",
+    "fsdp": "full_shard: spread model and optimizer over the ranks.",
 }
 _INTERNAL = ("device_name", "case_kind", "logging_steps", "report_to", "disable_tqdm", "logging_nan_inf_filter")
 _INTERNAL += ("ddp_find_unused_parameters", "ddp_broadcast_buffers", "remove_unused_columns")

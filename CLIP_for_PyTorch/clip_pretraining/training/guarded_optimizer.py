@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from clip_pretraining.training import sharding
 from common.device import require_precision
 from common.update import GuardedStep, LossScale, Outcome, loss_scale
 
@@ -43,7 +46,9 @@ class GuardedOptimizer(AcceleratedOptimizer):
         super().__init__(optimizer, scaler=None)
         self.parameters, self.scale, self.clip_norm, self.now, self.after = parameters, scale, clip_norm, now, after
         self.outcome = Outcome(torch.zeros(()), True)
+        self.sharded = False
         self._guard: GuardedStep | None = None
+        self._whole: dict[str, Any] | None = None
 
     @property
     def guard(self) -> GuardedStep:
@@ -53,6 +58,24 @@ class GuardedOptimizer(AcceleratedOptimizer):
                 self.optimizer, parameters, self.scale, clip_norm=self.clip_norm, after=self.after
             )
         return self._guard
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """`state_dict`, which rank 0 alone is asked for, has whole tensors of sharded ones meanwhile."""
+        self._whole = sharding.optimizer_state(self.optimizer) if self.sharded else None
+        try:
+            yield
+        finally:
+            self._whole = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() if self._whole is None else self._whole
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.sharded:
+            sharding.load_optimizer(self.optimizer, state_dict)
+        else:
+            super().load_state_dict(state_dict)
 
     @property
     def step_was_skipped(self) -> bool:

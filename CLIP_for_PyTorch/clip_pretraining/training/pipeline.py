@@ -20,7 +20,7 @@ from clip_pretraining.data.tokenization import load_tokenizer
 from clip_pretraining.evaluation import zeroshot
 from clip_pretraining.evaluation.encoder import Encoder, evaluate_split
 from clip_pretraining.exchange.transformers_folder import processor_of
-from clip_pretraining.model import layers, loading
+from clip_pretraining.model import layers, loading, lora, patch_dropout
 from clip_pretraining.model.loading import ImageSettings
 from clip_pretraining.options.arguments import ClipTrainingArguments, DataArguments, ModelArguments
 from clip_pretraining.training import sources
@@ -56,6 +56,8 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
     model = loading.load_model(model_args.model_name_or_path, model_args.config_name, args.loss == "siglip", **hub)
     layers.install(model)
     loading.freeze(model, model_args.freeze_vision_model, model_args.freeze_text_model)
+    if args.do_train:
+        _change_for_training(model, model_args, args)
     source = model_args.model_name_or_path or model_args.config_name
     tokenizer = _tokenizer(model_args.tokenizer_name or source, model, hub)
     settings = loading.image_settings(model_args.image_processor_name or source, model.config, **hub)
@@ -82,6 +84,14 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
         if args.zero_shot_dir:
             setup.zero_shot = _zero_shot(model_args, data, args, world)
     return setup
+
+
+def _change_for_training(model: PreTrainedModel, model_args: ModelArguments, args: ClipTrainingArguments) -> None:
+    if args.keep_patches < 1 and model_args.freeze_vision_model:
+        raise UsageError("--keep_patches makes training of the vision tower cheaper, and it is frozen: leave one out")
+    patch_dropout.keep_patches(model, args.keep_patches)
+    if args.lora_rank:
+        lora.add(model, args.lora_rank, args.lora_scale * args.lora_rank)
 
 
 def _tokenizer(source: str, model: PreTrainedModel, hub: dict) -> PreTrainedTokenizerBase:
@@ -153,7 +163,20 @@ def start_line(setup: Setup, args: ClipTrainingArguments, world: World) -> str:
         chunks = args.per_device_train_batch_size // args.micro_batch_size
         batch = f"{args.micro_batch_size} x {world.size} ranks x {chunks} chunks"
         parts.append(f"{args.loss} loss over {args.per_device_train_batch_size * world.size} pairs ({batch})")
+        parts += _special(args)
     return "; ".join([*parts, f"{args.precision} on {devices.describe(world.device)}"])
+
+
+def _special(args: ClipTrainingArguments) -> list[str]:
+    """What of the training is not as usual."""
+    said = {
+        f"LoRA of rank {args.lora_rank}": args.lora_rank,
+        f"{args.keep_patches:.0%} of the patches": args.keep_patches < 1,
+        f"evaluated and saved is the average of the weights ({args.ema_decay:g})": args.ema_decay,
+        "sharded over the ranks": args.sharded,
+        "compiled": args.torch_compile,
+    }
+    return [text for text, given in said.items() if given]
 
 
 def evaluate(setup: Setup, args: ClipTrainingArguments, world: World) -> dict[str, float]:

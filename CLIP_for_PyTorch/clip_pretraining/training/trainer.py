@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 
 from clip_pretraining import resume
 from clip_pretraining.data.batches import EpochLoader, GlobalBatchSampler, one_thread
-from clip_pretraining.data.pairs import PairDataset
 from clip_pretraining.evaluation.encoder import normalise_pixels
+from clip_pretraining.model import lora
 from clip_pretraining.model import loss as losses
 from clip_pretraining.model.flops import step_flops
 from clip_pretraining.model.layers import full_attention_mask
 from clip_pretraining.model.loading import ImageSettings
+from clip_pretraining.training import sharding
 from clip_pretraining.training.guarded_optimizer import GuardedOptimizer, scale_of
+from clip_pretraining.training.log_callback import UNFINISHED, Names
+from clip_pretraining.training.sharding import whole
+from clip_pretraining.training.weight_average import WeightAverage
 from common import checkpoint_file, distributed
 from common.device import pins_memory, seeded
 from common.distributed import World
 from common.preemption import Interrupted
 from common.run_log import RunLog
+from common.update import gradients_stay_local
 
 MAX_LOGIT_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
-UNFINISHED = "unfinished_evaluation"  # in a checkpoint's log history: a signal came during it
 SCALE_FILE = "scaler.pt"  # Trainer's name for it
+AVERAGE_FILE = "average.safetensors"  # of the weights, in a checkpoint
 
 
 class ClipTrainer(Trainer):
@@ -65,6 +70,10 @@ class ClipTrainer(Trainer):
         self.clamp_logit_scale = kwargs["args"].clamp_logit_scale
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # our log prints
+        if self.args.sharded and self.args.do_train:
+            sharding.shard(self.model, world)
+            self.is_distributed_loading_by_transformers = True  # `Trainer`: neither DDP nor accelerate's FSDP around it
+        self.average = WeightAverage(self.model, self.args.ema_decay if self.args.do_train else 0.0)
         self._mean = torch.tensor(settings.mean, device=self.args.device)
         self._std = torch.tensor(settings.std, device=self.args.device)
         self.last_loss = torch.zeros(())
@@ -121,14 +130,14 @@ class ClipTrainer(Trainer):
         self.last_flops = step_flops(self.model, pairs, length) * self.world.size  # captions may differ between ranks
         micro = self.args.micro_batch_size
         if (rows := inputs.pop("rows", None)) is not None:
-            names = _Names(self.train_dataset, rows.tolist())
+            names = Names(self.train_dataset, rows.tolist())
             self.optimizer.guard.remember(self.state.global_step + 1, names)
         ids = inputs.pop("caption_ids", None)
         self._caption_ids = None if ids is None else ids.to(self.args.device, non_blocking=True)
         if len(inputs["input_ids"]) > micro:
             loss = self._chunked_step(model, inputs, micro)
         else:
-            loss = self._objective(*self._features(model, inputs, chunk=0))
+            loss = self._objective(*self._features(model, inputs, chunk=0), *self._scalars())
             self.accelerator.backward(self.optimizer.guard.scaled(loss))
         self.last_loss = loss.detach()
         return self.last_loss
@@ -148,7 +157,8 @@ class ClipTrainer(Trainer):
         rows = next(islice(sampler, position, None))
         inputs = self.data_collator([self.train_dataset[row] for row in rows])
         self.state.global_step = step - 1
-        return self.training_step(self.accelerator.prepare_model(self.model), inputs)
+        model = self.accelerator.prepare_model(self.model, evaluation_mode=self.is_distributed_loading_by_transformers)
+        return self.training_step(model, inputs)
 
     def _chunked_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], micro: int) -> torch.Tensor:
         """The gradient of the whole batch with the memory of one chunk (GradCache, arXiv:2101.06983).
@@ -161,19 +171,20 @@ class ClipTrainer(Trainer):
         with torch.no_grad():
             cached = [self._features(model, chunk, index) for index, chunk in enumerate(chunks)]
         image, text = (torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True))  # [B, d] each
-        scalars = [p for p in (self.model.logit_scale, getattr(self.model, "logit_bias", None)) if p is not None]
-        loss = self._objective(image, text)
+        scalars = [whole(scalar.detach()).requires_grad_() for scalar in self._scalars()]
+        loss = self._objective(image, text, *scalars)
         image_grad, text_grad, *scalar_grads = torch.autograd.grad(loss, [image, text, *scalars])
 
         for index, chunk in enumerate(chunks):
             is_last = index == len(chunks) - 1
             # DDP's all-reduce runs once, with the last chunk
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+            with gradients_stay_local(model, not is_last):
                 image, text = self._features(model, chunk, index)
                 rows = slice(index * micro, index * micro + len(image))
                 surrogate = (image * image_grad[rows]).sum() + (text * text_grad[rows]).sum()
                 if is_last:
-                    surrogate = surrogate + sum(p * g for p, g in zip(scalars, scalar_grads, strict=True))
+                    pairs = zip(self._scalars(), scalar_grads, strict=True)
+                    surrogate = surrogate + sum((scalar * grad).sum() for scalar, grad in pairs)
                 self.accelerator.backward(self.optimizer.guard.scaled(surrogate))
         return loss
 
@@ -185,11 +196,14 @@ class ClipTrainer(Trainer):
         output = model(**self._prepare_inputs(inputs))
         return output.image_embeds.float(), output.text_embeds.float()
 
-    def _objective(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        scale, scope = self.model.logit_scale, self.args.contrastive_scope
-        if self.args.loss == "siglip":
-            return losses.siglip_loss(image, text, scale, self.model.logit_bias, scope, self._caption_ids)
-        return losses.contrastive_loss(image, text, scale, scope, self._caption_ids)
+    def _scalars(self) -> list[torch.Tensor]:
+        """The loss's own parameters, logit_scale and, of SigLIP's, logit_bias; whole ones after a forward pass."""
+        return [self.model.logit_scale, *([self.model.logit_bias] if self.args.loss == "siglip" else [])]
+
+    def _objective(self, image: torch.Tensor, text: torch.Tensor, *scalars: torch.Tensor) -> torch.Tensor:
+        scalars = [scalar.reshape(()) for scalar in scalars]  # of a sharded model they have a dimension
+        loss = losses.siglip_loss if self.args.loss == "siglip" else losses.contrastive_loss
+        return loss(image, text, *scalars, self.args.contrastive_scope, self._caption_ids)
 
     def create_optimizer(self, model: nn.Module | None = None) -> GuardedOptimizer:
         """As `Trainer`; the step is the house's (common/update.py), which also clips."""
@@ -203,6 +217,7 @@ class ClipTrainer(Trainer):
                 self._step_and_loss,
                 self._after_update,
             )
+            self.optimizer.sharded = self.is_distributed_loading_by_transformers
         return self.optimizer
 
     def _step_and_loss(self) -> tuple[int, torch.Tensor]:
@@ -212,6 +227,7 @@ class ClipTrainer(Trainer):
     def _after_update(self) -> None:
         if self.clamp_logit_scale:
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self.average.update(self.state.global_step + 1)
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Left to the optimizer's guarded step."""
@@ -269,7 +285,7 @@ class ClipTrainer(Trainer):
         """In-batch loss and retrieval of the validation split (evaluation.py), on all ranks."""
         self.check_finite()
         try:
-            with self.run_log.pause("evaluate"):
+            with self.run_log.pause("evaluate"), self.average.in_place(), sharding.gathered(self.model):
                 metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
         except Interrupted:
             self._stop_in_evaluation()
@@ -291,7 +307,7 @@ class ClipTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """As `Trainer`, but under its name only when it is whole; and only then an older one goes."""
         self.check_finite()
-        with self.run_log.pause("save"):
+        with self.run_log.pause("save"), self.optimizer.gathered():
             super()._save_checkpoint(model, trial)
             distributed.barrier()
             if self.world.is_main:
@@ -299,57 +315,39 @@ class ClipTrainer(Trainer):
                 resume.publish(output_dir, self.state.global_step, self.run_facts, self.args.save_total_limit)
             distributed.barrier()
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """A checkpoint gets the weights that are trained and their average; other folders what a user wants of them.
 
-class _Names(Sequence):
-    """The pairs of a batch, in words only when somebody asks."""
+        That is the average, with LoRA's additions merged. All ranks call it.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.parent.name == resume.STAGING:
+            self._write(folder, self._state())
+            if self.average:
+                with self.average.in_place():
+                    averaged = self._state()
+                    if self.args.should_save:
+                        kept = {name: averaged[name].contiguous() for name in self.average.values}
+                        save_file(kept, folder / AVERAGE_FILE)
+            return
+        with self.average.in_place():
+            self._write(folder, lora.merged(self._state(), self.args.lora_scale))
 
-    def __init__(self, dataset: PairDataset, rows: list[int]):
-        self.dataset, self.rows = dataset, rows
+    def _write(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        if self.args.should_save:
+            super()._save(str(folder), state_dict=state)
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Whole tensors by name; of a sharded model on rank 0 only."""
+        return sharding.model_state(self.model) if self.args.sharded else self.model.state_dict()
 
-    def __getitem__(self, position: int) -> str:
-        return self.dataset.name(self.rows[position])
-
-
-class RunLogCallback(TrainerCallback):
-    """Steps, evaluations and the best model to our log and folder."""
-
-    def __init__(self):
-        self.trainer: ClipTrainer  # set once the trainer exists
-        self.grad_norm: torch.Tensor | float = 0.0  # of the last step that was applied
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if any(UNFINISHED in line for line in state.log_history[-1:]):
-            state.log_history.pop()
-            self.trainer.evaluate()
-
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        trainer = self.trainer
-        outcome, scale = trainer.optimizer.outcome, trainer.scale
-        if outcome.applied:
-            self.grad_norm = outcome.norm  # of a skipped step it is inf or nan
-        if state.global_step % trainer.run_log.log_every == 0 or state.global_step == state.max_steps:
-            trainer.check_finite()
-        extra = {"loss_scale": scale.scale, "skipped": float(not outcome.applied)} if scale.enabled else {}
-        trainer.run_log.step(
-            state.global_step,
-            samples=trainer.last_samples,
-            loss=trainer.last_loss,
-            lr=trainer.last_lr,
-            grad_norm=self.grad_norm,
-            epoch=state.epoch,
-            flops=trainer.last_flops,
-            logit_scale=model.logit_scale.detach().exp(),
-            **extra,
-        )
-        if trainer.run_log.preempted():
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-            trainer.stopped_at = state.global_step
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        self.trainer.run_log.record(state.global_step, "eval", **metrics)
-        if self.trainer.is_in_train and self.trainer.world.is_main:
-            resume.keep_best(self.trainer, metrics["eval_loss"])
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As `Trainer`, and the average; one that the checkpoint lacks begins with its weights."""
+        folder = Path(resume_from_checkpoint)
+        if self.args.sharded:
+            sharding.load_model(self.model, load_file(folder / "model.safetensors"))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.average = WeightAverage(self.model, self.average.decay)
+        if self.average and (folder / AVERAGE_FILE).is_file():
+            self.average.load(load_file(folder / AVERAGE_FILE))
