@@ -23,4 +23,8 @@ python3 run_clip.py --do_eval --model_name_or_path "$output" --validation_file "
   --output_dir "$output/unseen_concept" --per_device_eval_batch_size 128 --dataloader_drop_last
 times >"$output/times.txt"
 echo
+echo "The control, which is no part of the promise: the same network before any training:"
+python3 run_clip.py --do_eval --model_name_or_path "$output/start" --validation_file "$data/unseen_combination.jsonl" \
+  --output_dir "$output/untrained" --per_device_eval_batch_size 128 --dataloader_drop_last --precision fp32
+echo
 PYTHONPATH="$project/..${PYTHONPATH:+:$PYTHONPATH}" python3 test/demo_report.py "$data" "$output"

@@ -21,6 +21,7 @@ class Split:
     label: str
     prefix: str  # of its metrics
     binding: tuple[str, ...] = ()
+    untrained: str = ""  # folder of the control's results in the output
 
 
 SPLITS = (
@@ -31,29 +32,36 @@ SPLITS = (
         "",
         # not the captions' R@10: of a figure's few tones the nearest pictures nearly always name the right one
         ("text_to_image_R@1", "image_to_text_R@1", "image_to_text_R@10"),
+        "untrained",
     ),
     Split("unseen_concept", "unseen_concept", "unseen concept", "concept_"),
 )
 
 
-def lines_of(split: Split, data: Path, found: dict[str, float]) -> list[report.Line]:
+def lines_of(split: Split, data: Path, output: Path) -> list[report.Line]:
     """A line for each of RECALLS, in percent."""
     without = words.retrieval(data / "train.jsonl", data / f"{split.table}.jsonl")
-    lines = []
+    found, lines = results(output / split.results), []
     for recall in RECALLS:
         beside = {"guessing": without["guessing"][recall], "words of nearest": without["words_of_nearest"][recall]}
+        if split.untrained:
+            beside["untrained"] = 100 * results(output / split.untrained)[f"eval_{recall}"]
         label = f"{split.label}, {recall.replace('_', ' ')}, %"
         value = 100 * found[f"eval_{recall}"]
         lines.append(report.Line(split.prefix + recall, label, value, beside, recall in split.binding))
     return lines
 
 
+def results(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "eval_results.json").read_text())
+
+
 def main(data: Path, output: Path) -> int:
     promise = report.promises(PROJECT / "test" / "demo.sh")
     lines, losses = [], {}
     for split in SPLITS:
-        found = json.loads((output / split.results / "eval_results.json").read_text())
-        lines += lines_of(split, data, found)
+        found = results(output / split.results)
+        lines += lines_of(split, data, output)
         losses[f"{split.prefix}eval_loss"] = found["eval_loss"]
     first = lines[0]
     evaluations = report.read_evaluations(output / "metrics.jsonl")

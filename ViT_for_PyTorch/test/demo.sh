@@ -36,4 +36,14 @@ python3 run_vit.py --config configs/run_vit_demo.yaml --run_mode eval --load_che
 
 times >"$output/times.txt"
 echo
+echo "The control, which is no part of the promise: the same network before any training, nearest neighbours by its features:"
+python3 -c "
+import sys, torch
+from vit import AutoConfig, AutoModel
+torch.manual_seed(int(sys.argv[1]))
+AutoModel.from_config(AutoConfig.from_pretrained('vit_demo_conv', num_classes=9)).save_pretrained(sys.argv[2])
+" "$seed" "$output/untrained/weights"
+python3 run_vit.py --config configs/run_vit_demo.yaml --run_mode knn --load_checkpoint "$output/untrained/weights" \
+  --train_dataset_dir "$pictures/train" --eval_dataset_dir "$pictures/val" --output_dir "$output/untrained"
+echo
 PYTHONPATH="$project/..${PYTHONPATH:+:$PYTHONPATH}" python3 test/demo_report.py "$pictures" "$other_artist" "$output"

@@ -10,21 +10,26 @@ from common import result_file
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-def line(metric: str, label: str, value: float, train: Path, val: Path) -> report.Line:
+def line(metric: str, label: str, value: float, train: Path, val: Path, **more: float) -> report.Line:
     """A top-1 on the image folder `val`, beside what needs no learning."""
     without = pixels.nearest_class(train, val)
-    return report.Line(
-        metric, label, value, {"guessing": without["guessing"], "nearest pixels": without["nearest_pixels"]}
-    )
+    beside = {"guessing": without["guessing"], "nearest pixels": without["nearest_pixels"], **more}
+    return report.Line(metric, label, value, beside)
+
+
+def accuracy(folder: Path, kind: str) -> float:
+    """Of the evaluation in a folder, in percent."""
+    (result,) = folder.glob(f"*_{kind}_*_acc.log")
+    return float(result_file.read(result)["TrainAccuracy"])
 
 
 def main(pictures: Path, other_artist: Path, output: Path) -> int:
     promise = report.promises(PROJECT / "configs" / "run_vit_demo.yaml")
     evaluations = report.read_evaluations(output / "metrics.jsonl")
-    (other_result,) = (output / "other_artist").glob("*_eval_*_acc.log")
-    of_other = float(result_file.read(other_result)["TrainAccuracy"])
+    of_other = accuracy(output / "other_artist", "eval")
+    untrained = accuracy(output / "untrained", "knn")
     train = pictures / "train"
-    same = line("top1", "top-1, held-out emoji families, %", evaluations[-1]["top1"], train, pictures / "val")
+    same = line("top1", "top-1, held-out emoji families, %", evaluations[-1]["top1"], train, pictures / "val", untrained=untrained)
     other = line("top1_other_artist", "the same by another artist, %", of_other, train, other_artist / "val")
     thresholds = {"top1_yardstick": same.yardstick, "top1_goal": promise.least["top1"]}
     seconds = {name: report.cpu_seconds_to(evaluations, "top1", least) for name, least in thresholds.items()}
