@@ -28,8 +28,8 @@ def main(pictures: Path, other_artist: Path, output: Path) -> int:
     evaluations = report.read_evaluations(output / "metrics.jsonl")
     of_other = accuracy(output / "other_artist", "eval")
     untrained = accuracy(output / "untrained", "knn")
-    train = pictures / "train"
-    same = line("top1", "top-1, held-out emoji families, %", evaluations[-1]["top1"], train, pictures / "val", untrained=untrained)
+    train, val, learned = pictures / "train", pictures / "val", evaluations[-1]["top1"]
+    same = line("top1", "top-1, held-out emoji families, %", learned, train, val, untrained=untrained)
     other = line("top1_other_artist", "the same by another artist, %", of_other, train, other_artist / "val")
     thresholds = {"top1_yardstick": same.yardstick, "top1_goal": promise.least["top1"]}
     seconds = {name: report.cpu_seconds_to(evaluations, "top1", least) for name, least in thresholds.items()}
