@@ -5,6 +5,8 @@ python draw_predictions.py --checkpoint output/checkpoint.pth --tokenizer_weight
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 from pathlib import Path
 
@@ -34,7 +36,9 @@ def main(argv: list[str] | None = None) -> None:
 
     checkpoint = read_checkpoint(options.checkpoint)
     if "args" not in checkpoint:
-        raise devices.UsageError(f"{options.checkpoint}: not written by run_beitv2_pretraining.py (no args in it)")
+        raise devices.UsageError(
+            f"{options.checkpoint}: not written by run_beitv2_pretraining.py (no args in it); give one that is"
+        )
     trained = setup.read_options([])  # for what the reference's checkpoints do not have
     vars(trained).update(vars(checkpoint["args"]))
     trained.random_tokenizer = False

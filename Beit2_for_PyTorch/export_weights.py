@@ -7,6 +7,8 @@ python export_weights.py --checkpoint checkpoint.pth --to safetensors --output D
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 from pathlib import Path
 

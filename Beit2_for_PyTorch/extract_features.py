@@ -7,6 +7,8 @@ Under torchrun every rank takes its share of the pictures.
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import json
 from pathlib import Path
@@ -88,7 +90,7 @@ def encoder_of(source: EncoderFile, where: str) -> VisionTransformer:
 def which_layer(layer: int, depth: int) -> int:
     """The block's number, from 1."""
     if not (1 <= layer <= depth or -depth <= layer <= -1):
-        raise UsageError(f"--layer {layer}: the encoder has blocks 1 to {depth} (or -1, the last, to -{depth})")
+        raise UsageError(f"--layer {layer}: choose a block from 1 to {depth} (or -1, the last, to -{depth})")
     return layer if layer > 0 else depth + 1 + layer
 
 

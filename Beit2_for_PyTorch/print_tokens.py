@@ -5,6 +5,8 @@ python print_tokens.py --tokenizer_weight FILE picture.jpg [more.jpg ...] [--fig
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 from pathlib import Path
 

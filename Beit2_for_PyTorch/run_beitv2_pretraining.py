@@ -6,6 +6,8 @@ torchrun --nproc_per_node 8 run_beitv2_pretraining.py ...
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import functools
 

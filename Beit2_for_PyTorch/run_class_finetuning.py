@@ -6,6 +6,8 @@ python run_class_finetuning.py --eval --resume checkpoint-best.pth --eval_data_p
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import functools
 from collections.abc import Callable

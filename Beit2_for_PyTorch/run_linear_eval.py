@@ -6,6 +6,8 @@ python run_linear_eval.py --eval --resume checkpoint.pth --eval_data_path DIR/va
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import functools
 import math

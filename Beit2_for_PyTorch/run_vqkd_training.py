@@ -6,6 +6,8 @@ python run_vqkd_training.py --eval --resume checkpoint.pth --eval_data_path DIR/
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import functools
 from collections.abc import Callable

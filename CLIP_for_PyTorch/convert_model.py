@@ -8,6 +8,8 @@ python convert_model.py --model_name_or_path weights.pt --activation quick_gelu 
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 from pathlib import Path
 
@@ -77,7 +79,9 @@ def read(source: str, activation: str | None) -> Built:
     try:
         tokenizer = load_tokenizer(source)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{source}: no tokenizer that can be read ({loading.first_line(error)})") from None
+        raise UsageError(
+            f"{source}: no tokenizer that can be read ({loading.first_line(error)}): copy it into the folder"
+        ) from None
     return model, tokenizer, loading.image_settings(source, model.config)
 
 

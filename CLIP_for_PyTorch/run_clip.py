@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import common.requirements
+
 import sys
 from functools import partial
 

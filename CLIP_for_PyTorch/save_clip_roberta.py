@@ -8,6 +8,8 @@ python save_clip_roberta.py --tiny --captions FILE --output_dir DIR   # a small 
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import json
 from pathlib import Path

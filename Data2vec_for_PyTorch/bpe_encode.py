@@ -8,6 +8,8 @@ Without GPT-2's two files, `--learn 8000` makes them from the first input (byte-
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import sys
 from functools import partial
@@ -49,9 +51,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check_paths(options: argparse.Namespace) -> None:
     if len(options.inputs) != len(options.outputs):
-        raise UsageError(f"{len(options.inputs)} --inputs but {len(options.outputs)} --outputs")
+        raise UsageError(f"{len(options.inputs)} --inputs but {len(options.outputs)} --outputs: give as many")
     if len(set(options.outputs)) < len(options.outputs):
-        raise UsageError(f"--outputs {' '.join(options.outputs)}: one file for each input")
+        raise UsageError(f"--outputs {' '.join(options.outputs)}: name one file for each input")
     made = [options.encoder_json, options.vocab_bpe] if options.learn else []
     needed = [*options.inputs, *([] if options.learn else (options.encoder_json, options.vocab_bpe))]
     for path in needed:

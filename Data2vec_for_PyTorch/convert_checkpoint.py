@@ -7,6 +7,8 @@ python convert_checkpoint.py my_model/ checkpoint_converted.pt
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import json
 from pathlib import Path

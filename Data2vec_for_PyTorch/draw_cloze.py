@@ -8,6 +8,8 @@ Of text it needs the vocabulary's spelling, `--encoder-json FILE` of bpe_encode.
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 from pathlib import Path
 

@@ -9,6 +9,8 @@ Under torchrun every rank takes its share of the batches; the first writes.
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import json
 import os
@@ -89,7 +91,7 @@ def features(
         if options.teacher or any(files):
             raise UsageError(f"{options.checkpoint} is of pictures: --teacher and the vocabulary's files are for text")
         if not options.input.is_dir():
-            raise UsageError(f"{options.input}: no folder of pictures, of which {options.checkpoint} is")
+            raise UsageError(f"{options.input}: must be a folder of pictures, of which {options.checkpoint} is")
         return picture_features(model, options.input, picture_task(model, checkpoint), world, how), ""
     if not all(files):
         raise UsageError("a text checkpoint needs --encoder-json, --vocab-bpe and --dict, those of its corpus")

@@ -9,6 +9,8 @@ those of train.py; the defaults are RoBERTa's recipe for GLUE, which data2vec's 
 
 from __future__ import annotations
 
+import common.requirements
+
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf

@@ -7,6 +7,8 @@ Task and model are the checkpoint's own; `task.data` is a table, or a folder wit
 
 from __future__ import annotations
 
+import common.requirements
+
 import csv
 import os
 from pathlib import Path
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             raise TypeError
         classes = checkpoint["extra_state"]["identity"]["data"]["classes"]
     except (KeyError, TypeError):
-        raise UsageError(f"{path}: no checkpoint of finetune.py") from None
+        raise UsageError(f"{path}: no checkpoint of finetune.py, as is needed") from None
     config.distributed_training.distributed_world_size = 1  # torchrun may say more
     start_ranks(config, options.device)
     with distributed.process_group(options.device) as world:

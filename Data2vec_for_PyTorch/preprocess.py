@@ -9,6 +9,8 @@ vocabulary is made from the training text.
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 import sys
 import time

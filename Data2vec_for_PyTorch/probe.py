@@ -20,6 +20,8 @@ from raw pixels (12 x 12), and always guessing the largest class. The cloze retr
 
 from __future__ import annotations
 
+import common.requirements
+
 import torch
 
 from common import device as devices

@@ -11,6 +11,8 @@ Options are those of fairseq-hydra-train: a YAML file and dotted overrides. The 
 
 from __future__ import annotations
 
+import common.requirements
+
 import time
 from pathlib import Path
 

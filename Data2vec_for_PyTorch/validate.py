@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import common.requirements
+
 import time
 
 from common import distributed

@@ -8,6 +8,8 @@ python convert_weight.py --to huggingface --torch_path output --output my_hf_vit
 python convert_weight.py --to onnx --torch_path output --output vit.onnx
 """
 
+import common.requirements
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +79,7 @@ def _convert(args: argparse.Namespace) -> str:
     if args.mindspore_path is None:
         raise UsageError(f"--to {args.to} needs --mindspore_path")
     if args.mindspore_path.suffix != ".ckpt":
-        raise UsageError(f"{args.mindspore_path}: a MindSpore checkpoint is called *.ckpt")
+        raise UsageError(f"{args.mindspore_path}: a MindSpore checkpoint must be called *.ckpt")
     if args.output is not None:
         raise UsageError("--output is of --to timm, huggingface and onnx; give --mindspore_path and --torch_path")
     if args.model_name is not None:
@@ -101,7 +103,9 @@ def _export(args: argparse.Namespace) -> str:
     if args.output is None:
         raise UsageError(f"--to {args.to} needs --output: {'a file' if args.to == 'onnx' else 'a folder'} to write")
     if args.mindspore_path is not None:
-        raise UsageError(f"--mindspore_path is not of --to {args.to}: a MindSpore file to read is its --torch_path")
+        raise UsageError(
+            f"--mindspore_path is not of --to {args.to}: give the MindSpore file to read as its --torch_path"
+        )
     _refuse_existing(args.output)
     source = _found(args.torch_path)
     config = named(args.model_name) if args.model_name else config_of_file(source)

@@ -8,6 +8,8 @@ Data folders are the configuration's (imageNet-1k/train and imageNet-1k/val belo
 prediction take the model's published weights where none are given. MindFormers' own YAML files are read, too.
 """
 
+import common.requirements
+
 import run_vit
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ Any key of the YAML file can be overridden: `optimizer.base_lr=1e-3` or `--optim
 
 from __future__ import annotations
 
+import common.requirements
+
 import argparse
 
 from common.checkpoint_file import CheckpointError

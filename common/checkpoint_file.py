@@ -263,7 +263,9 @@ def _read_seal(folder: Path) -> dict[str, Any]:
     try:
         content, _, digest = (folder / SEAL).read_bytes().rpartition(_MARK)
     except OSError as error:
-        raise CheckpointError(f"{folder}: not a whole checkpoint ({SEAL}: {error.strerror})") from error
+        raise CheckpointError(
+            f"{folder}: not a whole checkpoint ({SEAL}: {error.strerror}); take an earlier one"
+        ) from error
     if hashlib.sha256(content).hexdigest().encode() != digest:
         raise CheckpointError(f"{folder}: its {SEAL} is damaged")
     return json.loads(content)

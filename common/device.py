@@ -73,7 +73,10 @@ def _import_torch_npu(required: bool) -> None:
         import torch_npu  # noqa: F401
     except (ImportError, RuntimeError) as error:
         if required:
-            raise UsageError(f"--device npu: torch_npu is installed but does not import: {error}") from error
+            raise UsageError(
+                f"--device npu: torch_npu is installed but does not import: {error}. "
+                "Source CANN's set_env.sh; make doctor says more"
+            ) from error
         # auto: an Ascend host whose driver set-up is broken must be told so, not sent to the CPU
         if Path("/dev/davinci_manager").exists():
             raise UsageError(

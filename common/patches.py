@@ -16,5 +16,5 @@ def chosen(patches: Mapping[str, Callable], variable: str) -> dict[str, Callable
     """
     off = {name for name in os.environ.get(variable, "").split(",") if name}
     if unknown := sorted(off - set(patches)):
-        raise UsageError(f"{variable}={','.join(unknown)}: this project's patches are {', '.join(patches)}")
+        raise UsageError(f"{variable}={','.join(unknown)}: choose from this project's patches, {', '.join(patches)}")
     return {name: patch for name, patch in patches.items() if name not in off}

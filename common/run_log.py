@@ -191,7 +191,7 @@ class RunLog:
         self._flush_window()
         self.writer.wait()
         if not (self.evaluation or self.resume or self._has_trained):
-            raise UsageError("no training step was done: there is no result")
+            raise UsageError("no training step was done, so there is no result: raise --max_steps or --epochs")
         self._tell(self._profiler.finish() if self._profiler else None)
         duration = time.perf_counter() - self._started
         fps, steady = self._clock.fps(), self._clock.is_steady
@@ -208,7 +208,7 @@ class RunLog:
             values["TrainAccuracy"] = accuracy
         for key in ("ActualLoss", "TrainAccuracy"):
             if not math.isfinite(values.get(key, 0)):
-                raise FloatingPointError(f"the result is not finite: {key} = {values[key]}")
+                raise FloatingPointError(f"the result is not finite, {key} = {values[key]}: lower the learning rate")
         if fps is not None and not steady:
             values["FPSNote"] = "too few steps: the warm-up steps are counted"
         if fps is not None and steady and (flops := self._clock.flops_per_second()) and self.peak:

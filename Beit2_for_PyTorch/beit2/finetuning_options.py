@@ -122,7 +122,9 @@ def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, Labelle
         folder, eval_folder = Path(folder, "train"), eval_folder or Path(folder, "val")
     paths, labels, names = find_classes(folder)
     if options.nb_classes and options.nb_classes != len(names):
-        raise UsageError(f"--nb_classes {options.nb_classes}: {folder} has {len(names)} class folders")
+        raise UsageError(
+            f"--nb_classes {options.nb_classes}: {folder} has {len(names)} class folders; give that number"
+        )
     training = LabelledImages(paths, labels, _training_transform(options), options.seed)
     return training, _test_set(options, eval_folder, names) if eval_folder else None, names
 
@@ -229,7 +231,10 @@ def _training_transform(options: argparse.Namespace):
             std=std,
         )
     except (AssertionError, ValueError, KeyError) as error:  # timm's own checks
-        raise UsageError(f"--aa {options.aa} --remode {options.remode}: refused by timm ({error})") from error
+        raise UsageError(
+            f"--aa {options.aa} --remode {options.remode}: refused by timm ({error}); "
+            "use e.g. --aa rand-m9-mstd0.5-inc1 --remode pixel"
+        ) from error
     return TimmTransform(transform)
 
 

@@ -47,7 +47,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(update_freq=1)
     options = parse(parser, argv)
     if not options.avgpool_patchtokens:
-        raise UsageError("--avgpool_patchtokens False: the probe's features are CLS and the mean patch")
+        raise UsageError("--avgpool_patchtokens False: leave it out, the probe's features are CLS and the mean patch")
     if options.val_freq < 1:
         raise UsageError(f"--val_freq {options.val_freq}: must be at least 1")
     return options
@@ -90,7 +90,9 @@ def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, Labelle
     folder = Path(options.data_path) if options.eval_data_path else Path(options.data_path, "train")
     paths, labels, names = find_classes(folder)
     if options.num_labels not in (0, len(names)):
-        raise UsageError(f"--num_labels {options.num_labels}: {folder} has {len(names)} class folders")
+        raise UsageError(
+            f"--num_labels {options.num_labels}: {folder} has {len(names)} class folders; give that number"
+        )
     check_images(paths)
     training = LabelledImages(paths, labels, CropAndFlip(options.input_size, 0.08, "bilinear"), options.seed)
     test, _ = build_test_set(options, names)

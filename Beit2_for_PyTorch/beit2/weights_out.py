@@ -155,5 +155,7 @@ def _difference(ours: nn.Module, theirs: nn.Module, shape: Shape) -> float:
         found = found if isinstance(found, Tensor) else found.logits if shape.classes else found.pooler_output
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference < MAX_DIFFERENCE:
-        raise UsageError(f"the exported model's output differs by {difference:.1e}: nothing was written")
+        raise UsageError(
+            f"the exported model's output differs by {difference:.1e}: nothing was written, please report it"
+        )
     return difference

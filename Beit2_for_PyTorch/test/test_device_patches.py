@@ -56,7 +56,7 @@ def test_a_patched_model_has_the_loss_and_gradients_of_the_plain_one(monkeypatch
     for (name, p), q in zip(plain.named_parameters(), patched.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
     monkeypatch.setenv("CPU_PATCHES_OFF", "plain")
-    with pytest.raises(SystemExit, match="plain: this project's patches are plain_attention"):
+    with pytest.raises(SystemExit, match="plain: choose from this project's patches, plain_attention"):
         device_patches.apply(plain, None, CPU)
 
 

@@ -118,7 +118,7 @@ def test_what_cannot_be_extracted(pretraining, tokenizer_file, pictures, tmp_pat
     for weights, output, extra, message in (
         (path, "x.txt", [], "name a .npy or a .safetensors"),
         (path, "there.npy", [], "exists, and is not overwritten"),
-        (path, "x.npy", ["--layer", "4"], r"--layer 4: the encoder has blocks 1 to 3"),
+        (path, "x.npy", ["--layer", "4"], r"--layer 4: choose a block from 1 to 3"),
         (path, "no/x.npy", [], "no/x.npy: No such file or directory"),
         (tokenizer_file, "x.npy", [], "weights of a tokenizer, not of an encoder"),
         (tmp_path / "gpt", "x.npy", [], "a BeitBackbone; there are names for"),

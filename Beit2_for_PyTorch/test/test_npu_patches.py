@@ -100,7 +100,9 @@ def test_patches_are_for_npus_and_can_be_left_out(monkeypatch):
     assert {m.attend for m in attentions} == {npu_patches.fused_attend, npu_patches.fused_attend_recomputed}
     assert {m.attend for m in tokenizer.modules() if isinstance(m, Attention)} == {npu_patches.fused_attend}
     monkeypatch.setenv("NPU_PATCHES_OFF", "fuse_attention")
-    with pytest.raises(SystemExit, match="fuse_attention: this project's patches are exact_gelu, fused_attention"):
+    with pytest.raises(
+        SystemExit, match="fuse_attention: choose from this project's patches, exact_gelu, fused_attention"
+    ):
         npu_patches.apply(model, tokenizer, NPU)
 
 

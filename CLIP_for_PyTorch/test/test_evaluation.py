@@ -197,7 +197,7 @@ def test_two_local_folders_are_joined_with_seeded_projections(tiny_model, tiny_c
         (["--do_train", "--data_dir", ".", "--local_rank"], "--local_rank : give the number of a card"),
         (["--do_train", "--data_dir", ".", "--gradient_accumulation_steps", "0"], "must be at least 1"),
         (["--do_train", "--data_dir", ".", "--num_workers", "-1"], "--dataloader_num_workers -1: must be at least 0"),
-        (["--do_train", "--data_dir", ".", "--output_dir", __file__], "a file, not a folder"),
+        (["--do_train", "--data_dir", ".", "--output_dir", __file__], "a file; name a folder"),
         (["--do_eval", "--data_dir", ".", "--max_eval_samples", "0"], "--max_eval_samples 0: must be at least 1"),
         (["--do_train", "--data_dir", ".", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor: the targets"),
         (["--do_train", "--data_dir", ".", "--auto_find_batch_size"], "raise --gradient_accumulation_steps"),

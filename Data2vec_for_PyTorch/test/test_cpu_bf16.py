@@ -82,5 +82,5 @@ def test_without_cheap_dropout_torch_draws(monkeypatch):
     layer = model.encoder.sentence_encoder.layers[0]
     assert layer.dropout_add is attention.dropout_add and layer.self_attn.attend is attention.attention
     monkeypatch.setenv("CPU_PATCHES_OFF", "cheap_droput")
-    with pytest.raises(SystemExit, match="this project's patches are cheap_dropout, wide_products"):
+    with pytest.raises(SystemExit, match="choose from this project's patches, cheap_dropout, wide_products"):
         cpu_patches.apply_to_model(model, torch.device("cpu"))

@@ -190,7 +190,7 @@ def test_labels_that_training_does_not_know(project, options, tmp_path, capsys):
     (tmp_path / "valid.tsv").write_text("sentence\tkind\nOut spot\tquestion\nNow\torder\n")
     with pytest.raises(SystemExit):
         finetune.main(options(tmp_path / "run", data=tmp_path))
-    assert "valid.tsv, line 3: label 'order' is none of the training table's" in capsys.readouterr().err
+    assert "valid.tsv, line 3: label 'order' must be one of the training table's" in capsys.readouterr().err
 
 
 def test_metrics_are_gluess():

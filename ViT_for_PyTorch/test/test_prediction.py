@@ -70,7 +70,7 @@ def test_broken_pictures_are_reported_and_the_rest_is_answered(model, pictures, 
 
 def test_nothing_readable_is_an_error(model, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"")
-    with pytest.raises(UsageError, match="none of 1 pictures can be read; .*x.jpg"):
+    with pytest.raises(UsageError, match="none of 1 pictures can be read: .*x.jpg"):
         run_vit.main(["--run_mode", "predict", "--predict_data", str(tmp_path), *arguments(model, tmp_path / "out")])
 
 

@@ -76,7 +76,8 @@ def _own_classifier(
     """Checks the classes and builds the model; what is returned scores it."""
     if config.model.num_classes not in (0, description.num_classes):
         raise UsageError(
-            f"model.num_classes={config.model.num_classes}, but {weights} has {description.num_classes} classes"
+            f"model.num_classes={config.model.num_classes}, but {weights} has {description.num_classes} classes: "
+            "leave it out"
         )
     folder = scan(config.data.eval_dataset_dir)
     is_published = config.load_checkpoint.removeprefix("mindspore/") in download.PUBLISHED

@@ -56,7 +56,7 @@ def predict(config: Config, pictures: Sequence[str], batch_size: int, top_k: int
         seconds = time.perf_counter() - begin
         answers = {path: everyones[path] for path in paths}  # in the order they were asked for
         if all(isinstance(answer, str) for answer in answers.values()):
-            raise UsageError(f"none of {len(paths)} pictures can be read; the first: {answers[paths[0]]}")
+            raise UsageError(f"none of {len(paths)} pictures can be read: give others; the first: {answers[paths[0]]}")
         _report(config, world, answers, classify.labels, seconds)
         return {path: answer for path, answer in answers.items() if not isinstance(answer, str)}
 

@@ -83,7 +83,9 @@ def _node_of_ranks(nodes: Sequence[Node], first: int, end: int, rank_size: str) 
             return index
         shares.append(f"[{begin},{begin + node.nproc}] on {node.address}")
         begin += node.nproc
-    raise LaunchError(f"[{first},{end}] of {size} ranks is no server's share; the rank table has {', '.join(shares)}")
+    raise LaunchError(
+        f"[{first},{end}] of {size} ranks is no server's share; choose one that the rank table has, {', '.join(shares)}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

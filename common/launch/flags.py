@@ -59,7 +59,7 @@ def parse(words: Sequence[str], values: Mapping[str, str], folder: Path) -> Flag
             flags.pass_through = rest
             break
         if not re.match("--.", word):
-            raise LaunchError(f"unexpected argument {word!r}: flags are written --key=value or --key value")
+            raise LaunchError(f"unexpected argument {word!r}: write flags as --key=value or --key value")
         name, equals, value = word[2:].partition("=")
         if name not in values:
             nearest = difflib.get_close_matches(name, values, 1, 0.5)
@@ -103,7 +103,7 @@ def check(flags: Flags, environ: Mapping[str, str], unused: Sequence[str] = (), 
         if value and int(value) < least:
             raise LaunchError(f"--{name}={value}: must be at least {least}")
     if (flags.number("master_port") or 0) > 65535:
-        raise LaunchError(f"--master_port={flags['master_port']}: ports end at 65535")
+        raise LaunchError(f"--master_port={flags['master_port']}: must be at most 65535")
     data, checkpoint = flags["data_path"], flags["ckpt_path"]
     if data and not os.path.exists(data):
         raise LaunchError(f"--data_path={data}: no such file or folder")
@@ -142,7 +142,7 @@ def plan_of(flags: Flags, environ: Mapping[str, str], ranks: int) -> dict:
     npu = npu_is_meant(device)
     table = rank_table_of(flags, environ, ranks, npu)
     if table and flags["device_id"]:
-        raise LaunchError(f"--device_id={flags['device_id']}: the rank table says which devices are used")
+        raise LaunchError(f"--device_id={flags['device_id']}: omit it: the rank table says which devices are used")
     options = argparse.Namespace(
         rank_table_file=table,
         hostfile=flags["hostfile"],

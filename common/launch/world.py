@@ -99,7 +99,9 @@ def nodes_of_hostfile(path: str, nproc: int | None, default_nproc: int) -> list[
     if not nodes:
         raise LaunchError(f"--hostfile={path}: names no host; write one 'address [slots=N]' a line")
     if len({_is_loopback(node.address) for node in nodes}) > 1:
-        raise LaunchError(f"--hostfile={path}: has a loopback address among others, which no other host can reach")
+        raise LaunchError(
+            f"--hostfile={path}: no other host can reach a loopback address among others: write this host's own"
+        )
     return nodes
 
 
@@ -154,7 +156,9 @@ def own_rank(environ: Mapping[str, str], nodes: Sequence[Node], size: int | None
             local_rank -= node.nproc
         if node.devices[local_rank] != device:
             expected = f"device {node.devices[local_rank]} of {node.address}"
-            raise LaunchError(f"RANK_ID={rank} DEVICE_ID={device}, but in the rank table rank {rank} is {expected}")
+            raise LaunchError(
+                f"RANK_ID={rank} DEVICE_ID={device}: correct them: in the rank table rank {rank} is {expected}"
+            )
         local_rank = sorted(node.devices).index(device)  # cards are visible in ascending order only
         variables |= {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": node.nproc, "GROUP_RANK": nodes.index(node)}
     return {name: str(value) for name, value in variables.items()}

@@ -68,7 +68,7 @@ def read(path: str | Path, rank: int = 0) -> dict[tuple[str, str, int], tuple[st
             for tensors in entry.values():
                 _check(tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{path}: not a dump.json of --dump_precision ({error})") from None
+        raise UsageError(f"{path}: not a dump.json of --dump_precision ({error}); give a run's output folder") from None
     entries = {}
     for name, entry in data.items():
         if found := _ENTRY.fullmatch(name):
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     a, b = read(options.a, options.rank), read(options.b, options.rank)
     rows = compare(a, b, options.limit)
     if not rows:
-        raise UsageError(f"{options.a}, {options.b}: no module is in both dumps: runs of different models?")
+        raise UsageError(f"{options.a}, {options.b}: no module is in both dumps: give two runs of one model")
     text = page(options.a, options.b, rows, (len(a.keys() - b.keys()), len(b.keys() - a.keys())))
     if options.output:
         options.output.write_text(text, encoding="utf-8")

@@ -67,7 +67,7 @@ def visible_devices(logical: Sequence[int], visible: str | None) -> list[int]:
         raise RankTableError([f"{text}, counted from 0; name more or ask for fewer"])
     chosen = [int(listed[number]) for number in logical]
     if len(set(chosen)) < len(chosen):
-        raise RankTableError([f"--visible_devices {visible} names a device twice; every device can hold one rank"])
+        raise RankTableError([f"--visible_devices {visible} names a device twice; name each once"])
     return chosen
 
 

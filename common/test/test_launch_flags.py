@@ -40,7 +40,7 @@ def command(made: dict, node: int = 0, **settings: str) -> commands.NodeCommand:
         (["--master_port=4000"], {}, "--master_port=4000 needs --nnodes"),
         (["--master_addr=host"], {}, "--master_addr=host needs --nnodes"),
         (["--node_rank=0"], {}, "--node_rank=0 needs --nnodes"),
-        (["--master_port=70000", "--nnodes=2"], {}, "ports end at 65535"),
+        (["--master_port=70000", "--nnodes=2"], {}, "must be at most 65535"),
         (["--master_port=0", "--nnodes=2"], {}, "--master_port=0: must be at least 1"),
         (["--devices_per_server=16"], {}, "--devices_per_server=16 needs --rank_table_file"),
         (["--collective_timeout=60"], {}, "--collective_timeout=60 needs several ranks"),

@@ -136,7 +136,10 @@ def test_a_run_of_one_rank_takes_only_its_device_from_ascends_names(monkeypatch,
         ({"RANK_ID": "16"}, "RANK_ID=16 must be below RANK_SIZE=16"),
         ({"RANK": "2"}, "RANK_ID=11, but RANK=2: unset one"),
         ({"LOCAL_RANK": "0"}, "DEVICE_ID=3, but LOCAL_RANK=0"),
-        ({"DEVICE_ID": "4"}, "RANK_ID=11 DEVICE_ID=4, but in the rank table rank 11 is device 3 of 10.90.43.22"),
+        (
+            {"DEVICE_ID": "4"},
+            "RANK_ID=11 DEVICE_ID=4: correct them: in the rank table rank 11 is device 3 of 10.90.43.22",
+        ),
     ],
 )
 def test_contradicting_rank_variables_are_an_error(changes, message):

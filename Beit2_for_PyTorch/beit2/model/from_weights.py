@@ -56,7 +56,9 @@ class Shape:
         elif "pos_embed" in state:
             side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
         else:
-            raise UsageError("weights without positions: neither a table of relative ones nor pos_embed")
+            raise UsageError(
+                "not the weights of a BEiT v2 model: neither relative_position_bias_table nor pos_embed is there"
+            )
         width = state["cls_token"].shape[-1]
         return cls(
             width=width,

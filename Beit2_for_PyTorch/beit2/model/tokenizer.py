@@ -204,7 +204,9 @@ def load_tokenizer_weights(tokenizer: VQKD, path: str | Path) -> None:
     state = {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
     codes = state.get("quantize.embedding.weight")
     if codes is None:
-        raise UsageError(f"{path}: not a VQ-KD tokenizer (no quantize.embedding.weight in it)")
+        raise UsageError(
+            f"{path}: not a VQ-KD tokenizer (no quantize.embedding.weight in it); give one of run_vqkd_training.py"
+        )
     own = tokenizer.quantize.embedding.weight
     if codes.shape != own.shape:
         raise UsageError(

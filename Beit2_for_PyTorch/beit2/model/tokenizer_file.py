@@ -30,7 +30,7 @@ def tokenizer_of(location: str, name: str | None = None) -> VQKD:
     state = read_state_dict(path, keys=("model", "state_dict", "module"))
     absent = [key for key in _NEEDED if key not in state]
     if absent:
-        raise UsageError(f"{path}: not a VQ-KD tokenizer (no {absent[0]} in it)")
+        raise UsageError(f"{path}: not a VQ-KD tokenizer (no {absent[0]} in it); give one of run_vqkd_training.py")
     codes, convolution, positions = (state[key] for key in _NEEDED)
     patch, side = convolution.shape[-1], round((positions.shape[1] - 1) ** 0.5)
     tokenizer = create_tokenizer(

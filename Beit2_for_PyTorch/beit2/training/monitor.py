@@ -42,7 +42,7 @@ class Monitor:
         folder = _folder(options)
         paths, labels, names = find_classes(folder / "train", option=_OPTION)
         if len(names) < 2:
-            raise UsageError(f"{_OPTION} {folder / 'train'}: a single class; nothing could be told apart")
+            raise UsageError(f"{_OPTION} {folder / 'train'}: a single class; at least two are needed")
         test_paths, truth, _ = find_classes(folder / "val", names, _OPTION)
         crop = CentreCrop(options.input_size)
         self.train, self.test = LabelledImages(paths, labels, crop), LabelledImages(test_paths, truth, crop)

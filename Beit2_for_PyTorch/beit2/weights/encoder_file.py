@@ -87,7 +87,7 @@ def _of_transformers(folder: Path, config: dict[str, Any]) -> EncoderFile:
         model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
         state = from_transformers(model.state_dict())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UsageError(f"{folder}: transformers does not load it as {kind} ({error})") from error
+        raise UsageError(f"{folder}: must be a folder that transformers loads as {kind} ({error})") from error
     file = folder / "preprocessor_config.json"
     pictures = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return EncoderFile(state, _pair(pictures, "image_mean", "image_std"), config.get("num_attention_heads"))

@@ -46,7 +46,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             ) from error
         raise UsageError(str(error)) from error
     if not isinstance(checkpoint, dict):
-        raise UsageError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint dictionary")
+        raise UsageError(
+            f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint dictionary; give one of a training"
+        )
     return checkpoint
 
 

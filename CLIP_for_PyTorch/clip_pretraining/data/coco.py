@@ -67,7 +67,7 @@ def read_captions(
         owner = [row_of_image[annotation["image_id"]] for annotation in content["annotations"]]
         names = [image["file_name"] for image in content["images"]]
     except FileNotFoundError:
-        raise UsageError(f"{json_file}: missing; it is in {ANNOTATIONS}.zip") from None
+        raise UsageError(f"{json_file}: missing; take it out of {ANNOTATIONS}.zip") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{json_file}: not valid JSON ({error}); copy it again") from None
     except (KeyError, TypeError) as error:
@@ -97,7 +97,7 @@ def locate(data_dir: Path, archive: str, folder: str, cache_dir: str | Path | No
     packed = data_dir / f"{archive}.zip"
     if not packed.is_file():
         if (data_dir / folder).is_dir() and holds != "*":
-            raise UsageError(f"{data_dir / folder / holds}: missing; it is in {packed.name}")
+            raise UsageError(f"{data_dir / folder / holds}: missing; take it out of {packed.name}")
         raise UsageError(
             f"{data_dir}: neither {folder}/ nor {archive}/{folder}/ nor {archive}.zip is there "
             f"(found: {', '.join(sorted(p.name for p in data_dir.iterdir())[:8]) or 'nothing'})"
@@ -154,7 +154,10 @@ def unpack(packed: Path, folder: str, target: Path) -> None:
 def _refuse_escape(packed: Path, member: zipfile.ZipInfo) -> None:
     path = PurePosixPath(member.filename.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
-        raise UsageError(f"{packed}: member {member.filename!r} would be written outside the folder; refused")
+        raise UsageError(
+            f"{packed}: member {member.filename!r} would be written outside the folder: refused, "
+            "fetch the zip from cocodataset.org again"
+        )
 
 
 @contextlib.contextmanager

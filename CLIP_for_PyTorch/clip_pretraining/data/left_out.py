@@ -83,7 +83,9 @@ def tell(name: str, faults: Sequence[Fault], total: int, limit: float = LIMIT, l
     if distributed.rank() == 0 and listing is not None:
         message += _write(listing, faults)
     if len(faults) > limit * total:
-        raise UsageError(f"{message}. More than {limit:.3%}: is it the right data? --max_bad_share raises the limit")
+        raise UsageError(
+            f"{message}. More than {limit:.3%}: give the right data, or a higher limit with --max_bad_share"
+        )
     if distributed.rank() == 0:
         print(f"warning: {message}", flush=True)
 

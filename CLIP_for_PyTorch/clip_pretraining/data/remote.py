@@ -100,5 +100,7 @@ def _open(url: str, first: int, last: int) -> Iterator[http.client.HTTPResponse]
     request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{last}"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
         if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
-            raise UsageError(f"{url}: the server sends no ranges of bytes, and pictures are read out of tars by range")
+            raise UsageError(
+                f"{url}: the server sends no ranges of bytes, by which pictures are read out of tars: copy them here"
+            )
         yield answer

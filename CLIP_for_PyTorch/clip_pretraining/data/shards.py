@@ -103,10 +103,10 @@ def _lines(file: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not a list of tars, one a line ({error})") from None
+        raise UsageError(f"{file}: not a list of tars: write one a line, in UTF-8 ({error})") from None
     wanted = [line for line in lines if line and not line.startswith("#")]
     if not wanted or any(line.startswith("@") for line in wanted):
-        raise UsageError(f"{file}: no tars in it, or a list in a list")
+        raise UsageError(f"{file}: no tars in it, or a list in a list: write a tar a line")
     return wanted
 
 
@@ -118,7 +118,7 @@ def _expand_braces(part: str) -> list[str]:
     first, last, names = match.groups()
     if names is None:
         if int(last) - int(first) > MAX_TARS:
-            raise UsageError(f"{part}: more than {MAX_TARS:,} tars")
+            raise UsageError(f"{part}: more than {MAX_TARS:,} tars: split the pattern")
         choices = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
     else:
         choices = names.split(",")

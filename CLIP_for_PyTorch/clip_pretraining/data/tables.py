@@ -74,7 +74,7 @@ def _rows(path: Path, image_column: str, caption_column: str, delimiter: str | N
 def _checked(record: object, place: str, image_column: str, caption_column: str) -> tuple[str, str]:
     """Picture and caption of one row."""
     if not isinstance(record, dict):
-        raise UsageError(f"{place}: not an object of columns but {str(record)[:40]!r}")
+        raise UsageError(f"{place}: must be an object of columns, not {str(record)[:40]!r}")
     for column in (image_column, caption_column):
         if column not in record:
             columns = ", ".join(str(c) for c in record)
@@ -83,7 +83,7 @@ def _checked(record: object, place: str, image_column: str, caption_column: str)
     if not isinstance(image, str) or not image or "\0" in image:
         raise UsageError(f"{place}: column {image_column!r} holds no file name but {image!r}")
     if caption is not None and not isinstance(caption, str):
-        raise UsageError(f"{place}: the caption is not text but {caption!r}")
+        raise UsageError(f"{place}: the caption must be text, not {caption!r}")
     return image, caption or ""
 
 

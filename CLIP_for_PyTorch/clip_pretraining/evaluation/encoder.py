@@ -130,7 +130,9 @@ def evaluate_split(
     finally:
         encoder.model.train(was_training)
     if not bool(torch.isfinite(image).all() & torch.isfinite(text).all()):
-        raise FloatingPointError("evaluation: the model's features are not finite")
+        raise FloatingPointError(
+            "evaluation: the model's features are not finite: try --precision fp32, or take an earlier checkpoint"
+        )
     owner = torch.from_numpy(pairs.image_of_caption.astype(np.int64)).to(image.device)
     metrics = {
         "loss": in_batch_loss(image[owner], text, encoder.model, batch_size, drop_last),

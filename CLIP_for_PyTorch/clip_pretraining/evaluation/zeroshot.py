@@ -104,7 +104,9 @@ def read_class_names(file: str | Path | None, classes: list[str]) -> list[str]:
         return [name.replace("_", " ") for name in classes]
     names = _lines(file)
     if len(names) != len(classes):
-        raise UsageError(f"--class_names {file}: {len(names)} names for {len(classes)} class folders")
+        raise UsageError(
+            f"--class_names {file}: {len(names)} names for {len(classes)} class folders: give one a folder"
+        )
     return names
 
 

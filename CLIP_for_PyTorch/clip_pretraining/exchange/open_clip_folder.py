@@ -123,7 +123,7 @@ def read(folder: Path) -> Built:
     model = _build(folder, content["model_cfg"], tokenizer)
     weights = next((folder / n for n in (WEIGHTS, *_OTHER_WEIGHTS) if (folder / n).is_file()), None)
     if weights is None:
-        raise UsageError(f"{folder}: no weights ({WEIGHTS}) beside {CONFIG}")
+        raise UsageError(f"{folder}: no weights ({WEIGHTS}) beside {CONFIG}: fetch them, too")
     names.load_open_clip(model, read_tensors(weights), str(weights))
     prepared = content.get("preprocess_cfg", {})
     for key, ours in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
@@ -143,7 +143,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{folder / CONFIG}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder / CONFIG}: not a configuration of open_clip's ({error!r})") from None
+        raise UsageError(f"{folder / CONFIG}: not a configuration of open_clip's ({error!r}); fetch it anew") from None
     for part, known in (("vision_cfg", (vision, _VISION)), ("text_cfg", (text, _TEXT))):
         values, ours = known
         if "timm_model_name" in values:
@@ -152,7 +152,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
         for key, value in values.items():
             if key not in ours | _NO_MATTER and value and value != _USUAL.get(key):
-                raise UsageError(f"{folder / CONFIG}: {part} has {key} = {value!r}, which our towers cannot do")
+                raise UsageError(
+                    f"{folder / CONFIG}: {part} has {key} = {value!r}, which our towers lack: choose another"
+                )
     return content
 
 
@@ -162,7 +164,9 @@ def _tokenizer(folder: Path, text: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         return load_tokenizer(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{folder}: no tokenizer that can be read ({loading.first_line(error)})") from None
+        raise UsageError(
+            f"{folder}: no tokenizer that can be read ({loading.first_line(error)}): copy it into the folder"
+        ) from None
 
 
 def _build(folder: Path, content: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -69,12 +69,14 @@ def read(file: Path, activation: str | None) -> Built:
         vision, text, dim = _shapes(state)
     except (KeyError, IndexError, ValueError) as error:
         raise UsageError(
-            f"{file}: not a Vision Transformer under OpenAI's names ({error}); folders of open_clip with "
-            f"{open_clip_folder.CONFIG} are read as well"
+            f"{file}: not a Vision Transformer under OpenAI's names ({error}); give such a file, or "
+            f"a folder of open_clip with {open_clip_folder.CONFIG}"
         ) from None
     tokenizer = openai_tokenizer()
     if text["vocab_size"] != len(tokenizer):
-        raise UsageError(f"{file}: {text['vocab_size']} tokens; OpenAI's tokenizer has {len(tokenizer)}")
+        raise UsageError(
+            f"{file}: {text['vocab_size']} tokens; OpenAI's tokenizer, which it needs, has {len(tokenizer)}"
+        )
     vision_config = open_clip_folder.vision_config_of(vision, activation, dim)
     text_config = open_clip_folder.text_config_of(text, activation, dim, tokenizer)
     model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=dim))

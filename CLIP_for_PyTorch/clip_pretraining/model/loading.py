@@ -56,7 +56,7 @@ def load_model(
     if (Path(source) / "open_clip_config.json").is_file():
         raise UsageError(
             f"{source}: a folder of open_clip's: convert_model.py --model_name_or_path {source} --to transformers "
-            "makes one that can be trained here"
+            "makes one to give here"
         )
     try:
         config = AutoConfig.from_pretrained(source, **hub_kwargs)
@@ -96,13 +96,13 @@ def _load_weights(family, name_or_path: str, config: PretrainedConfig, hub_kwarg
     for name, stored, wanted in sorted(info["mismatched_keys"])[:1]:
         raise UsageError(
             f"{name_or_path}: {name} is {list(stored)} in the weights and {list(wanted)} by config.json: they are of "
-            "different models"
+            "different models, fetch both anew"
         )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(
             f"{name_or_path}: the weights lack {len(missing)} of the model's tensors ({', '.join(missing[:3])} ...): "
-            "config.json and the weights are of different models"
+            "config.json and the weights are of different models, fetch both anew"
         )
     return model
 
@@ -141,7 +141,7 @@ def image_settings(name_or_path: str | None, config: PretrainedConfig, **hub_kwa
             except ValueError as error:
                 raise UsageError(f"{folder / name}: not valid JSON ({error})") from None
             if not isinstance(values, dict):
-                raise UsageError(f"{folder / name}: not an image processor's settings")
+                raise UsageError(f"{folder / name}: not an image processor's settings, take those of the model")
             values = values.get("image_processor", values)
             if "image_mean" in values and "image_std" in values:
                 return ImageSettings(size, tuple(values["image_mean"]), tuple(values["image_std"]))

@@ -104,7 +104,7 @@ def _check_task(training: ClipTrainingArguments) -> None:
     if (training.class_names or training.templates) and not training.zero_shot_dir:
         raise UsageError("--class_names and --templates describe the pictures of --zero_shot_dir: give that too")
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
-        raise UsageError(f"--output_dir {training.output_dir}: a file, not a folder")
+        raise UsageError(f"--output_dir {training.output_dir}: a file; name a folder")
 
 
 def _check_data(data: DataArguments, training: ClipTrainingArguments) -> None:

@@ -99,7 +99,7 @@ def _overridden(given: DictConfig, override: str) -> DictConfig:
     if key.startswith("~"):
         raise UsageError(f"{override!r}: keys are not removed here; leave it out of the YAML file, or give its default")
     if not equals or not key:
-        raise UsageError(f"{override!r}: overrides are written group.key=value")
+        raise UsageError(f"{override!r}: write overrides as group.key=value")
     option = options_of(OmegaConf.select(given, "task._name")).get(key)
     if not isinstance(option, Key) or option.type is not str or isinstance(option.default, list):
         return OmegaConf.merge(given, OmegaConf.from_dotlist([f"{key}={text}"]))

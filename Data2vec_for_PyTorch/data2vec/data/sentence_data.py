@@ -76,7 +76,7 @@ class Sentences:
         if self.classes is not None:
             if row.label not in self.classes:
                 raise UsageError(
-                    f"{self.path}, line {row.line}: label {row.label!r} is none of the training table's "
+                    f"{self.path}, line {row.line}: label {row.label!r} must be one of the training table's "
                     f"({', '.join(map(repr, self.classes[:10]))})"
                 )
             return self.classes.index(row.label)
@@ -85,7 +85,9 @@ class Sentences:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise UsageError(f"{self.path}, line {row.line}: label {row.label!r} is no number (task.regression_target)")
+            raise UsageError(
+                f"{self.path}, line {row.line}: label {row.label!r} is no number, as task.regression_target=true needs"
+            )
         return value
 
     def identity(self) -> dict[str, Any]:
@@ -191,7 +193,10 @@ class SentenceData(SplitBatches):
         path, rows = self._rows(self.config.dataset.train_subset)
         classes, wanted = sorted({row.label for row in rows}), self.config.task.num_classes
         if wanted is not None and len(classes) != wanted:
-            raise UsageError(f"{path}: {len(classes)} different labels, but task.num_classes={wanted}")
+            raise UsageError(
+                f"{path}: {len(classes)} different labels, but task.num_classes={wanted}: "
+                "give their number, or leave it out"
+            )
         if len(classes) < 2:
             raise UsageError(f"{path}: all labels are {classes[0]!r}: there is nothing to learn")
         if 2 * len(classes) > len(rows):

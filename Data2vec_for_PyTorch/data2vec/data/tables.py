@@ -71,7 +71,7 @@ def has_column(path: Path, name: str) -> bool:
 
 def _reader(path: Path) -> Callable[[TextIO, Path], Iterator[tuple[int, Mapping[str, Any]]]]:
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: not a table that is read here ({', '.join(SUFFIXES)})")
+        raise UsageError(f"{path}: not a table; give one of {', '.join(SUFFIXES)}")
     return _json_records if path.suffix == ".jsonl" else _records
 
 
@@ -91,7 +91,9 @@ def _records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]
                 yield reader.line_num, dict(zip(names, cells, strict=True))
             elif cells:  # else an empty line
                 where = f"{path}, line {reader.line_num}"
-                raise UsageError(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns")
+                raise UsageError(
+                    f"{where}: {len(cells)} cells, but the first line names {len(names)} columns: write as many"
+                )
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.line_num}: {error}") from None
 
@@ -105,7 +107,7 @@ def _json_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, 
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {line}: not JSON ({error})") from None
         if not isinstance(record, dict):
-            raise UsageError(f"{path}, line {line}: not an object with the columns as its names")
+            raise UsageError(f"{path}, line {line}: must be an object with the columns as its names")
         yield line, record
 
 
@@ -116,9 +118,11 @@ def _cell(record: Mapping[str, Any], name: str, where: str) -> str:
         raise UsageError(f"{where}: no column {name!r}, there are {', '.join(map(repr, record))}{hint}")
     value = record[name]
     if not isinstance(value, str | int | float):
-        raise UsageError(f"{where}: column {name!r} holds {value!r}, not a text or a number")
+        raise UsageError(f"{where}: column {name!r} holds {value!r}, must be a text or a number")
     if not (text := str(value).strip()):
         raise UsageError(f"{where}: column {name!r} is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UsageError(f"{where}: column {name!r} holds half a character (a lone surrogate): {text[:40]!r}")
+        raise UsageError(
+            f"{where}: column {name!r} holds half a character (a lone surrogate), correct it: {text[:40]!r}"
+        )
     return text

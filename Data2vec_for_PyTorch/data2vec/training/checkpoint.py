@@ -144,7 +144,10 @@ def _load_optimizer(state: TrainState, saved: dict[str, Any], path: Path) -> Non
             for i, p in enumerate(parameters)
         }
     if entries and len(entries) != len(parameters):
-        raise CheckpointError(f"{path}: optimizer state of {len(entries)} parameters, the model has {len(parameters)}")
+        raise CheckpointError(
+            f"{path}: optimizer state of {len(entries)} parameters, the model has {len(parameters)}: "
+            "give the configuration that it was made with"
+        )
     group = state.optimizer.state_dict()["param_groups"][0]
     steps = int(next(iter(entries.values()))["step"]) if entries else 0
     tensors = {

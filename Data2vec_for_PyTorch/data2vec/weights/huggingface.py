@@ -96,10 +96,12 @@ def load_huggingface(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     try:
         theirs = Data2VecTextModel.from_pretrained(folder, add_pooling_layer=False, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a Data2VecTextModel folder ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(
+            f"{folder}: not a Data2VecTextModel folder, as is needed ({str(error).splitlines()[0]})"
+        ) from None
     config = theirs.config
     if config.model_type != "data2vec-text":
-        raise CheckpointError(f"{folder}: holds a {config.model_type}, not a data2vec-text model")
+        raise CheckpointError(f"{folder}: holds a {config.model_type}; a data2vec-text model is needed")
     if config.hidden_act != "gelu":
         raise CheckpointError(f"{folder}: hidden_act={config.hidden_act}: data2vec text has gelu only")
     if config.layer_norm_eps != LAYER_NORM_EPS:

@@ -52,8 +52,8 @@ def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: str |
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(
-            f"{path}: does not fit this model: {reason}. Is the configuration that of the checkpoint (layers, sizes, "
-            "vocabulary)?"
+            f"{path}: does not fit this model: {reason}. Give the configuration of the checkpoint (layers, sizes, "
+            "vocabulary)"
         ) from None
     new = sorted({next(o for o in OPTIONAL if n.startswith(o)).rstrip(".") for n in missing if "version" not in n})
     words = [f"{', '.join(left_out)} not used"] if left_out else []
@@ -123,6 +123,6 @@ def model_of(checkpoint: Any, path: Path) -> torch.nn.Module:
     elif name == "data2vec_text" and words is not None:
         model = build_model(config, len(words))
     else:
-        raise CheckpointError(f"{path}: holds a model of {name}, not of data2vec_text or data2vec_vision")
+        raise CheckpointError(f"{path}: holds a model of {name}; one of data2vec_text or data2vec_vision is needed")
     load_weights(model, checkpoint, path)
     return model

@@ -128,9 +128,11 @@ def load_huggingface_vision(folder: str | Path) -> dict[str, dict[str, Tensor]]:
     try:
         theirs = Data2VecVisionModel.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a Data2VecVisionModel folder ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(
+            f"{folder}: not a Data2VecVisionModel folder, as is needed ({str(error).splitlines()[0]})"
+        ) from None
     if theirs.config.model_type != "data2vec-vision" or not theirs.config.use_shared_relative_position_bias:
-        raise CheckpointError(f"{folder}: not a data2vec-vision model with a shared relative position bias")
+        raise CheckpointError(f"{folder}: a data2vec-vision model with a shared relative position bias is needed")
     state = theirs.state_dict()
     ours = {name: state[theirs_name] for name, theirs_name in _SINGLE.items() if theirs_name in state}
     for i in range(theirs.config.num_hidden_layers):

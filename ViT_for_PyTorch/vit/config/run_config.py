@@ -159,7 +159,8 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Sequence[str] =
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation of a key that is not there
         where = f"{path}: " if path is not None else ""
-        raise UsageError(f"{where}{str(error).splitlines()[0]} (in {getattr(error, 'full_key', '')})") from None
+        key = getattr(error, "full_key", "") or "the interpolation"
+        raise UsageError(f"{where}{str(error).splitlines()[0]}: correct {key}") from None
     try:
         _check(result)
     except UsageError as error:
@@ -200,7 +201,7 @@ def _split(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     key = mindformers_yaml.KEYS.get(key.strip(), key)  # MindFormers' names, e.g. runner_config.epochs
     if not equals:
-        raise UsageError(f"'{text}': overrides are written key=value or section.key=value")
+        raise UsageError(f"'{text}': write overrides as key=value or section.key=value")
     if value.startswith("["):
         try:
             return key.strip(), list(OmegaConf.create(value))
@@ -218,7 +219,8 @@ def _nested(key: str, value: Any) -> DictConfig:
 def _check_known(key: str) -> None:
     if key not in known_keys():
         close = difflib.get_close_matches(key, known_keys(), 1, 0.4)
-        raise UsageError(f"unknown configuration key '{key}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+        hint = f"did you mean '{close[0]}'?" if close else "--help lists them"
+        raise UsageError(f"unknown configuration key '{key}'; {hint}")
 
 
 def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:

@@ -43,7 +43,7 @@ def match(
         if num_classes != len(folder.classes):
             raise UsageError(
                 f"{checkpoint}: its head has {num_classes} classes without names, {folder.root} has "
-                f"{len(folder.classes)} class folders: the classes cannot be told"
+                f"{len(folder.classes)} class folders: the classes cannot be told; give a folder of as many classes"
             )
         order = list(range(num_classes))
         return Match(folder.classes, order, f"{checkpoint} names no classes: the folders are taken in sorted order")
@@ -55,12 +55,12 @@ def match(
         some, all_known = _shortened(strangers), _shortened(names)
         raise UsageError(
             f"the class folders of {folder.root} are not the classes that {checkpoint} was trained on: "
-            f"{some} ({len(strangers)} of {len(folder.classes)}) are none of {all_known} ({len(names)})"
+            f"{some} ({len(strangers)} of {len(folder.classes)}) must be among {all_known} ({len(names)})"
         )
     of_folder = [known[name] for name in folder.classes]
     if len(set(of_folder)) < len(of_folder):
         twice = next(names[index] for index in of_folder if of_folder.count(index) > 1)
-        raise UsageError(f"{folder.root}: two class folders mean the same class, {twice!r}")
+        raise UsageError(f"{folder.root}: two class folders mean the same class, {twice!r}: merge or rename one")
     return Match(list(names), of_folder, f"classes matched by name: {len(of_folder)} of the model's {len(names)}")
 
 

@@ -71,7 +71,7 @@ def check_same_classes(train: ImageFolder, evaluation: ImageFolder) -> None:
     ]
     raise UsageError(
         f"the class folders of {train.root} ({len(train.classes)}) and {evaluation.root} "
-        f"({len(evaluation.classes)}) differ; {'; '.join(parts)}"
+        f"({len(evaluation.classes)}) differ and must be the same; {'; '.join(parts)}"
     )
 
 

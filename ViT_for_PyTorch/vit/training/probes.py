@@ -50,7 +50,9 @@ def features(model: ClassifyingViT, batches: Iterable[Batch], world: World, prec
         targets.append(target)
     values = torch.cat(found)
     if not bool(values.isfinite().all()):
-        raise FloatingPointError("the features of some pictures are inf or nan: the weights are damaged")
+        raise FloatingPointError(
+            "the features of some pictures are inf or nan: --load_checkpoint is damaged, or needs --precision fp32"
+        )
     return Features(values, torch.cat([torch.zeros(0, dtype=torch.int64, device=world.device), *targets]))
 
 
