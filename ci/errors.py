@@ -45,7 +45,7 @@ _ABSENT = re.compile(
 )
 # ... or ends in another error's words, which is judged where that one is raised
 _TAIL = re.compile(
-    r"(: |[^({]*)\{[^{}]*(error|message|reason|problem|advice|remedy|hint|USAGE|absent|nearest)[^{}]*\}\.?$"
+    r"(: |[^({]*)\{[^{}]*(error|message|reason|problem|advice|remedy|hint|USAGE|absent|nearest|lost)[^{}]*\}\.?$"
 )
 # a value, an option, a key, a file of ours
 _WHERE = re.compile(r"<>|--\w|\b\w+[._][a-z_]+\b")
