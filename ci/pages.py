@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -39,26 +39,37 @@ def commands(page: Path) -> list[str]:
     return lines
 
 
+def of_project(project: Path) -> list[str]:
+    """The commands of a project's README, and those of docs/*.md that stand below a line `cd <project>`; each once."""
+    found = commands(project / "README.md")
+    for page in sorted((project.parent / "docs").glob("*.md")):
+        for block in blocks(page, "bash"):
+            place, *rest = _whole_lines(block) or [""]
+            found += rest if place == f"cd {project.name}" else []
+    return list(dict.fromkeys(found))
+
+
 def _whole_lines(text: str) -> list[str]:
     lines = (" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in text.replace("\\\n", " ").splitlines())
     return [line for line in lines if line]
 
 
-def lines_to_run(page: Path, elsewhere: Mapping[str, str], stand_ins: Mapping[str, str]) -> Iterator[list[str]]:
-    """Words of a page's commands, but those that a key of `elsewhere`, a pattern of the whole line, is for.
+def lines_to_run(
+    found: Sequence[str], elsewhere: Mapping[str, str], stand_ins: Mapping[str, str]
+) -> Iterator[list[str]]:
+    """Words of commands, but of those that a key of `elsewhere`, a pattern of the whole line, is for.
 
     Its value is the reason. In a line the keys of `stand_ins` (such as /data/coco) are replaced; "..." is left out.
 
     Raises:
         ValueError: a key of `elsewhere` or `stand_ins` that fits no line: it is out of date.
     """
-    found = commands(page)
     for pattern in elsewhere:
         if not any(re.fullmatch(pattern, line) for line in found):
-            raise ValueError(f"{page}: no command is {pattern!r}")
+            raise ValueError(f"no command is {pattern!r}")
     for name in stand_ins:
         if not any(name in line for line in found):
-            raise ValueError(f"{page}: no command names {name!r}")
+            raise ValueError(f"no command names {name!r}")
     for line in found:
         if any(re.fullmatch(pattern, line) for pattern in elsewhere):
             continue

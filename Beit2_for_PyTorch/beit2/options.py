@@ -178,7 +178,9 @@ def given_patch_size(options: argparse.Namespace) -> dict[str, int]:
     if options.patch_size is None:
         return {}
     if options.patch_size < 1 or options.input_size % options.patch_size:
-        raise UsageError(f"--patch_size {options.patch_size}: --input_size {options.input_size} must be a multiple of it")
+        raise UsageError(
+            f"--patch_size {options.patch_size}: --input_size {options.input_size} must be a multiple of it"
+        )
     return {"patch_size": options.patch_size}
 
 

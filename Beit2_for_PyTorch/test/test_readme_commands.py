@@ -1,4 +1,4 @@
-"""Every command of the README, as typed, on small stand-ins; and the reference's own recipes, read as typed."""
+"""Every command of the README and of docs/, run on small stand-ins; the reference's own recipes, read as typed."""
 
 import re
 import shutil
@@ -27,7 +27,8 @@ ELSEWHERE = {  # a line -> why it is not run here
     "wget .*": "published weights; what is downloaded is tested in test_published_weights.py",
 }
 STAND_INS = {"/path/to/imagenet-1k/train": "DIR/train", "--output DIR": "--output exported", "--layer 9": "--layer 2"}
-ONE_EPOCH = "--num_workers 0 --device cpu --batch_size 4 --input_size 32 --epochs 1".split()
+ON_CPU = "--device cpu --num_workers 0".split()
+ONE_EPOCH = "--batch_size 4 --input_size 32 --epochs 1".split() + ON_CPU
 # what is added to a line: a small model and an epoch of four steps; these options overrule what stands before them
 NO_WARMUP = ["--warmup_epochs", "0"]
 SMALL = {
@@ -89,7 +90,8 @@ def reader(pictures, tokenizer_file, tmp_path, monkeypatch) -> Path:
     (folder / "FILE").symlink_to(tokenizer_file)
     torch.manual_seed(0)
     model = beit2.create_model("beit_test_cls_pt", img_size=32, vocab_size=32, early_layers=2, head_layers=1)
-    torch.save({"model": model.state_dict()}, folder / "checkpoint-1599.pth")
+    for name in ("checkpoint-1599.pth", "beitv2_base_patch16_224_pt1k.pth"):
+        torch.save({"model": model.state_dict()}, folder / name)
     shutil.copy(pictures / "val/red/0.jpg", folder / "picture.jpg")
     teacher = build_teacher({"width": 64, "layers": 1, "heads": 1, "output_dim": 12, "patch": 8, "res": 32})
     torch.save(teacher.state_dict(), folder / "CLIP")
@@ -109,6 +111,7 @@ def accepted(script: str, words: list[str]) -> None:
 def run_python(script: str, arguments: list[str], reader: Path) -> None:
     """A script's main, in this process; the checkpoints that later lines name come from the lines before."""
     output = reader / "runs" / script
+    output = output.with_name(f"{script} 2") if output.exists() else output
     if script in READERS:
         accepted(script, arguments)  # as typed: what is added below must not hide a mistake
     if "--plan_memory" in arguments:
@@ -117,19 +120,11 @@ def run_python(script: str, arguments: list[str], reader: Path) -> None:
         made_by = CHECKPOINT_OF.get(script, "run_beitv2_pretraining.py")
         shutil.copy(reader / "runs" / made_by / "checkpoint.pth", reader)
     if "--eval" in arguments:
-        arguments = [
-            *arguments,
-            "--device",
-            "cpu",
-            "--num_workers",
-            "0",
-            "--output_dir",
-            str(reader / "evaluated" / script),
-        ]
+        arguments = [*arguments, *ON_CPU, "--output_dir", str(reader / "evaluated" / script)]
     elif script in SMALL:
         arguments = [*arguments, *SMALL[script], "--output_dir", str(output)]
     elif script == "extract_features.py":
-        arguments = [*arguments, "--device", "cpu", "--num_workers", "0"]
+        arguments = [*arguments, *ON_CPU]
     elif script == "export_weights.py":
         shutil.rmtree("exported", ignore_errors=True)
     MAINS[script](arguments)
@@ -138,8 +133,8 @@ def run_python(script: str, arguments: list[str], reader: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect")
-def test_every_command_of_the_readme_runs(reader, capsys):
-    for words in pages.lines_to_run(PROJECT / "README.md", ELSEWHERE, STAND_INS):
+def test_every_command_of_the_pages_runs(reader, capsys):
+    for words in pages.lines_to_run(pages.of_project(PROJECT), ELSEWHERE, STAND_INS):
         if words[0] == "bash":
             for script, *arguments in pages.dry_run(words, reader):
                 accepted(script, arguments)

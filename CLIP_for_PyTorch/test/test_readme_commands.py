@@ -1,8 +1,9 @@
-"""Every command of the README, as typed, on small stand-ins."""
+"""Every command of the README and of docs/ for this project, as typed, on small stand-ins."""
 
 import csv
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ ELSEWHERE = {  # a line -> why it is not run here
     "pip install .*": "installing is `make install`",
     "python3 save_clip_roberta.py": "downloads two models; the next line does the same from folders",
     "python run_clip.py --train_shards 'https://.*": "test_shards.py reads tars from a server",
+    "hf download .*": "downloads; `reader` has a small model as transformers saves it",
+    "python convert_model.py .* --to onnx .*": "test_exchange.py runs it",
     "python convert_model.py --model_name_or_path weights.pt .*": "test_exchange.py reads such a file",
 }
 STAND_INS = {
@@ -31,7 +34,7 @@ STAND_INS = {
     "folder_of_open_clip": "for_open_clip",
 }
 # what is added to a line of run_clip.py: a tiny model and one step
-ONE_STEP = "--do_train --model_name_or_path clip-roberta --max_steps 1 --per_device_train_batch_size 4".split()
+ONE_STEP = "--do_train --max_steps 1 --per_device_train_batch_size 4".split()
 QUICK = "--device cpu --dataloader_num_workers 0 --retrieval_picture False --per_device_eval_batch_size 4".split()
 
 
@@ -42,8 +45,9 @@ def reader(tmp_path, tiny_model, tiny_clip, monkeypatch) -> Path:
 
     folder = pages.reader_folder(PROJECT, tmp_path)
     write_coco_zips(folder / "coco", {"train": 8, "val": 8})
-    for name, model in {"clip-roberta": tiny_model, "output": tiny_model, "clip": tiny_clip}.items():
+    for name, model in {"clip-roberta": tiny_model, "clip": tiny_clip, "tiny_clip": tiny_clip}.items():
         (folder / name).symlink_to(model)
+    shutil.copytree(tiny_model, folder / "output")
     tokenizer = RobertaTokenizerFast.from_pretrained(tiny_model)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = RobertaModel(RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=130, **sizes))
@@ -58,6 +62,8 @@ def reader(tmp_path, tiny_model, tiny_clip, monkeypatch) -> Path:
     (folder / "names.txt").write_text("n0 one\nn1 other\n")
     (folder / "captions.txt").write_text("\n".join(caption for _, caption in pairs))
     write_table(folder / "pairs.csv", [("image", "text"), *pairs], ",")
+    for name in ("captions.csv", "captions_val.csv"):
+        write_table(folder / name, [("image_path", "caption"), *pairs], ",")
     write_table(folder / "pairs.txt", [("image_path", "caption"), *pairs], "|")
     (folder / "val.jsonl").write_text("".join(json.dumps({"image": a, "text": b}) + "\n" for a, b in pairs))
     for name in ("disk1/a-0000", "disk1/a-0001", "disk2/b-7"):
@@ -94,12 +100,14 @@ def run_python(script: str, words: list[str], reader: Path) -> None:
         convert_model.main(words)
     else:
         output = ["--output_dir", str(reader / f"run {len(list(reader.glob('run *')))}")]
-        more = QUICK if "--do_eval" in words else [*ONE_STEP, *QUICK, *output]
+        evaluates = "--do_eval" in words and "--do_train" not in words
+        model = [] if "--model_name_or_path" in words else ["--model_name_or_path", "clip-roberta"]
+        more = QUICK if evaluates else [*ONE_STEP, *QUICK, *model, *output]
         assert run_clip.main([*words, *more])["Status"] == "OK"
 
 
-def test_every_command_of_the_readme_runs(reader):
-    for words in pages.lines_to_run(PROJECT / "README.md", ELSEWHERE, STAND_INS):
+def test_every_command_of_the_pages_runs(reader):
+    for words in pages.lines_to_run(pages.of_project(PROJECT), ELSEWHERE, STAND_INS):
         if words[0] == "bash":
             for script, *options in pages.dry_run(words, reader):
                 assert script == "run_clip.py"

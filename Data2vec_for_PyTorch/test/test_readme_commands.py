@@ -1,4 +1,4 @@
-"""Every command of the README, as typed, on small stand-ins."""
+"""Every command of the README and of docs/ for this project, as typed, on small stand-ins."""
 
 import importlib
 import shutil
@@ -88,15 +88,17 @@ def prepare(script: str, words: list[str], reader: Path) -> None:
     if script == "extract_features.py":
         text = "lines.txt" in words
         shutil.copy(reader / "out train.py" / BEST if text else vision_checkpoint(reader), "checkpoint_best.pt")
-    if script == "convert_checkpoint.py" and "--encoder-json" not in words:
+    if script == "convert_checkpoint.py" and words[1:] == ["my_model/"]:
         shutil.rmtree("my_model")
         shutil.copy(vision_checkpoint(reader), BEST)
+    elif script == "convert_checkpoint.py" and words[0] == "checkpoint_best.pt":
+        shutil.copy(reader / "out train.py" / BEST, "checkpoint_best.pt")
     elif script in ("convert_checkpoint.py", "probe.py"):
         shutil.copy(reader / "out train.py" / BEST, BEST)
 
 
-def test_every_command_of_the_readme_runs(reader):
-    for words in pages.lines_to_run(PROJECT / "README.md", ELSEWHERE, STAND_INS):
+def test_every_command_of_the_pages_runs(reader):
+    for words in pages.lines_to_run(pages.of_project(PROJECT), ELSEWHERE, STAND_INS):
         if words[0] == "bash":
             for script, *options in pages.dry_run(words, reader):
                 PARSERS[script](options, "")
@@ -105,7 +107,8 @@ def test_every_command_of_the_readme_runs(reader):
         script, *options = words[1:]
         prepare(script, options, reader)
         if script in ("train.py", "finetune.py"):
-            options += ["--output_dir", str(reader / f"out {script}")]
+            output = reader / f"out {script}"
+            options += ["--output_dir", str(output.with_name(f"{output.name} 2") if output.exists() else output)]
         importlib.import_module(Path(script).stem).main([*options, *SMALL.get(script, [])])
     made = ("data-bin/test.bin", "my_model/model.safetensors", "out/predictions.csv", "features.npz")
     assert all((reader / name).is_file() for name in (*made, "features.safetensors"))

@@ -1,4 +1,4 @@
-"""Every command line of the README, and of MindFormers' page, from the folder that it says, on small stand-ins.
+"""Every command of the README, of docs/ and of MindFormers' page, from the folder that it says, on stand-ins.
 
 Python's run in this process, one after another as a reader types them, on data and weights by the README's names; what
 `test/*.sh` and the launchers would start on eight devices or two servers is shown by `--dry_run`, and parsed by the
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import transformers
 from PIL import Image
 
 import convert_weight
@@ -31,6 +33,7 @@ REFERENCE = [  # of MindFormers' page, as the table at the top of the README pro
     f"{RECIPE} --run_mode predict --predict_data FILE",
 ]
 ELSEWHERE = {  # a line -> why it is not run here
+    "hf download .*": "downloads; `place` has a small model as timm saves it",
     "pip install .*": "installing is `make install`",
     "python -m common.launch.cluster .*": "common/test runs it",
     "python -m common.rank_table check .*": "common/test runs it",
@@ -45,6 +48,7 @@ STAND_INS = {
     "--data_path=...": "--data_path=imageNet-1k",
     "--ckpt_path=...": "--ckpt_path=mae_vit_base_p16",
     "PICTURE_OR_FOLDER [...]": "imageNet-1k/val",
+    "new_pictures": "imageNet-1k/val",
 }
 
 
@@ -52,6 +56,13 @@ STAND_INS = {
 def place(tmp_path_factory) -> Path:
     """A folder with what the README's lines name: data, published weights, a run's output, a MindSpore file."""
     root = pages.reader_folder(PROJECT, tmp_path_factory.mktemp("reader"))
+    (root / "pictures").symlink_to("imageNet-1k")
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7)
+    for name in ("vit_small", "folder_of_timm"):
+        timm.models.save_for_hf(theirs, root / name, model_args={"img_size": 32}, safe_serialization=True)
+    sizes = {"hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 384}
+    config = transformers.ViTConfig(image_size=32, patch_size=8, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(root / "folder_of_transformers")
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in ("n02206856", "n11939491"):  # bee, daisy
@@ -87,7 +98,8 @@ def run_python(words: list[str], place: Path) -> None:
         arguments = [word for word in arguments if word != "[...]"]
         mode = arguments[arguments.index("--run_mode") + 1]
         output = place / "runs" / f"{mode}{len(list(place.glob('runs/*')))}"
-        small = [*SMALL, f"output_dir={output}", *(["model.name=vit_demo"] if mode in ("train", "finetune") else [])]
+        demo = ["model.name=vit_demo"] if mode in ("train", "finetune") and "vit_small" not in arguments else []
+        small = [*SMALL, f"output_dir={output}", *demo]
         run_vit.main([*arguments, "--options", *small], published_weights=script == "run_mindformer.py")
         assert (output / "predictions.json").exists() or list(output.glob("*_acc.log")), words
     elif script == "convert_weight.py":
@@ -105,13 +117,13 @@ def run_shell(words: list[str], place: Path) -> None:
         assert script == "run_vit.py" and parsed.run_mode in options.RUN_MODES
 
 
-def test_every_command_of_the_readme_runs(place, monkeypatch):
+def test_every_command_of_the_pages_runs(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
     two = [rank_table.generate(f"10.0.0.{n}", {i: f"192.168.{n}.{i + 1}" for i in range(8)}) for n in (1, 2)]
     rank_table.write(rank_table.merge(two), place / "hccl_2s_16p.json")
     (place / "hosts").write_text("10.0.0.1 slots=8\n10.0.0.2 slots=8\n")
-    for words in [*pages.lines_to_run(PROJECT / "README.md", ELSEWHERE, STAND_INS), *map(str.split, REFERENCE)]:
+    for words in [*pages.lines_to_run(pages.of_project(PROJECT), ELSEWHERE, STAND_INS), *map(str.split, REFERENCE)]:
         if words[0] == "python":
             run_python(words[1:], place)
         else:
@@ -119,6 +131,7 @@ def test_every_command_of_the_readme_runs(place, monkeypatch):
             run_shell(words, place)
     assert json.loads((place / "my_timm_vit" / "config.json").read_text())["num_classes"] == 1000
     assert (place / "my_hf_vit" / "model.safetensors").is_file() and (place / "vit_base_p16.pth").is_file()
+    assert timm.create_model(f"local-dir:{place / 'my_timm_vit'}", pretrained=True).num_classes == 1000
 
 
 def test_the_snippet_of_the_readme_runs(place, monkeypatch):

@@ -104,7 +104,7 @@ def load_open_clip(model: PreTrainedModel, state: dict[str, Tensor], name: str) 
         for own, part in zip(source.names, parts, strict=False):
             if part.numel() != shapes[own].numel() or (part.dim() > 1 and part.shape != shapes[own]):
                 raise UsageError(
-                    f"{name}: {key} is {list(state[key].shape)}, by the configuration it must be "
+                    f"{name}: {key} is {list(state[key].shape)}, which does not fit the configuration: it must be "
                     f"{list(shapes[own])} ({own})"
                 )
             ours[own] = part.reshape(shapes[own])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,8 +84,8 @@ def export_huggingface(encoder: SentenceEncoder, folder: str | Path, ids: int | 
     theirs.save_pretrained(folder)
 
 
-def load_huggingface(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
-    """{"model": student weights under the reference's names} of a `Data2VecTextModel` folder.
+def load_huggingface(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """{"model": student weights under the reference's names} of a `Data2VecTextModel` folder; its heads as "cfg".
 
     The token type embedding, which is added to every position, goes into the position embeddings.
 
@@ -126,4 +127,5 @@ def load_huggingface(folder: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     ours[PREFIX + "embed_tokens.weight"] = ours[PREFIX + "embed_tokens.weight"][:words]
     positions = ours[PREFIX + "embed_positions.weight"]
     ours[PREFIX + "embed_positions.weight"] = positions + state["embeddings.token_type_embeddings.weight"]
-    return {"model": {PREFIX + "version": torch.tensor([3.0]), **ours}}
+    heads = {"transformer": {"encoder": {"attention_heads": config.num_attention_heads}}}  # shapes do not tell it
+    return {"cfg": {"model": heads}, "model": {PREFIX + "version": torch.tensor([3.0]), **ours}}
