@@ -23,6 +23,7 @@ import vit
 from ci import pages
 from common import rank_table
 from vit.config import options
+from vit.model import vision_transformer
 from vit.weights.labels import imagenet_labels
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -136,7 +137,9 @@ def test_every_command_of_the_pages_runs(place, monkeypatch):
 
 def test_the_snippet_of_the_readme_runs(place, monkeypatch):
     """On the small stand-ins, to which the published names lead; with one epoch of two steps."""
-    monkeypatch.setitem(vit.model.PRESETS, "vit_base_p16", vit.model.PRESETS["vit_demo"] | {"image_size": 16})
+    monkeypatch.setitem(
+        vision_transformer.PRESETS, "vit_base_p16", vision_transformer.PRESETS["vit_demo"] | {"image_size": 16}
+    )
     (place / "snippet").mkdir()
     monkeypatch.chdir(place / "snippet")
     (place / "snippet" / "imageNet-1k").symlink_to(place / "imageNet-1k")
