@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from clip_pretraining.data.pairs import ImageSource, Pairs
+from common.figure_fonts import fonts_for
 
 QUERIES, ANSWERS = 6, 5
 RULE = "captions at equal distances in the split's order; green: the right picture"
@@ -27,23 +28,28 @@ def draw(image: torch.Tensor, text: torch.Tensor, pairs: Pairs, pictures: ImageS
     from matplotlib import pyplot
 
     count, answers = min(QUERIES, len(pairs)), min(ANSWERS, len(image))
-    figure, axes = pyplot.subplots(
-        count, 1 + answers, figsize=(1.7 * (1 + answers), 2.2 * count), layout="constrained", squeeze=False
-    )
-    figure.get_layout_engine().set(h_pad=0.18)
-    figure.suptitle(f"{len(image)} pictures, {len(pairs)} captions; {RULE}", fontsize=9)
-    for place, row in enumerate(axes):
-        query = (2 * place + 1) * len(pairs) // (2 * count)
-        right = int(pairs.image_of_caption[query])
-        scores = text[query] @ image.T  # [I]
-        rank = 1 + int((scores > scores[right]).sum())
-        _show(row[0], pictures[right], "tab:green", f"asked: {_ordinal(rank)}")
-        title = row[0].set_title(f"“{pairs.captions[query][:90]}”", loc="left", fontsize=9)
-        title.set_in_layout(False)  # it may be wider than its column
-        for axis, score, index in zip(row[1:], *(part.tolist() for part in scores.topk(answers)), strict=True):
-            _show(axis, pictures[index], "tab:green" if index == right else "lightgrey", f"{score:.2f}")
-    figure.savefig(path, dpi=100)
+    queries = [(2 * place + 1) * len(pairs) // (2 * count) for place in range(count)]
+    with fonts_for(pairs.captions[query][:90] for query in queries):
+        figure, axes = pyplot.subplots(
+            count, 1 + answers, figsize=(1.7 * (1 + answers), 2.2 * count), layout="constrained", squeeze=False
+        )
+        figure.get_layout_engine().set(h_pad=0.18)
+        figure.suptitle(f"{len(image)} pictures, {len(pairs)} captions; {RULE}", fontsize=9)
+        for query, row in zip(queries, axes, strict=True):
+            _row(row, query, text[query] @ image.T, pairs, pictures)
+        figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _row(row, query: int, scores: torch.Tensor, pairs: Pairs, pictures: ImageSource) -> None:
+    """A caption, what it should find, and the pictures that score highest; scores [I]."""
+    right = int(pairs.image_of_caption[query])
+    rank = 1 + int((scores > scores[right]).sum())
+    _show(row[0], pictures[right], "tab:green", f"asked: {_ordinal(rank)}")
+    title = row[0].set_title(f"“{pairs.captions[query][:90]}”", loc="left", fontsize=9)
+    title.set_in_layout(False)  # it may be wider than its column
+    for axis, score, index in zip(row[1:], *(part.tolist() for part in scores.topk(len(row) - 1)), strict=True):
+        _show(axis, pictures[index], "tab:green" if index == right else "lightgrey", f"{score:.2f}")
 
 
 def _show(axis, picture: torch.Tensor, frame: str, below: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common import pictures
+from common.figure_fonts import fonts_for
 
 COLUMNS = 6
 MOST = 36  # pictures; more cannot be read at a glance
@@ -27,7 +28,15 @@ def draw(predictions: Mapping[str, Sequence[Mapping[str, float | str]]], labels:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = list(predictions.items())[:MOST]
+    shown = dict(list(predictions.items())[:MOST])
+    titles = [name for file in map(Path, shown) for name in (file.stem, file.parent.name)]
+    with fonts_for(map(_words, titles + [str(entry["label"]) for found in shown.values() for entry in found])):
+        figure = _grid(pyplot, shown, labels)
+        figure.savefig(target, dpi=100)
+    pyplot.close(figure)
+
+
+def _grid(pyplot, shown: Mapping[str, Sequence[Mapping[str, float | str]]], labels: Sequence[str]):
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     figure, axes = pyplot.subplots(
@@ -36,15 +45,14 @@ def draw(predictions: Mapping[str, Sequence[Mapping[str, float | str]]], labels:
     )  # fmt: skip
     for axis in axes.flat:
         axis.set_axis_off()
-    for index, (file, found) in enumerate(shown):
+    for index, (file, found) in enumerate(shown.items()):
         row, column = 2 * (index // columns), index % columns
         known = Path(file).parent.name if Path(file).parent.name in labels else None
         axes[row, column].imshow(pictures.read(file, turn=True))
         colour = {None: "black", found[0]["label"]: _RIGHT}.get(known, _WRONG)
         axes[row, column].set_title(_words(known or Path(file).stem), fontsize=9, color=colour)
         _bars(axes[row + 1, column], found, known)
-    figure.savefig(target, dpi=100)
-    pyplot.close(figure)
+    return figure
 
 
 def _bars(axis, found: Sequence[Mapping[str, float | str]], known: str | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_reduce_sum
+from common.figure_fonts import fonts_for
 from vit.training.evaluate import Score
 
 MOST_CLASSES = 4096  # a matrix of more does not fit beside a model
@@ -126,6 +127,13 @@ def _draw(names: Sequence[str], matrix: Tensor, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    with fonts_for(names if len(names) <= NAMED else ()):
+        figure = _confusion(pyplot, names, matrix)
+        figure.savefig(target, dpi=100)
+    pyplot.close(figure)
+
+
+def _confusion(pyplot, names: Sequence[str], matrix: Tensor):
     shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).cpu()
     classes = len(names)
     side = min(3 + 0.3 * classes, 14)
@@ -141,5 +149,4 @@ def _draw(names: Sequence[str], matrix: Tensor, target: Path) -> None:
                 if count := int(matrix[row, column]):
                     colour = "black" if shares[row, column] > 0.6 else "white"
                     axis.text(column, row, count, ha="center", va="center", color=colour, fontsize=7)
-    figure.savefig(target, dpi=100)
-    pyplot.close(figure)
+    return figure

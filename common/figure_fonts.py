@@ -1,0 +1,43 @@
+"""Fonts that have the script of what a figure says: matplotlib's own has no Chinese, Japanese or Korean character."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+
+# of Linux distributions, Windows and macOS; the first that is installed and has most of what is missing
+WIDE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
+    "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC",
+    "Hiragino Sans GB", "Arial Unicode MS",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def fonts_for(texts: Iterable[str]) -> Iterator[None]:
+    """While it lasts matplotlib can draw `texts`. Boxes stand for what no font here has, which a note says once."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    def characters_of(family: str) -> set[str]:
+        return set(map(chr, font_manager.get_font(font_manager.findfont(family)).get_charmap()))
+
+    family = matplotlib.rcParams["font.sans-serif"][0]
+    missing = {c for text in texts for c in text if c.isprintable() and not c.isspace()} - characters_of(family)
+    families = [family]
+    if missing:
+        installed = {font.name for font in font_manager.fontManager.ttflist}
+        found = [(len(missing & characters_of(name)), name) for name in WIDE_FONTS if name in installed]
+        most, wide = max(found, key=lambda pair: pair[0], default=(0, ""))
+        if most:
+            families.append(wide)
+            missing -= characters_of(wide)
+    if missing:
+        some = "".join(sorted(missing)[:5])
+        print(
+            f"note: no font here has {some}: boxes in the picture; install one (apt install fonts-noto-cjk)", flush=True
+        )
+    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        yield
