@@ -65,7 +65,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     monitor = Monitor(options, normalizer, precision) if options.monitor_every else None
     loss_of = functools.partial(token_loss, replica.wrapped, tokenizer, normalizer, precision)
 
-    if options.replay:
+    if options.replay is not None:
         return replay_step(run, dataset, loss_of, collate)
     with run.open_log() as log:
         log.info(f"{options.model}: {replica.parameter_count:,} parameters, {precision} on {world.device.type}")

@@ -76,7 +76,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
 
     loss_of = functools.partial(classification_loss, replica.wrapped, criterion, mixup, normalizer, precision)
 
-    if options.replay:
+    if options.replay is not None:
         return replay_step(run, training, loss_of)
     with run.open_log() as log:
         batches, results = run_batches(training, options, world, steps, run.state.step, run.last), {}

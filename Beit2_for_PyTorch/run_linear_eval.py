@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     def kept() -> dict:
         return {"best_acc1": best, "classes": names}
 
-    if options.replay:
+    if options.replay is not None:
         return replay_step(run, dataset, loss_of)
     with run.open_log() as log:
         batches, results = run_batches(dataset, options, world, steps, run.state.step, run.last), {}

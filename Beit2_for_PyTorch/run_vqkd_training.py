@@ -70,7 +70,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     def kept() -> dict:
         return {"teacher": teacher.config}
 
-    if options.replay:
+    if options.replay is not None:
         return replay_step(run, dataset, loss_of)
     with run.open_log() as log:
         if run.state.step % steps == 0 and "unfinished" not in run.kept:

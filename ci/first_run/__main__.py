@@ -116,9 +116,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ci.first_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: the accelerator that is there")
     parser.add_argument("--project", nargs="+", help="ViT, Beit2, CLIP, Data2vec; default: all")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=list(PRECISIONS),
+        help="default: all; the first is profiled",
+    )
     parser.add_argument("--store", action="store_true", help="keep these losses as what others are compared with")
     options = parser.parse_args(argv)
     try:

@@ -224,6 +224,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stored", type=Path, default=STORED, help="folder of the references")
     parser.add_argument("--update", action="store_true", help="store the measured values as the reference")
     options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: must be 1 or more")
+    if len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"--seeds {' '.join(map(str, options.seeds))}: one of them stands there twice")
     output = options.results or options.output_dir or DEFAULT_OUTPUT / time.strftime("%Y%m%d-%H%M%S")
     output = output.resolve()
     if not options.update:  # known before hours of training, not after
