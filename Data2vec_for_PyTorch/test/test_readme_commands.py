@@ -17,7 +17,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 BEST = Path("checkpoints/checkpoint_best.pt")
 ELSEWHERE = {"pip install .*": "installing is `make install`"}  # a line -> why it is not run here
 STAND_INS = {
-    "$data_path": "data-bin",
+    "$data_path": "corpus",
     "$checkpoint_path": str(BEST),
     "$tables": "tables",
     "$corpus": ".",
@@ -55,6 +55,7 @@ def reader(bpe, golden, tmp_path, monkeypatch) -> Path:
         rows = (golden / "questions" / f"{split}.csv").read_text().splitlines()
         (folder / "tables" / f"{split}.csv").write_text("\n".join(["sentence,label", *rows[1:40]]) + "\n")
     shutil.copy(folder / "tables" / "valid.csv", folder / "test.csv")
+    shutil.copytree(golden / "bin", folder / "corpus")
     (folder / "pictures").mkdir()
     Image.fromarray(np.zeros((40, 50, 3), dtype=np.uint8)).save(folder / "pictures" / "0.png")
     (folder / BEST).parent.mkdir()
@@ -80,6 +81,9 @@ def vision_checkpoint(folder: Path) -> Path:
 
 def prepare(script: str, words: list[str], reader: Path) -> None:
     """The page calls every checkpoint checkpoint_best.pt: puts the one that a line means there."""
+    if script == "train.py":  # from here on, what preprocess.py has made
+        shutil.rmtree("corpus")
+        Path("corpus").symlink_to("data-bin")
     if script == "finetune.py":
         shutil.copy(reader / "data-bin" / "dict.txt", reader)
         shutil.copy(reader / "out train.py" / BEST, "checkpoint_best.pt")
