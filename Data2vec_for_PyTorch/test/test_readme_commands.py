@@ -116,7 +116,3 @@ def test_every_command_of_the_pages_runs(reader):
         importlib.import_module(Path(script).stem).main([*options, *SMALL.get(script, [])])
     made = ("data-bin/test.bin", "my_model/model.safetensors", "out/predictions.csv", "features.npz")
     assert all((reader / name).is_file() for name in (*made, "features.safetensors"))
-
-
-def test_the_chinese_page_has_the_same_lines():
-    assert set(pages.commands(PROJECT / "README.zh-CN.md")) == set(pages.commands(PROJECT / "README.md"))

@@ -151,7 +151,3 @@ def test_the_snippet_of_the_readme_runs(place, monkeypatch):
     code = code.replace('eval_dataset="imageNet-1k/val"', small).replace("size=224", "size=16")
     exec(compile(code, "README.md", "exec"), {})
     assert (place / "snippet" / "my_vit" / "config.json").is_file()
-
-
-def test_the_chinese_page_has_the_same_lines():
-    assert set(pages.commands(PROJECT / "README.zh-CN.md")) == set(pages.commands(PROJECT / "README.md"))

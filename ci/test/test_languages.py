@@ -1,4 +1,4 @@
-"""The Chinese pages beside the English ones: the same commands, flags that exist, links that lead somewhere."""
+"""The Chinese pages beside the English ones: the same commands, tables and numbers, flags that exist, links that lead."""
 
 import re
 from pathlib import Path
@@ -20,13 +20,45 @@ def english(page: Path) -> Path:
     return page.with_name(page.name.replace(".zh-CN", ""))
 
 
+def rows(page: Path) -> list[list[str]]:
+    """Cells of a page's tables, line by line; the rule below a head is a row of its own."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def shape(page: Path) -> list[int]:
+    """How many rows each table of a page has, in any order: sections differ."""
+    text = re.sub(r"<!--.*?-->\n", "", page.read_text(encoding="utf-8"))
+    return sorted(len(table.splitlines()) for table in re.findall(r"(?:^\|.*\n)+", text + "\n", re.M))
+
+
+def terms(cells: list[str]) -> set[str]:
+    """What a translation leaves as it is: code, and numbers with a point."""
+    code = {word for cell in cells for word in re.findall(r"`([^`]+)`", cell) if word.isascii() and "<" not in word}
+    return code | {number for cell in cells for number in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", cell)}
+
+
 @each_page
-def test_a_chinese_page_has_no_command_or_flag_of_its_own(page):
-    assert set(pages.commands(page)) - set(pages.commands(english(page))) == set()
+def test_both_languages_have_the_same_commands(page):
+    assert set(pages.commands(page)) == set(pages.commands(english(page)))
+
+
+@each_page
+def test_both_languages_have_the_same_tables(page):
+    """As many, as long, with the same first columns (options, old commands, names) and the same numbers."""
+    ours, theirs = rows(page), rows(english(page))
+    assert shape(page) == shape(english(page))
+    first = [terms([row[0] for row in table]) for table in (ours, theirs)]
+    assert first[0] == first[1]
+    numbers = [{term for row in table for term in terms(row) if term[0].isdigit()} for table in (ours, theirs)]
+    assert numbers[0] == numbers[1]
+
+
+@each_page
+def test_a_chinese_page_has_no_flag_of_its_own(page):
     chinese, other = (path.read_text(encoding="utf-8") for path in (page, english(page)))
     known = set(re.findall(r"--[a-z][\w-]*", other))
-    left = re.sub(r"^\|[^|]*\|", "|", chinese, flags=re.M)  # the first column of a table may hold old commands
-    assert set(re.findall(r"--[a-z][\w-]*", left)) - known == set()
+    assert set(re.findall(r"--[a-z][\w-]*", chinese)) - known == set()
 
 
 @pytest.mark.parametrize("page", READMES, ids=lambda path: path.parent.name)
