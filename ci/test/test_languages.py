@@ -1,4 +1,4 @@
-"""The Chinese pages beside the English ones: the same commands, tables and numbers; flags that exist, links that lead."""
+"""The Chinese pages beside the English ones: the same commands, tables and numbers, and flags and links that exist."""
 
 import re
 from pathlib import Path
