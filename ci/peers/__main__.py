@@ -21,11 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ci.peers import table
+from ci.peers import ROOT, table
 from common.device import DEVICES
 from common.errors import UsageError, print_usage_errors
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECTS = ("vit", "beit2", "clip", "data2vec")
 
 

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "Beit2_for_PyTorch")]
-
-import beit2  # noqa: E402  repairs torchvision
+import beit2  # repairs torchvision
 
 # isort: split
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torchvision import transforms  # noqa: E402
-from torchvision.transforms import functional as tf  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional as tf
 
-from beit2.data.transforms import TwoViewTransform, random_crop  # noqa: E402
-from beit2.image_data import PretrainingImages  # noqa: E402
-from ci.peers.paired_timing import paired, write_result  # noqa: E402
+from beit2.data.transforms import TwoViewTransform, random_crop
+from beit2.image_data import PretrainingImages
+from ci.peers.paired_timing import paired, write_result
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COUNT = 40

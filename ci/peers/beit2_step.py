@@ -14,22 +14,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "Beit2_for_PyTorch")]
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import beit2  # noqa: E402
-from beit2 import device_patches  # noqa: E402
-from beit2.image_data import Batch, Normalizer  # noqa: E402
-from beit2.training.optimizers import create_optimizer  # noqa: E402
-from beit2.training.pretraining_loss import token_loss  # noqa: E402
-from beit2.training.run import gradient_step  # noqa: E402
-from ci.peers import beit2_plain  # noqa: E402
-from ci.peers.paired_timing import gemm_peak, paired, write_result  # noqa: E402
-from common import device as devices  # noqa: E402
-from common.update import GuardedStep, loss_scale  # noqa: E402
+import beit2
+from beit2 import device_patches
+from beit2.image_data import Batch, Normalizer
+from beit2.training.optimizers import create_optimizer
+from beit2.training.pretraining_loss import token_loss
+from beit2.training.run import gradient_step
+from ci.peers import ROOT, beit2_plain
+from ci.peers.paired_timing import gemm_peak, paired, write_result
+from common import device as devices
+from common.update import GuardedStep, loss_scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -8,25 +8,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "CLIP_for_PyTorch")]
-
-import clip_pretraining  # noqa: E402, F401  mends torchvision
+import clip_pretraining  # noqa: F401  mends torchvision
 
 # isort: split
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torchvision.transforms import CenterCrop, ConvertImageDtype, InterpolationMode, Normalize, Resize  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, ConvertImageDtype, InterpolationMode, Normalize, Resize
 
-from ci.peers.paired_timing import paired, write_result  # noqa: E402
-from clip_pretraining.data.crop_cache import CropCache  # noqa: E402
-from clip_pretraining.data.pairs import DecodedImages, ImageRef  # noqa: E402
-from clip_pretraining.evaluation.encoder import normalise_pixels  # noqa: E402
+from ci.peers.paired_timing import paired, write_result
+from clip_pretraining.data.crop_cache import CropCache
+from clip_pretraining.data.pairs import DecodedImages, ImageRef
+from clip_pretraining.evaluation.encoder import normalise_pixels
 
 PICTURES = 16
 MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])

@@ -13,19 +13,14 @@ ours by the products of the same model and batch in plain transformers, of which
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "CLIP_for_PyTorch")]
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from ci.peers.paired_timing import gemm_peak, paired, write_result  # noqa: E402
-from ci.peers.steps import clip  # noqa: E402
-from common.cpu import keep_freed_memory  # noqa: E402
+from ci.peers.paired_timing import gemm_peak, paired, write_result
+from ci.peers.steps import clip
+from common.cpu import keep_freed_memory
 
 # case: (precision of ours, the peer, its precision, what the result calls it)
 CASES = {

@@ -9,21 +9,18 @@ import argparse
 import contextlib
 import io
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "Data2vec_for_PyTorch")]
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import preprocess  # noqa: E402
-from ci.peers.paired_timing import cpu_seconds, paired, write_result  # noqa: E402
-from data2vec import Dictionary, IndexedDataset  # noqa: E402
-from data2vec.config import load_config  # noqa: E402
-from data2vec.data.pretraining_data import PretrainingData  # noqa: E402
+import preprocess
+from ci.peers import ROOT
+from ci.peers.paired_timing import cpu_seconds, paired, write_result
+from data2vec import Dictionary, IndexedDataset
+from data2vec.config import load_config
+from data2vec.data.pretraining_data import PretrainingData
 
 WORDS, LINES, LINE = 20000, 6000, 25
 SPACES = re.compile(r"\s+")

@@ -15,23 +15,19 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "Data2vec_for_PyTorch")]
+import torch
+from omegaconf import OmegaConf
 
-import torch  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
-
-from ci.peers import data2vec_plain  # noqa: E402
-from ci.peers.paired_timing import gemm_peak, write_result  # noqa: E402
-from common import device as devices  # noqa: E402
-from common.cpu import keep_freed_memory  # noqa: E402
-from common.distributed import World  # noqa: E402
-from data2vec import build_model, cpu_patches, mask_tokens  # noqa: E402
-from data2vec.config import load_config  # noqa: E402
-from data2vec.data.pretraining_data import TextBatch  # noqa: E402
-from data2vec.training.update import Run, make_state, train_update  # noqa: E402
+from ci.peers import ROOT, data2vec_plain
+from ci.peers.paired_timing import gemm_peak, write_result
+from common import device as devices
+from common.cpu import keep_freed_memory
+from common.distributed import World
+from data2vec import build_model, cpu_patches, mask_tokens
+from data2vec.config import load_config
+from data2vec.data.pretraining_data import TextBatch
+from data2vec.training.update import Run, make_state, train_update
 
 VOCAB, MASK = 50265, 50264
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

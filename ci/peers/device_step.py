@@ -24,18 +24,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.errors import print_usage_errors
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from ci.peers.paired_timing import gemm_peak  # noqa: E402
-from ci.peers.steps.step import PROJECTS, sides_of  # noqa: E402
-from common import device as devices  # noqa: E402
-from common.errors import UsageError  # noqa: E402
+from ci.peers import ROOT
+from ci.peers.paired_timing import gemm_peak
+from ci.peers.steps.step import PROJECTS, sides_of
+from common import device as devices
+from common.errors import UsageError, print_usage_errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATMUL_SIZES = (512, 2048, 4096, 8192)

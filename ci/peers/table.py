@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from ci.peers import ROOT
+
 BASELINES = ROOT / "ci" / "baselines"
 SHOWN_IN = (ROOT / "docs" / "performance.md", ROOT / "ci" / "peers" / "README.md")  # where they have the markers
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,19 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "ViT_for_PyTorch")]
+import vit  # noqa: F401  # isort: skip  (repairs torchvision, before timm imports it)
+from PIL import Image
+from timm.data import create_transform
+from torchvision.datasets import ImageFolder as TorchvisionImageFolder
+from torchvision.transforms import functional as tv
 
-import vit  # noqa: E402, F401  # isort: skip  (repairs torchvision, before timm imports it)
-from PIL import Image  # noqa: E402
-from timm.data import create_transform  # noqa: E402
-from torchvision.datasets import ImageFolder as TorchvisionImageFolder  # noqa: E402
-from torchvision.transforms import functional as tv  # noqa: E402
-
-from ci.peers.paired_timing import Ratio, paired, write_result  # noqa: E402
-from vit.data.augment import CROP_RATIO, MEAN, STD, TrainTransform, normalise, random_crop, resize  # noqa: E402
-from vit.data.image_folder import read_image, scan  # noqa: E402
-from vit.data.loader import TrainLoader, to_model_input  # noqa: E402
+from ci.peers.paired_timing import Ratio, paired, write_result
+from vit.data.augment import CROP_RATIO, MEAN, STD, TrainTransform, normalise, random_crop, resize
+from vit.data.image_folder import read_image, scan
+from vit.data.loader import TrainLoader, to_model_input
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 COUNT, BATCH = 64, 32

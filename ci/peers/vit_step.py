@@ -6,17 +6,13 @@
 Each side mixes the batch, runs forward, loss and backward, and steps AdamW; the same batch size, precision and (ours,
 timm) layer decay and drop path. Plain timm: `create_model`, `Mixup`, `SoftTargetCrossEntropy`, `create_optimizer_v2`.
 """
-# ruff: noqa: E402, I001
+# ruff: noqa: I001
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "ViT_for_PyTorch")]
 
 import vit  # noqa: F401  (before timm: repairs torchvision)
 import timm

@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 
-from ci.peers import device_step, table
-from ci.peers.steps.step import PROJECTS, ROOT, sides_of
+from ci.peers import ROOT, device_step, table
+from ci.peers.steps.step import PROJECTS, sides_of
 from common.errors import UsageError
 
 peers = importlib.import_module("ci.peers.__main__")

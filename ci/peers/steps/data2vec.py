@@ -11,8 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ci.peers import data2vec_plain
-from ci.peers.steps.step import ROOT, Step
+from ci.peers import ROOT, data2vec_plain
+from ci.peers.steps.step import Step
 from common import device as devices
 from common.cpu import keep_freed_memory
 from common.distributed import World

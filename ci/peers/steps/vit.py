@@ -2,7 +2,7 @@
 
 All mix the batch, run forward, loss and backward, and step AdamW; ours and timm's with layer decay and drop path.
 """
-# ruff: noqa: E402, I001
+# ruff: noqa: I001
 
 from __future__ import annotations
 
