@@ -10,7 +10,10 @@ from PIL import Image
 
 from clip_pretraining import load_image
 from clip_pretraining.data.images import ImageError, resize_and_crop
+from clip_pretraining.data.pairs import DecodedImages, ImageRef
+from clip_pretraining.data.random_crop import RandomCrops, random_box
 from clip_pretraining.evaluation.encoder import normalise_pixels
+from common.device import mix_seed
 
 GOLDEN = Path(__file__).parent / "golden"
 INFO = json.loads((GOLDEN / "preprocess.json").read_text())
@@ -59,3 +62,27 @@ def test_normalised_on_the_device():
     got = normalise_pixels(pixels[None], mean, std)[0]
     np.testing.assert_allclose(got.numpy(), EXPECTED["rgb_land.jpg|float32|32"], atol=1.1 / 255 / 0.26)
     assert np.abs(got.numpy() - EXPECTED["rgb_land.jpg|float32|32"]).mean() < 1e-3
+
+
+def test_random_crops_are_parts_by_torchvision_s_rule(tmp_path):
+    """Sizes, proportions and places over many draws; each is what torchvision's crop and resize makes of it."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import pil_to_tensor, resized_crop
+
+    path = GOLDEN / "images" / "rgb_land.jpg"
+    image = Image.open(path)
+    crops = RandomCrops(DecodedImages([ImageRef(str(path))], 32), 0.5, seed=3)
+    shares, lefts = [], set()
+    for epoch in range(200):
+        crops.set_epoch(epoch)
+        box = random_box(*image.size, 0.5, np.random.default_rng(mix_seed(3, epoch, 0)))
+        left, upper, right, lower = box
+        assert 0 <= left < right <= image.width and 0 <= upper < lower <= image.height
+        assert 0.74 < (right - left) / (lower - upper) < 1.35
+        shares.append((right - left) * (lower - upper) / image.width / image.height)
+        lefts.add(left)
+        if epoch < 3:
+            theirs = resized_crop(image, upper, left, lower - upper, right - left, [32, 32], InterpolationMode.BICUBIC)
+            assert torch.equal(crops[0], pil_to_tensor(theirs)) and torch.equal(crops[0], crops[0])
+    assert 0.49 < min(shares) < 0.55 and 0.9 < max(shares) and len(lefts) > 20
+    assert random_box(400, 10, 0.9, np.random.default_rng(0)) == (193, 0, 206, 10)  # none fits: the centre

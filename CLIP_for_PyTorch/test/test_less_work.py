@@ -26,7 +26,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize(
     "family, options",
     [
-        ("tiny_model", ["--ema_decay", "0.9", "--keep_patches", "0.5"]),
+        ("tiny_model", ["--ema_decay", "0.9", "--keep_patches", "0.5", "--random_crop", "0.6"]),
         ("tiny_clip", ["--lora_rank", "2", "--lora_alpha", "8", "--ema_decay", "0.5"]),
     ],
 )
@@ -104,6 +104,7 @@ def test_a_part_of_the_patches_is_seen_in_training_alone():
         (["--keep_patches", "0.5", "--freeze_vision_model", "True"], "it is frozen"),
         (["--ema_decay", "1"], "--ema_decay 1.0: must be"),
         (["--lora_alpha", "8"], "give that too"),
+        (["--random_crop", "0.9", "--crop_cache", "crops"], "leave one of them out"),
         (["--lora_rank", "2", "--freeze_vision_model", "True", "--freeze_text_model", "True"], "both are frozen"),
         (["--fsdp", "shard_grad_op"], "there is --fsdp full_shard"),
         (["--fsdp", "full_shard"], "start with torchrun"),

@@ -105,10 +105,11 @@ def _with_keys(order: np.ndarray, keys: np.ndarray) -> Iterator[tuple[int, list[
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader that hands the epoch on to its sampler; the Trainer calls `set_epoch`."""
+    """A DataLoader that hands the epoch on to its sampler and its data set; the Trainer calls `set_epoch`."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
 
 
 def one_thread(_worker: int) -> None:

@@ -7,6 +7,7 @@ on the device (`normalise_pixels` of evaluation/encoder.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from common import pictures
 
+Box = tuple[int, int, int, int]  # left, upper, right, lower
 _JPEG_MAGIC = b"\xff\xd8\xff"
 
 
@@ -37,9 +39,17 @@ def load_image(path: str | Path, size: int, exif_transpose: bool = False) -> tor
     return decode_image(data, size, str(path), exif_transpose)
 
 
-def decode_image(data: bytes, size: int, name: str, exif_transpose: bool = False) -> torch.Tensor:
-    """As `load_image`, from the bytes of the file; `name` is for the error message."""
+def decode_image(
+    data: bytes, size: int, name: str, exif_transpose: bool = False, box_of: Callable[[int, int], Box] | None = None
+) -> torch.Tensor:
+    """As `load_image`, from the bytes of the file; `name` is for the error message.
+
+    `box_of`: (width, height) -> the part of the picture that becomes the square, in place of the centre.
+    """
     image = pictures.decode(data, name, turn=exif_transpose, on_white=True, clip_16_bit=True)
+    if box_of:
+        part = image.crop(box_of(*image.size)).resize((size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(part).transpose(2, 0, 1)))  # [3, S, S]
     resize = resize_only_the_crop if data.startswith(_JPEG_MAGIC) and not exif_transpose else resize_and_crop
     return torch.from_numpy(np.ascontiguousarray(np.asarray(resize(image, size)).transpose(2, 0, 1)))  # [3, S, S]
 

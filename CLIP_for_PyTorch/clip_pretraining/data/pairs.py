@@ -246,6 +246,11 @@ class PairDataset(Dataset):
         picture = self.images[int(self.pairs.image_of_caption[index])]
         return {"pixel_values": picture, "tokens": self.tokens[index], "row": index}
 
+    def set_epoch(self, epoch: int) -> None:
+        """For pictures that are others in every epoch (random_crop.py)."""
+        if hasattr(self.images, "set_epoch"):
+            self.images.set_epoch(epoch)
+
     def name(self, index: int) -> str:
         """A pair in words, for messages: its picture, and how its caption begins."""
         return f"{self.pairs.image_keys[self.pairs.image_of_caption[index]]} {self.pairs.captions[index][:40]!r}"

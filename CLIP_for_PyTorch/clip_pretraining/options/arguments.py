@@ -72,6 +72,9 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training pairs."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N validation pairs."})
     check_images: bool = field(default=True, metadata={"help": "Decode every picture once before training."})
+    random_crop: float = field(
+        default=1.0, metadata={"help": "Train on random parts of at least this share of a picture (open_clip: 0.9)."}
+    )
     crop_cache: str | None = field(
         default=None, metadata={"help": "Folder for decoded crops (150 KB a picture at 224): decode only once."}
     )

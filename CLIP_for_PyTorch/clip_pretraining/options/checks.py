@@ -43,6 +43,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "ema_decay": (0, 1 - 1e-9, True),
     "lora_rank": (0, 4096, True),
     "lora_alpha": (0, 65536, False),
+    "random_crop": (0, 1, False),
     "max_bad_share": (0, 1, True),
     "max_train_samples": (1, _LARGEST, True),
     "max_eval_samples": (1, _LARGEST, True),
@@ -121,6 +122,8 @@ def _check_data(data: DataArguments, training: ClipTrainingArguments) -> None:
             raise UsageError(f"--{split}_file and --{split}_shards: give one of them")
         if needed and not (file or shards or data.data_dir):
             raise UsageError(f"no {split} pairs: give --data_dir (COCO), --{split}_file or --{split}_shards")
+    if data.random_crop < 1 and data.crop_cache:
+        raise UsageError("--random_crop is another crop in every epoch, --crop_cache keeps one: leave one of them out")
     if data.delimiter is not None:
         data.delimiter = data.delimiter.replace("\\t", "\t")  # as a shell passes it
         if len(data.delimiter) != 1:

@@ -22,6 +22,7 @@ def facts(setup: Setup, data: DataArguments, args: ClipTrainingArguments, world:
         "data": setup.train_identity,
         "max_seq_length": setup.collate.max_length,
         "clean_captions": data.clean_captions,
+        "random_crop": data.random_crop,
         "global_batch": args.per_device_train_batch_size * world.size,
         "drop_last": args.dataloader_drop_last,
         "seed": args.seed,

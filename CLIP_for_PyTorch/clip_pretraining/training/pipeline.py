@@ -16,6 +16,7 @@ from clip_pretraining.data.batches import GlobalBatchSampler
 from clip_pretraining.data.crop_cache import CropCache
 from clip_pretraining.data.pairs import Collate, DecodedImages, ImageSource, PairDataset, Pairs
 from clip_pretraining.data.picture_check import check_images, tell_unreadable
+from clip_pretraining.data.random_crop import RandomCrops
 from clip_pretraining.data.tokenization import load_tokenizer
 from clip_pretraining.evaluation import zeroshot
 from clip_pretraining.evaluation.encoder import Encoder, evaluate_split
@@ -77,7 +78,7 @@ def build(model_args: ModelArguments, data: DataArguments, args: ClipTrainingArg
 
     if args.do_train:
         train = split_of("train")
-        setup.train, setup.train_identity = _dataset(train, setup, data), train.identity()
+        setup.train, setup.train_identity = _dataset(train, setup, data, args.seed), train.identity()
         _check_size(setup.train, args, world)
     if args.do_eval:
         setup.validation = _dataset(split_of("val"), setup, data)
@@ -121,9 +122,11 @@ def _zero_shot(
     return replace(task, images=pictures.images, labels=[int(label) for label in pictures.captions])
 
 
-def _dataset(split: sources.Split, setup: Setup, data: DataArguments) -> PairDataset:
+def _dataset(split: sources.Split, setup: Setup, data: DataArguments, crop_seed: int | None = None) -> PairDataset:
     images: ImageSource = DecodedImages(split.pairs.images, setup.settings.size)
-    if data.crop_cache:
+    if data.random_crop < 1 and crop_seed is not None:
+        images = RandomCrops(images, data.random_crop, crop_seed)
+    elif data.crop_cache:
         images = CropCache(Path(data.crop_cache), split.pairs.name, images)
     return PairDataset(split.pairs, split.tokens, images)
 

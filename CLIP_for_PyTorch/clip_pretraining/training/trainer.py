@@ -151,9 +151,10 @@ class ClipTrainer(Trainer):
         if checkpoint is not None:
             self._load_from_checkpoint(str(checkpoint))
             self._load_scaler(str(checkpoint))
-        sampler = self.get_train_dataloader().batch_sampler
+        loader = self.get_train_dataloader()
+        sampler = loader.batch_sampler
         epoch, position = divmod(step - 1, len(sampler))
-        sampler.set_epoch(epoch)
+        loader.set_epoch(epoch)
         rows = next(islice(sampler, position, None))
         inputs = self.data_collator([self.train_dataset[row] for row in rows])
         self.state.global_step = step - 1
