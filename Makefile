@@ -70,9 +70,10 @@ perf: $(STAMP) ## is a step slower than at the merge base? paired, for the proje
 perf-run: sample_data ## every project's train_performance_1p.sh against earlier nights on this device; PERF_RUN_ARGS="--update"
 	python -m ci.gates.nightly $(PERF_RUN_ARGS)
 
-lint: $(STAMP) ## check style, format and who may import whom (.importlinter)
+lint: $(STAMP) ## check style, format, types of common/ and who may import whom (.importlinter)
 	ruff check .
 	ruff format --check .
+	mypy
 	@PYTHONPATH=$(subst $() ,:,$(CURDIR) $(addprefix $(CURDIR)/,$(PROJECTS))) lint-imports .importlinter --no-cache --no-logo
 
 format: $(STAMP) ## format the code

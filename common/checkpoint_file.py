@@ -47,7 +47,8 @@ class _Digesting:
     """Passes what is written on to a file and keeps its digest, and the error that torch would wrap into its own."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:

@@ -108,7 +108,8 @@ def _leave(code: int) -> NoReturn:
     """Ends this process, whose work is saved. An interpreter takes seconds to take models and groups apart."""
     for child in multiprocessing.active_children():  # a loader's workers, which look for their parent every 5 seconds
         child.kill()
-    multiprocessing.util._exit_function()  # what Python does at an exit: takes their pymp-* folders out of TMPDIR
+    # what Python does at an exit: takes their pymp-* folders out of TMPDIR
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # typeshed leaves it out
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -115,6 +115,7 @@ def describe(watch: Watch, probe_s: float = PROBE_S) -> str | None:
 def knock(places: Sequence[Place], probe_s: float) -> dict[Place, str]:
     """For each place whether its process is there ("answer"), has ended ("refused"), or its host is "silent"."""
     answers = dict.fromkeys(places, "silent")
+    waiting: dict[Place, socket.socket] = {}
     with selectors.DefaultSelector() as selector:
         for place in places:
             probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -123,6 +124,7 @@ def knock(places: Sequence[Place], probe_s: float) -> dict[Place, str]:
                 probe.connect((place.address, place.port))
             except BlockingIOError:
                 selector.register(probe, selectors.EVENT_WRITE, place)
+                waiting[place] = probe
                 continue
             except ConnectionRefusedError:
                 answers[place] = "refused"
@@ -132,16 +134,16 @@ def knock(places: Sequence[Place], probe_s: float) -> dict[Place, str]:
                 answers[place] = "answer"
             probe.close()
         deadline = time.monotonic() + probe_s
-        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+        while waiting and (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left):
-                code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                probe = waiting.pop(key.data)
+                code = probe.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 refused = code == errno.ECONNREFUSED
                 answers[key.data] = "answer" if code == 0 else "refused" if refused else "silent"
-                selector.unregister(key.fileobj)
-                key.fileobj.close()
-        for key in list(selector.get_map().values()):
-            selector.unregister(key.fileobj)
-            key.fileobj.close()
+                selector.unregister(probe)
+                probe.close()
+    for probe in waiting.values():
+        probe.close()
     return answers
 
 

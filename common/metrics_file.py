@@ -121,7 +121,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_losses(metrics: Path) -> dict[int, float]:
     """Loss by step of a metrics.jsonl; where a run repeats a step, its later line counts; a line without is none."""
     lines = ((line.get("step"), line.get("loss")) for line in read_lines(metrics) if line.get("kind") == "train")
-    return {step: loss for step, loss in lines if type(step) is int and type(loss) in (int, float)}
+    return {
+        step: loss
+        for step, loss in lines
+        if type(step) is int and isinstance(loss, float | int) and not isinstance(loss, bool)
+    }
 
 
 def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:

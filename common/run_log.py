@@ -165,8 +165,8 @@ class RunLog:
         try:
             if ending:
                 self.result.write(ending)
-            if hasattr(error, "replay"):  # of a step that was not finite
-                (self.folder / "replay.json").write_text(json.dumps(error.replay, indent=1) + "\n", encoding="utf-8")
+            if replay := getattr(error, "replay", None):  # of a step that was not finite
+                (self.folder / "replay.json").write_text(json.dumps(replay, indent=1) + "\n", encoding="utf-8")
         except OSError as full:  # the first cause is the one to be told
             print(f"note: {self.folder}: {full.strerror}: the end of the run is not recorded", file=sys.stderr)
         for file in (self._metrics, self._tensorboard):

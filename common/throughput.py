@@ -7,12 +7,13 @@ first steps (compilation, caches) and pauses (evaluation, checkpoints) are left 
 from __future__ import annotations
 
 import time
+from typing import TypeAlias
 
 import torch
 
 from common import device as devices
 
-Scalar = float | int | torch.Tensor
+Scalar: TypeAlias = float | int | torch.Tensor
 
 
 class SteadyClock:
@@ -71,7 +72,8 @@ class SteadyClock:
         devices.synchronize(self._device)
         self._begin = (time.perf_counter(), self._steps, self._samples, self._flops, self._paused)
 
-    def _since_mark(self) -> tuple[int, int, float, float]:
+    def _since_mark(self) -> tuple[float, float, float, float]:
+        """Steps, samples, floating-point operations, seconds."""
         devices.synchronize(self._device)
         now = (time.perf_counter(), self._steps, self._samples, self._flops, self._paused)
         seconds, steps, samples, flops, paused = (b - a for a, b in zip(self._begin or now, now, strict=True))

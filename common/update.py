@@ -225,6 +225,7 @@ class GuardedStep:
         finite = math.isfinite(float(norm)) and not self._cut_by_the_card(norm.device)
         if not self.scale.enabled:
             if not finite:
+                assert self._first_bad is not None  # `_note` has seen this step
                 self._stop(self._first_bad.tolist())
             return True
         self.scale.update(finite)

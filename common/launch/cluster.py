@@ -64,17 +64,19 @@ class Session:
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True
         )
+        assert self.process.stdin is not None and self.process.stdout is not None  # they are pipes
+        self._input, self._output = self.process.stdin, self.process.stdout
         threading.Thread(target=self._read, args=(ended,), daemon=True).start()
 
     def end(self) -> None:
         """Close the node's input, which ends the command there."""
         with contextlib.suppress(OSError):
-            self.process.stdin.close()
+            self._input.close()
 
     def _read(self, ended: queue.SimpleQueue[tuple[int, int]]) -> None:
         with self.log.open("ab") as log:
             log.write(f"==== {datetime.datetime.now():%F %T} node {self.index}, {self.node.address}\n".encode())
-            for line in self.process.stdout:
+            for line in self._output:
                 log.write(line)
                 log.flush()
                 if self.index == 0:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.launch.world import LaunchError
-from common.rank_table.servers import ip_address
+from common.rank_table.servers import ip_address, is_loopback
 
 _VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
@@ -52,7 +52,8 @@ def node_command(plan: Mapping[str, Any], node: int, command: Sequence[str], set
     if devices:
         _show(plan, devices, f"the rank table has devices {devices}", result)
     if plan["card"]:
-        _show(plan, *plan["card"], result)
+        devices, who = plan["card"]
+        _show(plan, devices, who, result)
     several = int(plan["world_size"]) > 1 and not plan["rank_variables"]
     elastic = several and plan["max_restarts"] > 0 and int(plan["nnodes"]) > 1
     if elastic:
@@ -144,7 +145,7 @@ def _hccl_network(plan: Mapping[str, Any]) -> dict[str, str]:
     Left to itself HCCL takes the first network of the host, which on a server with several may lead nowhere.
     """
     address, interface = plan["node_addresses"][int(plan["node_rank"])], plan["node_interface"]
-    if address and ip_address(address) is not None and not ip_address(address).is_loopback:
+    if address and ip_address(address) is not None and not is_loopback(address):
         found = {"HCCL_IF_IP": address}
     else:
         found = {"HCCL_SOCKET_IFNAME": f"={interface}"} if interface else {}  # "=": this one, not all that begin so
@@ -200,7 +201,7 @@ def task_of_launcher(description: str) -> tuple[argparse.Namespace, dict[str, An
 
 def main() -> None:
     """Prints what would run on every node; of a rank that the user starts himself, that one."""
-    options, plan, words = task_of_launcher(main.__doc__)
+    options, plan, words = task_of_launcher(main.__doc__ or "")
     for node, address in enumerate(plan["node_addresses"]):
         if plan["rank_variables"] and node != int(plan["node_rank"]):
             continue

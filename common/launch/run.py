@@ -96,9 +96,17 @@ class Run:
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         task = {"mark": self.mark, "scratch": self.scratch, "case": self.case.as_dict()}
+        self._tell_guard(json.dumps(task).encode())
+
+    def _tell_guard(self, line: bytes, last: bool = False) -> None:
+        """A guard that has gone needs no word."""
+        pipe = self.guard.stdin
+        assert pipe is not None
         with contextlib.suppress(OSError):
-            self.guard.stdin.write(json.dumps(task).encode() + b"\n")
-            self.guard.stdin.flush()
+            pipe.write(line + b"\n")
+            pipe.flush()
+            if last:
+                pipe.close()
 
     def _task(self) -> dict:
         """For rank.py."""
@@ -132,7 +140,7 @@ class Run:
             self._take_reports()
             while self.received:
                 self._stop(self.received.pop(0))
-            if self.deadline is not None and time.monotonic() > self.deadline:
+            if self.deadline is not None and self.signal is not None and time.monotonic() > self.deadline:
                 self._force(self.signal)
         self.streams.drain()
         self._take_reports()
@@ -205,9 +213,7 @@ class Run:
         try:
             return self._outcome(code)
         finally:
-            with contextlib.suppress(OSError):
-                self.guard.stdin.write(b"done\n")
-                self.guard.stdin.close()
+            self._tell_guard(b"done", last=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.guard.wait()
 

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 _CHUNK = 1 << 16
@@ -43,11 +44,11 @@ class Streams:
         self._partial = {name: b"" for name in self._read}
         self._early: list[bytes] = []  # lines before the first rank has told its log
         self._log: Path | None = None
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, FileIO] = {}
         self._reports: deque[dict] = deque()
         self._shown: deque[bytes] = deque(maxlen=500)
         self._torchrun: deque[bytes] = deque(maxlen=500)
-        self._muted: set[str] = set()
+        self._muted: set[str | Path] = set()
         self._ends = False
 
     @property

@@ -68,7 +68,7 @@ def nodes_of_table(path: str, nproc: int | None = None, devices_per_server: int 
         devices = tuple(row["device_id"] for row in plan["ranks"] if row["server_id"] == server_id)
         if nproc not in (None, len(devices)):
             raise LaunchError(f"--nproc={nproc}, but {path} has {len(devices)} devices on server {server_id}: omit it")
-        nodes.append(Node(addresses[server_id], len(devices), devices, server_id))
+        nodes.append(Node(addresses[server_id] or server_id, len(devices), devices, server_id))
     return nodes
 
 

@@ -71,8 +71,8 @@ def read(path: str | Path, rank: int = 0) -> dict[tuple[str, str, int], tuple[st
         raise UsageError(f"{path}: not a dump.json of --dump_precision ({error}); give a run's output folder") from None
     entries = {}
     for name, entry in data.items():
-        if found := _ENTRY.fullmatch(name):
-            entries[found["place"], found["way"], int(found["n"])] = (found["kind"], entry)
+        if parts := _ENTRY.fullmatch(name):
+            entries[parts["place"], parts["way"], int(parts["n"])] = (parts["kind"], entry)
     return entries
 
 

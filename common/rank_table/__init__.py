@@ -16,9 +16,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from common.rank_table.servers import Server, ip_address, natural_key, parse_servers
+from common.rank_table.servers import Device, Server, ip_address, natural_key, parse_servers
 from common.rank_table.validation import RankTableError, check, launch_problems
 
 MASTER_PORT = 29500
@@ -174,13 +174,18 @@ def write(table: dict[str, Any], path: str | os.PathLike[str]) -> Path:
 def _in_rank_order(servers: list[Server]) -> list[Server]:
     """The servers by first rank, their devices by rank; every rank must be known."""
     for server in servers:
-        server.devices.sort(key=lambda device: device.rank_id)
-    return sorted(servers, key=lambda server: server.devices[0].rank_id)
+        server.devices.sort(key=_rank)
+    return sorted(servers, key=lambda server: _rank(server.devices[0]))
+
+
+def _rank(device: Device) -> int:
+    """Of a checked table, where it is known."""
+    return cast(int, device.rank_id)
 
 
 def _host_order(server: Server) -> tuple[int, int, Any]:
     address = ip_address(server.server_id)
-    return (1, 0, natural_key(server.server_id)) if address is None else (0, address.version, int(address))
+    return (1, 0, natural_key(server.server_id or "")) if address is None else (0, address.version, int(address))
 
 
 def _server_row(server: Server, first_rank: int) -> dict[str, Any]:

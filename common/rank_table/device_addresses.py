@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.hosts import address_towards
-from common.rank_table.servers import ip_address
+from common.rank_table.servers import ip_address, is_loopback
 from common.rank_table.validation import RankTableError
 
 HCCN_CONF = Path("/etc/hccn.conf")
@@ -55,7 +55,7 @@ def own_address(report: Callable[[str], None] = print) -> str:
     except OSError as error:
         named = None
         report(f"the host name {socket.gethostname()} cannot be resolved ({error})")
-    if named is not None and not ip_address(named).is_loopback:
+    if named is not None and not is_loopback(named):
         return named
     routed = _default_route_address()
     if routed is not None:
@@ -87,4 +87,4 @@ def _from_conf(conf: Path) -> dict[int, str]:
 
 def _default_route_address() -> str | None:
     address = address_towards("192.0.2.1")  # an address reserved for documentation (RFC 5737)
-    return None if address is None or ip_address(address).is_loopback else address
+    return None if is_loopback(address) else address

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, order: str = "auto") -> None:
 
 def without_earlier_outputs(tables: Sequence[RankTable]) -> list[RankTable]:
     """`tables` less those named like an output of this tool whose servers all have tables of their own here."""
-    outputs = [t for t in tables if _OUTPUT_NAME.fullmatch(t.path.name)]
+    outputs = [t for t in tables if t.path is not None and _OUTPUT_NAME.fullmatch(t.path.name)]
     own = {server_id for t in tables if t not in outputs for server_id in _server_ids(t)}
     earlier = [t for t in outputs if (servers := _server_ids(t)) and servers <= own]
     for table in earlier:

@@ -82,6 +82,12 @@ def ip_address(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Addres
         return None
 
 
+def is_loopback(text: str | None) -> bool:
+    """Whether `text` is an address that leads back to the machine itself."""
+    address = ip_address(text)
+    return address is not None and address.is_loopback
+
+
 def is_host(text: str) -> bool:
     """Whether `text` can name a machine: an IP address or a host name (four numbers must be an address)."""
     return ip_address(text) is not None or _HOST_NAME.fullmatch(text) is not None

@@ -21,6 +21,7 @@ from common.rank_table.servers import (
     ignore,
     ip_address,
     is_host,
+    is_loopback,
     number_of,
     parse_servers,
     rows_of,
@@ -66,12 +67,12 @@ def warnings(table: Any) -> list[str]:
             "HCCL needs equal counts for most topologies; torchrun needs another --nproc_per_node on each node",
         )
     for server in servers:
-        known = [d for d in server.devices if d.device_id is not None and d.rank_id is not None]
-        by_rank = [d.device_id for d in sorted(known, key=lambda d: d.rank_id)]
+        known = ((d.rank_id, d.device_id) for d in server.devices if d.device_id is not None and d.rank_id is not None)
+        by_rank = [device_id for _, device_id in sorted(known)]
         if by_rank != sorted(by_rank):
             text = f"server {server.label}: device ids in order of rank are {', '.join(map(str, by_rank))}"
             report(text, "good for HCCL and test/*.sh; plain torchrun gives the ranks cards in ascending order")
-        if len(servers) == 1 and _is_loopback(server.address):
+        if len(servers) == 1 and is_loopback(server.address):
             report(f"{server.place}: {server.address} is a loopback address", "fine on one machine only")
     return found
 
@@ -134,7 +135,7 @@ def _check_server_ids(servers: list[Server], report: Report) -> None:
         elif server.address == name and not is_host(name):
             remedy = "write the server's address, or give it as host_ip"
             report(f"{server.place}: server_id {reprlib.repr(name)} is neither an IP address nor a host name", remedy)
-        elif len(servers) > 1 and _is_loopback(server.address):
+        elif len(servers) > 1 and is_loopback(server.address):
             report(f"{server.place}: {server.address} is a loopback address", "give hccl_tools.py --server_ip")
         for key in ADDRESS_KEYS:
             if server.row.get(key) not in (None, "") and ip_address(server.row[key]) is None:
@@ -166,10 +167,10 @@ def _check_devices(server: Server, limit: int, report: Report) -> None:
 
 def _check_ranks(servers: list[Server], report: Report) -> None:
     devices = [device for server in servers for device in server.devices]
-    ranks = [device.rank_id for device in devices]
+    ranks = [device.rank_id for device in devices if device.rank_id is not None]
     for rank, places in _repeated((d.rank_id, d.place) for d in devices):
         report(f"duplicate rank_id {rank} in {places}", "every device needs a rank of its own")
-    if None in ranks:
+    if len(ranks) < len(devices):
         return
     missing = sorted(set(range(len(ranks))) - set(ranks))
     unexpected = sorted(set(ranks) - set(range(len(ranks))))
@@ -246,11 +247,6 @@ def _repeated(items: Iterable[tuple[Hashable, str]]) -> list[tuple[Any, str]]:
         if value is not None:
             places[value].append(place)
     return [(value, ", ".join(found)) for value, found in places.items() if len(found) > 1]
-
-
-def _is_loopback(server_id: str | None) -> bool:
-    address = ip_address(server_id)
-    return address is not None and address.is_loopback
 
 
 def _some(numbers: list[int]) -> str:
