@@ -6,6 +6,7 @@ script that it would start. Commands that other tests run are named with those t
 """
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,7 +24,7 @@ import vit
 from ci import pages
 from common import rank_table
 from vit.config import options
-from vit.model import vision_transformer
+from vit.model import timm_models, vision_transformer
 from vit.weights.labels import imagenet_labels
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -151,3 +152,13 @@ def test_the_snippet_of_the_readme_runs(place, monkeypatch):
     code = code.replace('eval_dataset="imageNet-1k/val"', small).replace("size=224", "size=16")
     exec(compile(code, "README.md", "exec"), {})
     assert (place / "snippet" / "my_vit" / "config.json").is_file()
+
+
+def test_the_small_weights_of_the_pages_are_models_that_load():
+    """By timm's own table: the files are out of reach of a test."""
+    text = (PROJECT.parent / "docs" / "weights.md").read_text() + (PROJECT / "README.md").read_text()
+    names = set(re.findall(r"`(?:timm/)?(vit_(?:tiny|small)_\w+\.\w+)`", text))
+    assert len(names) >= 3
+    for name in names:
+        assert timm.models.get_pretrained_cfg(name).hf_hub_id == f"timm/{name}"
+        assert timm_models.config_of_architecture(name).embed_dim in (192, 384)
