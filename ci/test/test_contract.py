@@ -129,6 +129,22 @@ def test_readme_has_the_sections_that_users_look_for(project):
         assert (ROOT / project / "test" / script).is_file(), f"README names test/{script}"
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+@pytest.mark.parametrize("project", ["", *PROJECTS])
+def test_readme_begins_with_what_a_picture_a_command_and_own_data(project, name):
+    text = (ROOT / project / name).read_text(encoding="utf-8")
+    places = [text.index(part) for part in ("![", "```bash", "docs/own_data", "\n| ")]
+    assert places == sorted(places)
+
+
+@each_project
+def test_entry_scripts_explain_missing_packages(project):
+    for path in (ROOT / project).glob("*.py"):
+        imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        ours = [ast.unparse(node) for node in imports if ast.unparse(node) != "from __future__ import annotations"]
+        assert ours[0] == "import common.requirements", path
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_documents_resolve(document):
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
