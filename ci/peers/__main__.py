@@ -51,6 +51,7 @@ CPU_BENCHMARKS = (
     Benchmark("clip_step_bf16", "clip_step", ("--case", "bf16")),
     Benchmark("clip_step_bf16_upstream", "clip_step", ("--case", "bf16_upstream", "--rounds", "1")),
     Benchmark("clip_input", "clip_input"),
+    Benchmark("clip_index", "clip_index", takes_rounds=False, quick=("--pairs", "3000", "--pictures", "1000")),
     Benchmark("clip_loss", "clip_loss", quick=("--largest", "4096")),
     Benchmark("data2vec_step_fp32", "data2vec_step", ("--precision", "fp32")),
     Benchmark(

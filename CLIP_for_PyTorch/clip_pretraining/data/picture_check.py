@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
@@ -64,20 +64,18 @@ def check_images(
 
 def _state(images: Pictures, piece: range) -> str:
     """What the piece's files are now: their names, sizes and times; of tars also where in them."""
-    rows = slice(piece.start, piece.stop)
-    files = piece if images.file_of is None else np.unique(images.file_of[rows]).tolist()
-    paths = [relative_to(images.root, images.files[i]) for i in files]
-    places = [] if images.file_of is None else [images.file_of, images.offset, images.length]
-    return _digest((f"{path} {file_stamp(path)}" for path in paths), (values[rows].tobytes() for values in places))
+    rows, places = slice(piece.start, piece.stop), []
+    if images.file_of is None:
+        files = images.files[rows]
+    else:
+        files = [images.files[i] for i in np.unique(images.file_of[rows]).tolist()]
+        places = [values[rows].tobytes().hex() for values in (images.file_of, images.offset, images.length)]
+    paths = [relative_to(images.root, file) for file in files]
+    return _digest([*(f"{path} {file_stamp(path)}" for path in paths), *places])
 
 
-def _digest(texts, parts=()) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        digest.update(f"{text}\n".encode("utf-8", "surrogatepass"))
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def _looked_at(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -37,16 +38,21 @@ class Texts(Sequence[str]):
     def __getitem__(self, index):
         """One text, or the list of a slice."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            start, stop, step = index.indices(len(self))
+            return self._side_by_side(start, stop) if step == 1 else [self[i] for i in range(start, stop, step)]
         index = range(len(self))[index]
         return _decoded(self.data[self.ends[index] : self.ends[index + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _BLOCK):
-            ends = self.ends[start : start + _BLOCK + 1].tolist()
-            block = self.data[ends[0] : ends[-1]].tobytes()
-            for i in range(len(ends) - 1):
-                yield _decoded(block[ends[i] - ends[0] : ends[i + 1] - ends[0]])
+            yield from self._side_by_side(start, min(start + _BLOCK, len(self)))
+
+    def _side_by_side(self, start: int, stop: int) -> list[str]:
+        if stop <= start:
+            return []
+        ends = self.ends[start : stop + 1].tolist()
+        block = self.data[ends[0] : ends[-1]].tobytes()
+        return [_decoded(block[a - ends[0] : b - ends[0]]) for a, b in itertools.pairwise(ends)]
 
     def take(self, positions: np.ndarray) -> Texts:
         """The texts at these positions."""

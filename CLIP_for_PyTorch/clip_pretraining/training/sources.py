@@ -133,15 +133,16 @@ def prepare(
         return {**(kept.columns() if bad else {}), "ids": tokens.ids, "offsets": tokens.offsets}
 
     facts = {"sources": facts["sources"], "pairs": key, "without": sorted(bad), "longest": longest}
-    facts |= {"tokenizer": _described(tokenizer), "clean_captions": data.clean_captions}
+    facts |= {"tokenizer": described(tokenizer), "clean_captions": data.clean_captions}
     ready, _ = stored(source.cache, f"tokens_{name}", facts, tokenise, world)
     pairs = Pairs.of_columns(name, {**columns, **ready}) if bad else pairs
     identity_file = source.cache / f"identity_{name}_{key_of(facts)}_{state}.json"
     return Split(pairs, PackedCaptions(ready["ids"], ready["offsets"]), identity_file)
 
 
-def _described(tokenizer: PreTrainedTokenizerBase) -> str:
+def described(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that decides which ids a caption gets."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules.update(truncation=None, padding=None)  # as the last call has left them
-    return key_of({"rules": rules, "split_special_tokens": tokenizer.split_special_tokens})
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # as the last call has left it; the next one sets it anew
+    backend.no_padding()
+    return key_of({"rules": backend.to_str(), "split_special_tokens": tokenizer.split_special_tokens})
