@@ -29,9 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="short for --from_scratch tiny")
     parser.add_argument("--from_scratch", choices=sorted(construction.SIZES), help="random weights, no download")
     parser.add_argument("--family", choices=["dual", "clip"], default="dual", help="from scratch: which model family")
-    parser.add_argument(
-        "--captions", type=Path, help="from scratch: text file, one caption a line, COCO captions .json, or .jsonl"
-    )
+    parser.add_argument("--captions", type=Path, help="from scratch: text, a caption a line; COCO's .json; or a table")
     parser.add_argument("--image_size", type=int, help="from scratch: side of the picture in pixels")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder's files")
     return parser.parse_args(argv)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import psutil
 import pytest
 from clip_sample import draw, write_shard
 
+import run_clip
 from ci.gates import forked_ranks
-from clip_pretraining.data import stored, tables, texts
+from clip_pretraining.data import tables, texts
 from clip_pretraining.data.batches import GlobalBatchSampler
 from clip_pretraining.data.pairs import ImageRef, Pairs
 from clip_pretraining.data.tokenization import load_tokenizer
@@ -64,6 +66,70 @@ def test_order_and_identity_are_those_of_earlier_versions(tmp_path):
     bad = table.without_images([3, 5, 80])
     assert bad.identity() == {"pairs": 288, "captions": "3e80cd6f651c93fe", "pictures": "7bb3e561d5cb54a3"}
     assert Pairs.of_columns("t", bad.columns()).identity() == bad.identity()
+
+
+def test_sources_are_drawn_by_their_weights_with_replacement():
+    """30 pairs of one source and 70 of another at 3 to 1; the same on any number of ranks, another each epoch."""
+
+    def order(world: int, epoch: int, first: int = 0) -> list[int]:
+        ranks = []
+        for rank in range(world):
+            sampler = GlobalBatchSampler(100, 20 // world, 7, rank, world, True, weights=[3, 1], starts=[0, 30])
+            sampler.set_epoch(epoch)
+            ranks.append(list(sampler)[first:])
+        return [pair for step in zip(*ranks, strict=True) for share in step for pair in share]
+
+    draws = [pair for epoch in range(100) for pair in order(1, epoch)]
+    counts = np.bincount(draws, minlength=100)
+    assert counts[:30].sum() == pytest.approx(7500, abs=200) and len(draws) == 10_000
+    assert counts[:30].mean() == pytest.approx(250, rel=0.05) and counts[30:].mean() == pytest.approx(
+        2500 / 70, rel=0.1
+    )
+    assert len(set(order(1, 0))) < 100  # some come twice
+    assert order(1, 3) == order(2, 3) != order(1, 4)
+    assert order(2, 3, first=2) == order(2, 3)[40:]  # what a resumed run goes on with
+
+
+def test_drawn_sources_resume_as_if_never_stopped(pairs_table, tiny_model, tmp_path, capsys):
+    rows = pairs_table.read_text().splitlines()
+    parts = [pairs_table.with_name(f"part{i}.csv") for i in range(2)]
+    for i, part in enumerate(parts):
+        part.write_text("\n".join([rows[0], *rows[1 + i :: 2]]))
+
+    def losses(name: str, weights: str, *more: str) -> list[float]:
+        options = ["--do_train", "--train_file", "::".join(map(str, parts)), "--source_weights", weights]
+        options += ["--per_device_train_batch_size", "8", "--log_every", "1", "--device", "cpu", "--skip_steps", "1"]
+        output = ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / name)]
+        run_clip.main([*options, *output, "--max_steps", "5", *more])
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if line["kind"] == "train"]
+
+    whole = losses("whole", "1::3", "--save_every", "0")
+    losses("part", "1::3", "--save_every", "2")
+    newer = [path for path in (tmp_path / "part").glob("checkpoint-*") if path.name != "checkpoint-2"]
+    for path in newer:
+        shutil.rmtree(path)
+    capsys.readouterr()
+    assert losses("part", "1::3", "--save_every", "2") == whole and "2 steps of 5" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        losses("part", "1::1", "--max_steps", "6")
+    assert "source_weights was [1.0, 3.0], is now [1.0, 1.0]" in capsys.readouterr().err
+
+
+def test_several_tables_are_one_set_of_several_sources(tmp_path, capsys):
+    for folder, captions in {"a": ["dog", ""] * 2, "b/c": ["cat", "cow", "hen"]}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        rows = [f"{i % 2}.jpg,{caption}" for i, caption in enumerate(captions)]
+        (tmp_path / folder / "t.csv").write_text("\n".join(["image_path,caption", *rows]))
+    both = f"{tmp_path}/a/t.csv::{tmp_path}/b/c/t.csv"
+    pairs = tables.read_table(both, "image_path", "caption", limit=0.5)
+    assert list(pairs.captions) == ["dog", "dog", "cat", "cow", "hen"] and pairs.source_sizes() == [2, 3]
+    assert [ref.path for ref in pairs.images] == [
+        f"{tmp_path}/{name}" for name in ("a/0.jpg", "b/c/0.jpg", "b/c/1.jpg")
+    ]
+    assert pairs.image_of_caption.tolist() == [0, 0, 1, 2, 1]
+    parts = [pairs.held_out(0.5, keep) for keep in (True, False)]
+    assert sorted(ref.path for part in parts for ref in part.images) == sorted(ref.path for ref in pairs.images)
 
 
 @pytest.fixture
@@ -134,7 +200,7 @@ def test_a_build_that_was_cut_off_is_never_used(prepare, capsys, monkeypatch):
     assert reads == 1 and list(again.pairs.captions) == list(split.pairs.captions)
     assert f"note: {pairs} is damaged: built anew" in capsys.readouterr().out
 
-    stored.shutil.rmtree(pairs)
+    shutil.rmtree(pairs)
     save = np.save
 
     def killed(path: Path, values: np.ndarray) -> None:

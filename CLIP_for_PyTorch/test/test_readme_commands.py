@@ -66,9 +66,9 @@ def reader(tmp_path, tiny_model, tiny_clip, monkeypatch) -> Path:
         write_table(folder / name, [("image_path", "caption"), *pairs], ",")
     write_table(folder / "pairs.txt", [("image_path", "caption"), *pairs], "|")
     (folder / "val.jsonl").write_text("".join(json.dumps({"image": a, "text": b}) + "\n" for a, b in pairs))
-    for name in ("disk1/a-0000", "disk1/a-0001", "disk2/b-7"):
+    for name in ("disk1/a-0000", "disk1/a-0001", "disk2/b-7", "web/000", "web/001", "clean/x"):
         (folder / name).parent.mkdir(exist_ok=True)
-        write_shard(folder / f"{name}.tar", range(4))
+        write_shard(folder / f"{name}.tar", range(20))
     write_web_shard(folder / "web.tar")
     (folder / "list.txt").write_text("web.tar\n")
     monkeypatch.chdir(folder)

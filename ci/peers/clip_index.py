@@ -9,10 +9,12 @@ The peer is what stood here before: lists of Python objects in every process. Th
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import os
 import resource
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -59,15 +61,34 @@ def write_set(folder: Path, pairs: int) -> None:
             table.write(f"p/{i:08}.jpg,{' '.join(WORDS[j] for j in draw.integers(0, len(WORDS), 12))} no {i}\n")
 
 
-def start(folder: Path) -> tuple[sources.Split, float, Any]:
-    """(the split, seconds that its start took, this process's memory before); loading the tokenizer is not counted."""
+def start(folder: Path, tars: bool = False) -> tuple[sources.Split, dict[str, float]]:
+    """The split, and what its start took; loading the tokenizer is not counted."""
     tokenizer = openai_tokenizer()
     sources.described(tokenizer), tokenizer(["a dog"])  # whatever memory these take, they have taken
-    before, began = psutil.Process().memory_full_info(), time.perf_counter()
-    data = DataArguments(train_file=str(folder / "pairs.csv"), check_images=False)
+    memory, began, worked = private(), time.perf_counter(), time.process_time()
+    where = {"train_shards": str(folder / "*.tar")} if tars else {"train_file": str(folder / "pairs.csv")}
+    data = DataArguments(check_images=False, **where)
     split = sources.prepare(sources.find("train", data, None), data, tokenizer, 77, 0, World())
     split.identity()
-    return split, time.perf_counter() - began, before
+    return split, {
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
+        "private_mib": round(private() - memory, 1),
+    }
+
+
+def write_tars(folder: Path, pairs: int) -> None:
+    """Tars of ten thousand pairs each, of the table's first pictures and captions."""
+    with open(folder / "pairs.csv") as table:
+        rows = list(itertools.islice(table, 1, pairs + 1))
+    for first in range(0, pairs, 10_000):
+        with tarfile.open(folder / f"{first:08}.tar", "w") as tar:
+            for i, row in enumerate(rows[first : first + 10_000], first):
+                name, caption = row.rstrip().split(",", 1)
+                for suffix, content in (("jpg", (folder / name).read_bytes()), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{i:08}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
 
 class Lists:
@@ -89,14 +110,10 @@ def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
     return found
 
 
-def timed_start(folder: Path) -> dict[str, float]:
-    _, seconds, before = start(folder)
+def timed_start(folder: Path, tars: bool = False) -> dict[str, float]:
+    _, cost = start(folder, tars)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {
-        "seconds": round(seconds, 1),
-        "private_mib": round(private() - before.uss / MIB, 1),
-        "peak_mib": round(peak - before.rss / MIB),
-    }
+    return {**cost, "peak_of_process_mib": round(peak)}
 
 
 def private(pid: int | None = None) -> float:
@@ -105,14 +122,16 @@ def private(pid: int | None = None) -> float:
 
 def rank(folder: Path, number: int, ranks: int, meet: Any, answers: Any) -> None:
     """A rank with its index open, every page of it touched, in the middle of its epoch."""
-    split, _, before = start(folder)
+    split, _ = start(folder)
+    before = private()
     batches = iter(GlobalBatchSampler(len(split.pairs), 64, 0, number, ranks, True))
     next(batches)
     for values in (*split.pairs.columns().values(), split.tokens.ids, split.tokens.offsets):
         values.sum()
     meet.wait()
-    after = psutil.Process().memory_full_info()  # pss: of a page that n processes share an n-th
-    answers.put(((after.pss - before.pss) / MIB, (after.uss - before.uss) / MIB))
+    maps = psutil.Process().memory_maps(grouped=True)  # pss: of a page that n processes share an n-th
+    mapped = sum(area.pss for area in maps if str(folder) in area.path) / MIB
+    answers.put((mapped, private() - before))
     meet.wait()
 
 
@@ -124,16 +143,13 @@ def all_ranks(folder: Path, ranks: int) -> dict[str, float]:
     found = [answers.get() for _ in processes]
     for process in processes:
         process.join()
-    return {
-        "ranks": ranks,
-        "all_mib": round(sum(f[0] for f in found)),
-        "private_mib": round(sum(f[1] for f in found) / ranks, 1),
-    }
+    mapped, order = (sum(part) for part in zip(*found, strict=True))
+    return {"ranks": ranks, "index_mib": round(mapped), "order_mib_a_rank": round(order / ranks, 1)}
 
 
 def epoch(folder: Path, pictures: int, as_lists: bool) -> list[tuple[int, float]]:
     """(pictures read, private MiB of the worker that reads them)."""
-    split, *_ = start(folder)
+    split, _ = start(folder)
     pairs = Lists(split) if as_lists else split.pairs
     dataset = PairDataset(pairs, split.tokens, DecodedImages(pairs.images, 16))
     sampler = GlobalBatchSampler(len(split.pairs), BATCH, 0, 0, 1, True)
@@ -170,8 +186,10 @@ def main() -> None:
         folder = Path(name)
         write_set(folder, options.pairs)
         result = {"first_start": in_process(timed_start, folder), "second_start": in_process(timed_start, folder)}
-        sizes = sum(p.stat().st_size for p in (folder / ".clip_cache").rglob("*.npy"))
-        result |= {"index_mib": round(sizes / MIB), "together": all_ranks(folder, options.ranks)}
+        write_tars(folder, options.pairs // 10)
+        result["tenth_in_tars"] = {n: in_process(timed_start, folder, True) for n in ("first_start", "second_start")}
+        sizes = sum(p.stat().st_size for p in (folder / ".clip_cache").glob("*_pairs_*/*.npy"))
+        result |= {"files_mib": round(sizes / MIB), "together": all_ranks(folder, options.ranks)}
         curves = {
             "lists, as before": in_process(epoch, folder, options.pictures, True),
             "mapped index": in_process(epoch, folder, options.pictures, False),

@@ -28,6 +28,8 @@ NUMBERS = (  # and the least that each may be
 CHOICES = {"device": ("auto", "npu", "cuda", "cpu"), "precision": ("fp32", "bf16", "fp16"), "cpu_bind": ("auto", "off")}
 # Flags whose value may be a path: one that exists is meant from where the user stands.
 _IS_PATH = re.compile(r".*_(path|dir|file|weight)|hostfile|config|resume")
+# Files joined by `::`, with braces or wildcards, a list as @FILE, URLs: all that is relative is meant likewise.
+_IS_PATTERN = re.compile(r"(train|validation)_(file|shards)")
 _ONLY_FOR_NODES = ("master_addr", "master_port", "node_rank")
 
 
@@ -73,6 +75,8 @@ def parse(words: Sequence[str], values: Mapping[str, str], folder: Path) -> Flag
             if not rest or rest[0].startswith("--"):
                 raise LaunchError(f"--{name} needs a value")
             value = rest.pop(0)
+        if _IS_PATTERN.fullmatch(name):
+            value = "::".join(_absolute_pattern(part, folder) for part in value.split("::"))
         flags.values[name] = _absolute(value, folder) if _IS_PATH.fullmatch(name) else value
         flags.given.add(name)
     return flags
@@ -83,6 +87,12 @@ def _absolute(value: str, folder: Path) -> str:
         value = os.path.expanduser(value)
     path = folder / value
     return os.path.realpath(path) if value and os.path.exists(path) else value  # a name too long does not
+
+
+def _absolute_pattern(part: str, folder: Path) -> str:
+    mark, path = ("@", part[1:]) if part.startswith("@") else ("", part)
+    elsewhere = not path or "://" in path or path.startswith("pipe:")
+    return part if elsewhere else mark + os.path.join(folder, os.path.expanduser(path))
 
 
 def check(flags: Flags, environ: Mapping[str, str], unused: Sequence[str] = (), script: str = "") -> None:

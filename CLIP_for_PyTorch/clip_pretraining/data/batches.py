@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ class GlobalBatchSampler(Sampler):
 
     `keys` int [pairs, K]: pairs that share a key (the picture, the caption) are no negatives of each other, so they are
     kept out of one global batch for as long as there are others to take.
+
+    With `weights` pairs are drawn with replacement instead, as many as there are: see `drawn`.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class GlobalBatchSampler(Sampler):
         world: int,
         drop_last: bool,
         keys: np.ndarray | None = None,
+        weights: Sequence[float] | None = None,
+        starts: Sequence[int] = (0,),
     ):
         self.pairs, self.batch, self.seed, self.rank, self.world = pairs, batch, seed, rank, world
-        self.keys = keys
+        self.keys, self.weights, self.starts = keys, weights, np.asarray(starts)
         tail = pairs % (batch * world) // world
         self.tail = 0 if drop_last else tail
         self.epoch = 0
@@ -54,14 +58,35 @@ class GlobalBatchSampler(Sampler):
 
     def _share(self) -> tuple[np.ndarray, np.ndarray]:
         """This rank's batches of the epoch, int32 [steps, batch], and its share of a ragged last one."""
-        order = np.arange(self.pairs, dtype=np.int32)
-        np.random.default_rng(mix_seed(self.seed, self.epoch)).shuffle(order)
+        generator = np.random.default_rng(mix_seed(self.seed, self.epoch))
+        if self.weights is None:
+            order = np.arange(self.pairs, dtype=np.int32)
+            generator.shuffle(order)
+        else:
+            order = drawn(generator, self.pairs, self.starts, self.weights)
         if self.keys is not None:
             order = apart(order, self.keys, self.batch * self.world)
         whole = self.pairs // (self.batch * self.world)
         rest = order[whole * self.batch * self.world :]
         shares = order[: len(order) - len(rest)].reshape(whole, self.world, self.batch)[:, self.rank]
         return shares.copy(), rest[self.rank * self.tail : (self.rank + 1) * self.tail].copy()
+
+
+def drawn(generator: np.random.Generator, pairs: int, starts: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Int32 [pairs]: for each place a source by its weight, then any pair of that source, however often it came before.
+
+    Args:
+        starts: int [sources], first pair of each.
+        weights: how often a source is drawn, in proportion to the others.
+    """
+    sizes = np.diff(np.append(starts, pairs))
+    share = np.asarray(weights, dtype=np.float64) / sum(weights)
+    order = np.empty(pairs, dtype=np.int32)
+    for first in range(0, pairs, 1 << 20):  # in pieces, for memory
+        piece = order[first : first + (1 << 20)]
+        source = generator.choice(len(sizes), size=len(piece), p=share)
+        piece[:] = starts[source] + generator.integers(0, sizes[source])
+    return order
 
 
 def apart(order: np.ndarray, keys: np.ndarray, batch: int) -> np.ndarray:

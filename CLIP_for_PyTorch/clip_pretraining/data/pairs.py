@@ -168,6 +168,10 @@ class Pairs:
             columns["starts"],
         )
 
+    def source_sizes(self) -> list[int]:
+        """Pairs of each part of the source."""
+        return np.diff(np.append(self.starts, len(self))).tolist()
+
     def head(self, count: int | None) -> Pairs:
         """The first `count` captions and the pictures they describe; all of them when count is None or larger."""
         return self if count is None or count >= len(self) else self.take(np.arange(count))
@@ -200,6 +204,13 @@ class Pairs:
         for key, image in zip(self.image_keys, self.images, strict=True):
             pictures.update(f"{key} {image.size()}\n".encode("utf-8", "surrogatepass"))
         return {"pairs": len(self), "captions": captions.hexdigest(), "pictures": pictures.hexdigest()}
+
+    def held_out(self, share: float, keep: bool) -> Pairs:
+        """The pairs of about `share` of the pictures, chosen by their names; with `keep` False those of all others."""
+        limit = int(share * 2**64)
+        digests = (hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8) for key in self.image_keys)
+        chosen = np.fromiter((int.from_bytes(digest.digest(), "big") < limit for digest in digests), dtype=bool)
+        return self.take(np.flatnonzero(chosen[self.image_of_caption] == keep))
 
     def without_images(self, bad: Sequence[int]) -> Pairs:
         """Without these pictures and their captions."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from clip_pretraining.data import left_out, remote
 from clip_pretraining.data.left_out import drop_bad_captions
-from clip_pretraining.data.pairs import Pairs, Pictures
+from clip_pretraining.data.pairs import Pairs, Pictures, relative_to
 from clip_pretraining.data.picture_check import IMAGE_SUFFIXES, keep_json
 from clip_pretraining.data.texts import GrowingTexts, Texts
 from common.errors import UsageError
@@ -56,8 +56,14 @@ def read_shards(
     keys, captions = GrowingTexts(), GrowingTexts()
     places = array("q")  # of each picture its tar, offset and length
     faults: list[left_out.Fault] = []
-    shards = expand_shards(pattern)
+    shards: list[str] = []
+    first_tars = []  # of each source
+    for part in pattern.split("::"):
+        first_tars.append(len(shards))
+        shards += expand_shards(part)
+    firsts = []  # first caption of each tar
     for number, shard in enumerate(shards):
+        firsts.append(len(captions))
         samples, found = _samples_of(shard, caption_key, index_dir)
         faults += [left_out.Fault(cause, f"{shard}: {key}") for cause, key in found]
         for key, offset, length, caption in samples:
@@ -71,6 +77,7 @@ def read_shards(
     tar, offset, length = np.array(places).reshape(-1, 3).T
     pictures = Pictures(Texts.of(shards), "", tar.astype(np.int32), offset.copy(), length.copy())
     pairs = Pairs("shards", pictures, captions.packed(), np.arange(len(tar)), keys.packed(), faults)
+    pairs.starts = np.array([firsts[tar] for tar in first_tars], dtype=np.int64)
     return drop_bad_captions(pairs, pattern, limit, listing)
 
 
@@ -100,6 +107,7 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 def _lines(file: str) -> list[str]:
+    """The tars that a list names, those of its own folder by their names alone."""
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -107,7 +115,7 @@ def _lines(file: str) -> list[str]:
     wanted = [line for line in lines if line and not line.startswith("#")]
     if not wanted or any(line.startswith("@") for line in wanted):
         raise UsageError(f"{file}: no tars in it, or a list in a list: write a tar a line")
-    return wanted
+    return [line if line.startswith("pipe:") else relative_to(os.path.dirname(file), line) for line in wanted]
 
 
 def _expand_braces(part: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def read_table(
     limit: float = left_out.LIMIT,
     listing: Path | None = None,
 ) -> Pairs:
-    """Pairs of a table with a header (.csv, .tsv, .txt), or of a .json or .jsonl file.
+    """Pairs of a table with a header (.csv, .tsv, .txt), or of a .json or .jsonl file; of several, joined by `::`.
 
     Captions are text, always: the words "None", "NA" and "null" stay words. Pictures are looked up in `image_root`,
     default the table's folder. Captions that say nothing or are not UTF-8 are left out, up to `limit` of them.
@@ -37,18 +38,23 @@ def read_table(
     Raises:
         UsageError: no such file or column, or a row that is cut short; the message names file and line.
     """
-    path = Path(path)
-    folder = Path(image_root) if image_root else path.parent
-    images, captions = GrowingTexts(), GrowingTexts()
-    for image, caption in _rows(path, image_column, caption_column, delimiter):
-        images.append(image)
-        captions.append(caption)
+    tables = [Path(part) for part in str(path).split("::")]
+    root = str(image_root) if image_root else os.path.commonpath([table.parent for table in tables])
+    images, captions, starts = GrowingTexts(), GrowingTexts(), []
+    for table in tables:
+        starts.append(len(captions))
+        within = "" if image_root else os.path.relpath(table.parent, root)
+        for image, caption in _rows(table, image_column, caption_column, delimiter):
+            images.append(image if within in ("", ".") else os.path.join(within, image))
+            captions.append(caption)
+        if len(captions) == starts[-1]:
+            raise UsageError(f"{table}: no rows")
     images = images.packed()
-    if not len(images):
-        raise UsageError(f"{path}: no rows")
     distinct, owner = np.unique(first_equal(images, len(images)), return_inverse=True)  # as they first appear
     names = images.take(distinct)
-    pairs = Pairs(path.stem, Pictures(names, str(folder)), captions.packed(), owner, names)
+    pairs = Pairs(
+        tables[0].stem, Pictures(names, root), captions.packed(), owner, names, starts=np.array(starts, dtype=np.int64)
+    )
     return drop_bad_captions(pairs, str(path), limit, listing)
 
 

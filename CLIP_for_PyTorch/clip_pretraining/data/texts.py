@@ -73,6 +73,9 @@ class GrowingTexts:
     def __init__(self) -> None:
         self.data, self.ends = bytearray(), array("q", [0])
 
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
     def append(self, text: str) -> None:
         self.data += text.encode("utf-8", "surrogatepass")
         self.ends.append(len(self.data))

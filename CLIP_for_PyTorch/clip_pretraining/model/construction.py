@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def from_scratch(
 
 
 def read_captions(path: Path) -> list[str]:
-    """Captions of a text file (one a line), a COCO captions .json or a table .jsonl with a column `caption`."""
+    """Captions of a text file (one a line), COCO's .json, or a .csv, .tsv or .jsonl with a column `caption`."""
     try:
         text = path.read_text(encoding="utf-8")
         captions = text.splitlines()
@@ -96,11 +97,14 @@ def read_captions(path: Path) -> list[str]:
             captions = [annotation["caption"] for annotation in json.loads(text)["annotations"]]
         elif path.suffix == ".jsonl":
             captions = [json.loads(line)["caption"] for line in captions if line.strip()]
+        elif path.suffix in (".csv", ".tsv"):
+            rows = csv.DictReader(text.splitlines(keepends=True), delimiter="," if path.suffix == ".csv" else "\t")
+            captions = [row["caption"] or "" for row in rows]
     except OSError as error:
         raise UsageError(f"--captions {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--captions {path}: neither text, a COCO captions .json nor a .jsonl with captions ({error})"
+            f"--captions {path}: neither text, COCO captions nor a table with a column caption ({error!r})"
         ) from None
     captions = [caption.strip() for caption in captions if caption.strip()]
     if not captions:

@@ -52,12 +52,17 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "COCO folder, or where a table's pictures lie."})
     image_column: str = field(default="image_path", metadata={"help": "Column of a table with the picture's file."})
     caption_column: str = field(default="caption", metadata={"help": "Column of a table with the caption."})
-    train_file: str | None = field(default=None, metadata={"help": ".csv, .tsv, .txt, .json or .jsonl of pairs."})
+    train_file: str | None = field(
+        default=None, metadata={"help": ".csv, .tsv, .txt, .json or .jsonl of pairs; A::B: both."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
     train_shards: str | None = field(
         default=None, metadata={"help": "WebDataset tars, files or http(s) URLs: a-{0000..0100}.tar::b-*.tar, or @LIST"}
     )
     validation_shards: str | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
+    validation_share: float | None = field(
+        default=None, metadata={"help": "This share of the training pictures is kept for evaluation instead."}
+    )
     caption_key: str = field(
         default="txt", metadata={"help": "In tars: suffix of the captions, or json:NAME for a value of KEY.json."}
     )
@@ -108,6 +113,13 @@ class ClipTrainingArguments(TrainingArguments):
     distinct_pairs: bool = field(
         default=False,
         metadata={"help": "No picture and no caption twice in a batch: equal ones are no negatives of each other."},
+    )
+    with_replacement: bool = field(
+        default=False, metadata={"help": "Draw an epoch's pairs with replacement instead of each once."}
+    )
+    source_weights: str | None = field(
+        default=None,
+        metadata={"help": "3::1: how often the parts of --train_shards or --train_file are drawn, with replacement."},
     )
     mask_equal_captions: bool = field(
         default=False, metadata={"help": "A caption that comes twice in a batch is no negative of its other picture."}

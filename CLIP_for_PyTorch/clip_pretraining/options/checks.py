@@ -45,6 +45,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "lora_alpha": (0, 65536, False),
     "random_crop": (0, 1, False),
     "max_bad_share": (0, 1, True),
+    "validation_share": (0, 0.9, False),
     "max_train_samples": (1, _LARGEST, True),
     "max_eval_samples": (1, _LARGEST, True),
     "max_seq_length": (3, 65536, True),
@@ -120,17 +121,42 @@ def _check_data(data: DataArguments, training: ClipTrainingArguments) -> None:
         file, shards = getattr(data, f"{split}_file"), getattr(data, f"{split}_shards")
         if file and shards:
             raise UsageError(f"--{split}_file and --{split}_shards: give one of them")
-        if needed and not (file or shards or data.data_dir):
+        if needed and not (file or shards or data.data_dir or (split == "validation" and data.validation_share)):
             raise UsageError(f"no {split} pairs: give --data_dir (COCO), --{split}_file or --{split}_shards")
     if data.random_crop < 1 and data.crop_cache:
         raise UsageError("--random_crop is another crop in every epoch, --crop_cache keeps one: leave one of them out")
+    if data.validation_share:
+        if data.validation_file or data.validation_shards:
+            raise UsageError("--validation_share and validation pairs of their own: give one of them")
+        if not (data.train_file or data.train_shards):
+            raise UsageError("--validation_share is of --train_file or --train_shards: COCO has a validation split")
     if data.delimiter is not None:
         data.delimiter = data.delimiter.replace("\\t", "\t")  # as a shell passes it
         if len(data.delimiter) != 1:
             raise UsageError(f"--delimiter {data.delimiter!r}: must be one character")
-    for path in (data.train_file, data.validation_file, training.class_names, training.templates):
+    tables = [part for file in (data.train_file, data.validation_file) if file for part in file.split("::")]
+    for path in (*tables, training.class_names, training.templates):
         if path and not os.path.isfile(path):
             raise UsageError(f"{path}: no such file")
+    _check_sampling(data, training)
+
+
+def _check_sampling(data: DataArguments, training: ClipTrainingArguments) -> None:
+    """Raises UsageError for weights that do not fit the sources; they are numbers from here on."""
+    if training.source_weights is None:
+        return
+    weights, sources = training.source_weights, (data.train_file or data.train_shards or "").split("::")
+    try:
+        training.source_weights = [float(word) for word in weights.split("::")]
+    except ValueError:
+        raise UsageError(f"--source_weights {weights}: give numbers with :: between, such as 3::1") from None
+    if len(training.source_weights) != len(sources):
+        raise UsageError(
+            f"--source_weights {weights}: {len(training.source_weights)} weights for {len(sources)} parts of "
+            "--train_file or --train_shards: give one for each, with :: between"
+        )
+    if not all(0 <= weight < math.inf for weight in training.source_weights) or not sum(training.source_weights):
+        raise UsageError(f"--source_weights {weights}: each must be at least 0, and one above it")
 
 
 def _check_training(training: ClipTrainingArguments) -> None:

@@ -37,6 +37,8 @@ def facts(setup: Setup, data: DataArguments, args: ClipTrainingArguments, world:
         "contrastive_scope": args.contrastive_scope,
         "mask_equal_captions": args.mask_equal_captions,
         "distinct_pairs": args.distinct_pairs,
+        "with_replacement": args.with_replacement,
+        "source_weights": args.source_weights,
         "clamp_logit_scale": args.clamp_logit_scale,
         "precision": args.precision,
         "optim": args.optim.removesuffix("_fused"),

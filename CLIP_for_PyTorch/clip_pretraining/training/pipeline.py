@@ -132,6 +132,9 @@ def _dataset(split: sources.Split, setup: Setup, data: DataArguments, crop_seed:
 
 
 def _check_size(train: PairDataset, args: ClipTrainingArguments, world: World) -> None:
+    sizes = train.pairs.source_sizes()
+    if args.source_weights and any(w and not size for w, size in zip(args.source_weights, sizes, strict=True)):
+        raise UsageError(f"--source_weights: a part without pairs (they have {sizes}) cannot be drawn: give it 0")
     needed = args.per_device_train_batch_size * world.size if args.dataloader_drop_last else world.size
     if len(train) < needed:
         raise UsageError(

@@ -23,6 +23,7 @@ from clip_pretraining.data.tokenization import PackedCaptions, clean_caption
 from clip_pretraining.options.arguments import DataArguments
 from common import distributed
 from common.distributed import World
+from common.errors import UsageError
 
 
 @dataclass
@@ -68,21 +69,26 @@ def find(split: str, data: DataArguments, cache_dir: str | None) -> Source:
     """
     long_name = {"train": "train", "val": "validation"}[split]
     table, shards = getattr(data, f"{long_name}_file"), getattr(data, f"{long_name}_shards")
+    if split == "val" and data.validation_share:
+        table, shards = data.train_file, data.train_shards
     if table:
-        source = _table(os.path.abspath(table), data, cache_dir)
+        source = _table("::".join(map(os.path.abspath, table.split("::"))), data, cache_dir)
     elif shards:
         source = _tars(shards, data, cache_dir)
     else:
         source = _coco(split, data, cache_dir)
     source.facts["head"] = data.max_train_samples if split == "train" else data.max_eval_samples
+    if data.validation_share:
+        source.facts["part"] = (split, data.validation_share)
     return source
 
 
 def _table(table: str, data: DataArguments, cache_dir: str | None) -> Source:
     columns = (data.image_column, data.caption_column, data.data_dir and os.path.abspath(data.data_dir), data.delimiter)
-    facts = {"sources": {table: file_stamp(table)}, "columns": columns}
-    read = partial(read_table, table, *columns)
-    return Source(Path(table).stem, table, Path(cache_dir or Path(table).parent / ".clip_cache"), facts, read)
+    files = table.split("::")
+    facts = {"sources": {file: file_stamp(file) for file in files}, "tables": files, "columns": columns}
+    cache = Path(cache_dir or Path(files[0]).parent / ".clip_cache")
+    return Source(Path(files[0]).stem, table, cache, facts, partial(read_table, table, *columns))
 
 
 def _tars(pattern: str, data: DataArguments, cache_dir: str | None) -> Source:
@@ -117,7 +123,15 @@ def prepare(
     key = key_of(facts)
 
     def read() -> Columns:
-        return source.read(limit=limit, listing=source.listing).head(facts["head"]).columns()
+        pairs = source.read(limit=limit, listing=source.listing)
+        if "part" in facts:
+            split, share = facts["part"]
+            pairs = pairs.held_out(share, keep=split == "val")
+            if not len(pairs):
+                raise UsageError(
+                    f"{source.described}: --validation_share {share} leaves no pairs to {split}: give another"
+                )
+        return pairs.head(facts["head"]).columns()
 
     columns, is_new = stored(source.cache, f"pairs_{name}", facts, read, world)
     pairs = Pairs.of_columns(name, columns)

@@ -85,7 +85,7 @@ class ClipTrainer(Trainer):
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> EpochLoader:
-        args = self.args
+        args, pairs = self.args, self.train_dataset.pairs
         sampler = GlobalBatchSampler(
             len(self.train_dataset),
             args.per_device_train_batch_size,
@@ -93,7 +93,9 @@ class ClipTrainer(Trainer):
             self.world.rank,
             self.world.size,
             args.dataloader_drop_last,
-            self.train_dataset.pairs.keys() if args.distinct_pairs else None,
+            pairs.keys() if args.distinct_pairs else None,
+            args.source_weights or (pairs.source_sizes() if args.with_replacement else None),
+            pairs.starts,
         )
         return EpochLoader(
             self.train_dataset,
