@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from beit2 import device_patches
 from beit2.data.labelled import CentreCrop, LabelledImages
-from beit2.data.listing import PictureList, list_pictures
+from beit2.data.listing import list_pictures
 from beit2.data.normalizer import Normalizer
+from beit2.data.picture_list import PictureList
 from beit2.data.reading import check_images
 from beit2.features import POOLS, block_states, pooled
 from beit2.model.from_weights import encoder_from_weights

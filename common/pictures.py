@@ -79,6 +79,7 @@ def read(path: str | Path, turn: bool = False, on_white: bool = False, clip_16_b
     """A picture file of any format and mode as RGB.
 
     Args:
+        path: of a file, or what stands for one inside another: with `read_bytes` and `__fspath__`.
         turn: as its EXIF orientation says; damaged EXIF counts as none.
         on_white: transparency is laid on white; else it is dropped.
         clip_16_bit: values above 255 of 16-bit grey become white; else they are scaled.
@@ -87,7 +88,7 @@ def read(path: str | Path, turn: bool = False, on_white: bool = False, clip_16_b
         BrokenPicture: naming the file and the reason.
     """
     try:
-        data = Path(path).read_bytes()
+        data = (path if hasattr(path, "read_bytes") else Path(path)).read_bytes()
     except OSError as error:
         raise BrokenPicture(f"{path}: {error.strerror}") from error
     return decode(data, os.fspath(path), turn, on_white, clip_16_bit)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from beit2.data import listing
 from beit2.data.labelled import find_classes
-from beit2.data.listing import PictureList, list_pictures
+from beit2.data.listing import list_pictures
+from beit2.data.picture_list import PictureList
 from beit2.data.reading import check_images, read_image
 from common.errors import UsageError
 
@@ -87,6 +88,28 @@ def test_the_list_is_kept_beside_the_data_until_a_folder_changes(tmp_path, monke
     for damage in (b"", b"{}", (tmp_path / listing.CACHE).read_bytes()[:-3], b"\xff\xfe" * 50):
         (tmp_path / listing.CACHE).write_bytes(damage)
         assert listed(tmp_path) == ["a/1.jpg", "b/2.jpg", "b/3.jpg"]
+
+
+def test_only_the_main_rank_looks_at_the_disk(tmp_path, monkeypatch):
+    """Whatever another rank asked it, it would fail."""
+    tree(tmp_path, "a/1.jpg", "b/2.jpg")
+    sent = []
+    monkeypatch.setattr(listing, "broadcast_object", lambda found: sent.append(found) or found)
+    expected = listed(tmp_path)
+    monkeypatch.setattr(listing, "rank", lambda: 1)
+    monkeypatch.setattr(listing, "broadcast_object", lambda found: sent[0])
+    monkeypatch.setattr("common.pictures.rank", lambda: 1)
+
+    def touched(*_, **__):
+        raise AssertionError("the disk was touched")
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "scandir", "open", "listdir"):
+            patch.setattr(os, name, touched)
+        patch.setattr("builtins.open", touched)
+        paths = list_pictures(tmp_path)
+        check_images(paths)
+    assert [str(path.relative_to(tmp_path)) for path in paths] == expected
 
 
 def test_a_million_names_take_little_time_and_one_block_of_memory():

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from beit2.data.listing import PictureList
 from beit2.data.masking import MaskingGenerator
+from beit2.data.picture_list import PictureList
 from beit2.data.reading import read_image
 from beit2.data.transforms import TwoViewTransform
 from common.device import mix_seed

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from beit2.data.listing import EXTENSIONS, PictureList, list_pictures
+from beit2.data.listing import EXTENSIONS, list_pictures
+from beit2.data.picture_list import PictureList
 from beit2.data.reading import read_image
 from beit2.data.transforms import INTERPOLATIONS, draw_jitter, jitter_crop, random_crop, to_uint8
 from common.device import mix_seed

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from beit2.data import kept_list
+from beit2.data.picture_list import PictureList
+from beit2.data.tars import Listed, list_tars, words_of
 from common import pictures
 from common.distributed import broadcast_object, rank
 from common.errors import UsageError
@@ -25,45 +22,12 @@ _HELD_OUT |= {"eval", "evaluation", "heldout", "held_out", "test2015", "valid201
 _RACY_NS = 2 * 10**9  # a folder that changed this short before it was listed may change again within its time stamp
 
 
-class PictureList(Sequence[Path]):
-    """Paths below a folder, in one block of memory that loader workers share.
-
-    Args:
-        root: the folder.
-        names: relative paths in order, each ended by a zero byte.
-    """
-
-    def __init__(self, root: Path, names: bytes):
-        self.root, self.names = root, names
-        self._ends = np.flatnonzero(np.frombuffer(names, dtype=np.uint8) == 0)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int | slice):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.root / self.name(index)
-
-    def name(self, index: int) -> str:
-        """Relative to the folder."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        begin = 0 if index == 0 else int(self._ends[index - 1]) + 1
-        return os.fsdecode(self.names[begin : int(self._ends[index])])
-
-    def counts_by_folder(self) -> dict[str, int]:
-        """How many pictures each folder directly below the root has, in order."""
-        firsts = [name.partition(b"/")[0] for name in self.names.split(b"\0")[:-1]]
-        folders, counts = np.unique(np.array(firsts), return_counts=True) if firsts else ([], [])
-        return {os.fsdecode(bytes(folder)): int(count) for folder, count in zip(folders, counts, strict=True)}
-
-
 def list_pictures(
     root: str | Path, option: str = "--data_path", labelled: bool = False, whole: bool = False
 ) -> PictureList:
     """All pictures below a folder in sorted order, for all ranks from the main rank's look at the disk.
+
+    A folder that holds tars, or a tar itself, stands for the pictures in them.
 
     Where training and held-out folders stand side by side (train/ and val/, COCO's train2017/ and val2017/), training
     takes the former only and says so. Hidden files (`._*` of macOS) and __MACOSX are no pictures.
@@ -76,34 +40,66 @@ def list_pictures(
     Raises:
         UsageError: on all ranks: no such folder, no picture in it, or a choice that only the user can make.
     """
-    result: tuple[bytes, str | None] = (b"", None)
+    result: tuple[bytes | Listed, str | None] = (b"", None)
+    root = Path(root)
     if rank() == 0:
         try:
-            result = _names(Path(root), option, labelled, whole), None
+            result = _look(root, option, labelled, whole), None
         except UsageError as error:
             result = b"", error.message
         except OSError as error:
             result = b"", (f"{option} {root}: {error.filename or ''} {error.strerror or error}")
-    names, problem = broadcast_object(result)
+    found, problem = broadcast_object(result)
     if problem is not None:
         raise UsageError(problem)
-    return PictureList(Path(root), names)
+    if isinstance(found, Listed):
+        return found.pictures()
+    return PictureList(root, found)
 
 
-def _names(root: Path, option: str, labelled: bool, whole: bool) -> bytes:
-    if not root.is_dir():
+def _look(root: Path, option: str, labelled: bool, whole: bool) -> bytes | Listed:
+    """The names of pictures in files, or what tars hold."""
+    tars = _tars(root, option)
+    if not (root.is_dir() or tars):
         raise UsageError(f"{option} {root}: no such folder")
+    if tars and labelled:
+        raise UsageError(f"{option} {root}: holds tars, and classes are read from folders only: unpack them")
     training = option == "--data_path" and not labelled
     if not (training or whole):
         _refuse_mixed_sets(root, option)
-    names, left_out = _cached(root, training and not whole)
+    if tars:
+        kept, left_out = _split_tars(tars) if training and not whole else (tars, [])
+    else:
+        names, left_out = _cached(root, training and not whole)
     if left_out:
         print(
             f"note: {option} {root}: not trained on: {', '.join(left_out)}; name a folder itself to take it", flush=True
         )
-    if not names:
+    found = list_tars(root if root.is_dir() else root.parent, kept, option) if tars else names
+    if not (found.names if tars else found):
         raise UsageError(f"{option} {root}: no pictures in it (looked for {' '.join(EXTENSIONS)})")
-    return names
+    return found
+
+
+def _tars(root: Path, option: str) -> list[str]:
+    """Names of the tars in a folder that holds nothing else to read, or of the one that `root` is."""
+    if root.is_file():
+        return [root.name] if root.suffix == ".tar" else []
+    if not root.is_dir():
+        return []
+    entries = [entry for entry in os.scandir(root) if not pictures.is_litter(entry.name)]
+    tars = sorted(entry.name for entry in entries if entry.name.endswith(".tar"))
+    if tars and any(entry.is_dir() or pictures.is_picture(entry.name) for entry in entries):
+        # such as the archive that a folder was unpacked from
+        print(f"note: {option} {root}: {tars[0]} beside pictures or folders is not read; name a tar to take it")
+        return []
+    return tars
+
+
+def _split_tars(tars: list[str]) -> tuple[list[str], list[str]]:
+    """Those to train on, and those whose names speak of a held-out set; one kind alone is what was asked for."""
+    held_out = [tar for tar in tars if words_of(tar) & _HELD_OUT]
+    return ([tar for tar in tars if tar not in held_out], held_out) if len(held_out) < len(tars) else (tars, [])
 
 
 def _refuse_mixed_sets(root: Path, option: str) -> None:
@@ -119,50 +115,37 @@ def _refuse_mixed_sets(root: Path, option: str) -> None:
 
 def _cached(root: Path, split: bool) -> tuple[bytes, list[str]]:
     """Names and what was left out: as kept beside the data while no folder has changed since, else listed anew."""
-    for file in _cache_files(root):
-        kept = _read_cache(file, root, split)
-        if kept is not None:
-            return kept
+    for file in kept_list.places(root, CACHE):
+        kept = kept_list.read(file)
+        if kept is not None and _is_current(kept[0], root, split):
+            return kept[1], list(kept[0]["left_out"])
     began = time.time_ns()
     names, times, left_out = _walk(root, split)
     if names.count(b"\0") >= CACHED_FROM and max(times.values()) < began - _RACY_NS:
-        for file in _cache_files(root):
-            try:
-                _write_cache(file, root, split, names, times, left_out)
-                break
-            except OSError:  # read-only, or full
-                continue
+        _keep(root, {"split": split, "times": times, "left_out": left_out}, names)
     return names, left_out
 
 
-def _cache_files(root: Path) -> tuple[Path, Path]:
-    """Beside the data; and where that is read-only, among the user's caches."""
-    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
-    return root / CACHE, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "beit2", name)
-
-
-def _write_cache(file: Path, root: Path, split: bool, names: bytes, times: dict[str, int], left_out: list[str]) -> None:
-    listed = times[""]
-    if os.stat(root).st_mtime_ns != listed:
+def _keep(root: Path, header: dict, names: bytes) -> None:
+    if os.stat(root).st_mtime_ns != header["times"][""]:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()  # which changes the folder's time if it is new; written in place, it does so no more
-    times = times | {"": os.stat(root).st_mtime_ns}
-    header = {"split": split, "times": times, "left_out": left_out, "crc": zlib.crc32(names)}
-    file.write_bytes(json.dumps(header).encode() + b"\n" + names)
+    for file in kept_list.places(root, CACHE):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()  # which changes the folder's time if it is new; written in place, it does so no more
+        except OSError:  # read-only, or full
+            continue
+        header["times"][""] = os.stat(root).st_mtime_ns
+        kept_list.keep([file], header, names)
+        return
 
 
-def _read_cache(file: Path, root: Path, split: bool) -> tuple[bytes, list[str]] | None:
+def _is_current(header: dict, root: Path, split: bool) -> bool:
     try:
-        first, _, names = file.read_bytes().partition(b"\n")
-        header = json.loads(first)
-        if header["split"] != split or header["crc"] != zlib.crc32(names):
-            return None
-        if any(os.stat(root / folder).st_mtime_ns != kept for folder, kept in header["times"].items()):
-            return None
-        return names, list(header["left_out"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        times = header["times"].items()
+        return header["split"] == split and all(os.stat(root / folder).st_mtime_ns == kept for folder, kept in times)
+    except (OSError, KeyError, AttributeError):
+        return False
 
 
 def _walk(root: Path, split: bool) -> tuple[bytes, dict[str, int], list[str]]:

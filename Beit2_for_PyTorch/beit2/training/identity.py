@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from beit2.data.listing import PictureList
+from beit2.data.picture_list import PictureList
 from common.distributed import World, broadcast_object
 
 # options that say where, how often and with what a run is done, and not what it computes
@@ -21,7 +20,7 @@ _ABOUT_THE_RUN = frozenset(
     "accept_changes data_path eval_data_path data_set tokenizer_weight teacher_weight finetune pretrained_weights "
     "batch_size update_freq parallel activation_checkpointing npu_recompute_attention plan_memory precision eval "
     "dist_eval disable_eval calculate_codebook_usage disable_eval_during_finetuning model_ema_force_cpu val_freq "
-    "monitor_every monitor_data_path replay".split()
+    "monitor_every monitor_data_path replay compile".split()
 )
 # changed on purpose: it takes effect from the checkpoint's step on
 MAY_CHANGE = (
@@ -63,7 +62,7 @@ def _data_identity(paths: PictureList, labels: Sequence[int], classes: Sequence[
     digest = hashlib.sha256(paths.names)
     digest.update(np.asarray(labels, dtype=np.int64).tobytes())
     for index in range(0, len(paths), max(1, -(-len(paths) // 256))):
-        digest.update(b"%d\0" % os.stat(paths[index]).st_size)
+        digest.update(b"%d\0" % paths.size(index))
     return {"count": len(paths), "classes": list(classes), "digest": digest.hexdigest()[:16]}
 
 
