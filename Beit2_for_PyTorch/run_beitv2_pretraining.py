@@ -15,6 +15,7 @@ import torch
 
 from beit2 import device_patches, parameter_groups
 from beit2 import pretraining_options as setup
+from beit2.compiled_blocks import compile_blocks
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.images import collate
 from beit2.data.normalizer import Normalizer
@@ -52,6 +53,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     dataset = setup.build_dataset(options, model.window_size)
     tokenizer = setup.load_tokenizer(options, precision, model.window_size).to(world.device)
     device_patches.apply(model, tokenizer, world.device, options.npu_recompute_attention)
+    if options.compile:
+        compile_blocks(model, world.device)
 
     steps = steps_per_epoch(len(dataset), options.batch_size, world.size, options.update_freq)
     rates, decays = schedules(options, steps)

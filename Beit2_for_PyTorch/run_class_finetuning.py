@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from beit2 import device_patches
 from beit2 import finetuning_options as setup
+from beit2.compiled_blocks import compile_blocks
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.normalizer import Normalizer
 from beit2.data.reading import check_images
@@ -55,6 +56,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     model = setup.build_model(options, len(names)).to(world.device)
     device_patches.apply(model, None, world.device)
     average = setup.build_average(options, model)
+    if options.compile:
+        compile_blocks(model, world.device)
     mixup = setup.build_mixup(options, len(names))
     criterion = setup.build_criterion(options, mixup)
     normalizer = Normalizer(*mean_and_std(options), world.device)

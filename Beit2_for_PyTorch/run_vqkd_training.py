@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from beit2 import device_patches, parameter_groups
 from beit2 import tokenizer_options as setup
 from beit2.codebook_figure import draw_codebook_use
+from beit2.compiled_blocks import compile_blocks
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.labelled import LabelledImages
 from beit2.data.normalizer import Normalizer
@@ -56,6 +57,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     teacher = setup.find_teacher(options)
     tokenizer = setup.build_tokenizer(options, teacher).to(world.device)
     device_patches.apply(tokenizer, None, world.device)
+    if options.compile:
+        compile_blocks(tokenizer, world.device)
 
     steps = steps_per_epoch(len(dataset), options.batch_size, world.size, options.update_freq)
     options.lr *= options.batch_size * options.update_freq * world.size / 128  # linear scaling, as in the reference

@@ -209,7 +209,9 @@ def read_shards(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: not a readable sharded checkpoint (its index names more than its files hold)")
     flat = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     try:
-        dcp.load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
+        with warnings.catch_warnings():  # that it is done by one process, which is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
     except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: not a readable sharded checkpoint ({reason})") from error

@@ -17,6 +17,7 @@ from beit2.model.convert import convert_pretrained
 from beit2.model.names import FINETUNING_MODELS, create_model
 from beit2.model.vision_transformer import VisionTransformer
 from beit2.options import (
+    add_compile_option,
     add_dead_options,
     add_optimizer_options,
     add_run_options,
@@ -59,6 +60,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dist_eval", action="store_true", default=True, help=argparse.SUPPRESS)
     parser.add_argument("--disable_eval_during_finetuning", action="store_true")
     add_run_options(parser)
+    add_compile_option(parser)
     add_dead_options(parser, "enable_deepspeed", "resplit", "load-tar")
     return parse(parser, argv)
 

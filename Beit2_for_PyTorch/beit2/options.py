@@ -109,6 +109,10 @@ def add_schedule_options(parser: argparse.ArgumentParser, *, min_lr: float) -> N
     group.add_argument("--update_freq", type=int, default=1, help="micro-batches of one optimizer step")
 
 
+def add_compile_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks; not on npu")
+
+
 def check_common(options: argparse.Namespace) -> None:
     """What argparse cannot check.
 

@@ -17,6 +17,7 @@ from beit2.model.names import FINETUNING_MODELS, create_model, create_tokenizer
 from beit2.model.tokenizer import VQKD, load_tokenizer_weights
 from beit2.model.tokenizer_file import patch_of
 from beit2.options import (
+    add_compile_option,
     add_dead_options,
     add_optimizer_options,
     add_run_options,
@@ -49,6 +50,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_schedule_options(parser, min_lr=1e-5)
     parser.add_argument("--weight_decay_end", type=float, default=None, help="default: --weight_decay")
     add_run_options(parser)
+    add_compile_option(parser)
     add_dead_options(parser, "decoupling_aug", "eval_data_path")
     parser.add_argument(
         "--parallel", choices=("ddp", "fsdp"), default="ddp",
@@ -62,7 +64,12 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
         "so backward recomputes plain attention: less memory, more work; by default such attention is plain",
     )  # fmt: skip
     parser.add_argument("--plan_memory", type=int, nargs="?", const=8, metavar="RANKS", help="print memory and stop")
-    return parse(parser, argv)
+    options = parse(parser, argv)
+    if options.compile and options.parallel == "fsdp":
+        raise UsageError(
+            "--compile: not with --parallel fsdp, which gathers parameters inside the blocks; leave one out"
+        )
+    return options
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -55,6 +55,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options.add_optimizer_options(parser, lr=5e-5, weight_decay=1e-4)
     options.add_schedule_options(parser, min_lr=1e-5)
     options.add_run_options(parser)
+    options.add_compile_option(parser)
     options.add_dead_options(parser, "teacher_input_size", "weight_decay_end", "imagenet_default_mean_and_std")
     return options.parse(parser, argv)
 

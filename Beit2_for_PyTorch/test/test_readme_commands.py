@@ -18,7 +18,9 @@ import run_class_finetuning
 import run_linear_eval
 import run_vqkd_training
 from beit2 import finetuning_options, pretraining_options, probe_options, tokenizer_options
+from beit2.model import names
 from beit2.model.teachers import build_teacher
+from beit2.weights.files import read_checkpoint
 from ci import pages
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -152,6 +154,36 @@ def test_every_command_of_the_pages_runs(reader, capsys):
 @pytest.mark.parametrize("script", RECIPES)
 def test_a_recipe_of_the_reference_is_read_as_typed(script):
     accepted(script, RECIPES[script].split())
+
+
+def base_recipe() -> list[str]:
+    lines = pages.lines_to_run(PROJECT / "README.md", ELSEWHERE, {})
+    (line,) = (words for words in lines if "run_beitv2_pretraining.py" in words and "--epochs" in words)
+    return line[line.index("run_beitv2_pretraining.py") + 1 :]
+
+
+@pytest.mark.parametrize(("size", "depth"), [("base", 12), ("large", 24)])
+def test_the_published_recipes_run_under_the_published_names(pictures, tmp_path, monkeypatch, size, depth):
+    """Narrow stand-ins for the networks, with their true depth, pictures, patches and codes; the tokenizer is found."""
+    words = base_recipe() if size == "base" else RECIPES["run_beitv2_pretraining.py"].split()
+    name, tokenizer = f"beit_{size}_patch16_224_8k_vocab_cls_pt", words[words.index("--tokenizer_model") + 1]
+    at = words.index("--tokenizer_weight")
+    del words[at : at + 2]
+    narrow = {"embed_dim": 32, "num_heads": 2, "depth": depth, "cls_pt": True, "early_layers": 9}
+    monkeypatch.setitem(names.PRETRAINING_MODELS, name, narrow)
+    monkeypatch.setitem(names.TOKENIZERS, tokenizer, {"dim": 32, "depth": 1, "heads": 2, "decoder_depth": 1})
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer_model").mkdir()
+    torch.manual_seed(0)
+    torch.save({"model": beit2.create_tokenizer(tokenizer).state_dict()}, f"tokenizer_model/{tokenizer}.pth")
+    where = ["--data_path", str(pictures / "train"), "--output_dir", "out", "--log_dir", "events", "--device", "cpu"]
+    result = run_beitv2_pretraining.main(
+        [*words, *where, "--num_workers", "0", "--batch_size", "4", "--max_steps", "2", "--log_every", "1"]
+    )
+    assert result["Status"] == "OK" and result["ActualLoss"] == pytest.approx(2 * 9.01, abs=0.3)  # two heads, ln 8192
+    model = read_checkpoint(Path("out/checkpoint.pth"))["model"]
+    assert f"blocks.{depth - 1}.norm1.weight" in model and model["lm_head.weight"].shape == (8192, 32)
+    assert list(Path("events").glob("events.*"))
 
 
 def test_all_scripts_have_a_command():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,13 +193,18 @@ def training_steps(run: Run, log: RunLog, batches: RunBatches, loss_of: LossFunc
     options, state = run.options, run.state
     if run.kept.pop("unfinished", False):  # what came after that step was interrupted
         yield done_of(run, saves=True)
-    for step in range(state.step, run.last):
+    first = state.step
+    for step in range(first, run.last):
         with log.data_wait():
             micro_batches = [next(batches) for _ in range(options.update_freq)]
         set_step(run.optimizer, run.rates[step], run.decays[step])
         seed_step(options.seed, step, run.world.rank)
         run.step.remember(step + 1, batches.names(step))
+        began = time.perf_counter()
         scalars = gradient_step(run.replica.wrapped, run.step, loss_of, micro_batches, step + 1)
+        if step == first and getattr(options, "compile", False):
+            devices.synchronize(run.world.device)
+            log.info(f"first step: {time.perf_counter() - began:.1f} s, in which torch.compile made the blocks' code")
         lr, min_lr = lr_range(run.optimizer)
         scalars |= {"lr": lr, "min_lr": min_lr, "weight_decay": float(run.decays[step])}
         state.add(scalars)
