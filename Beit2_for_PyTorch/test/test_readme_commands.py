@@ -1,6 +1,7 @@
 """Every command of the README and of docs/, run on small stand-ins; the reference's own recipes, read as typed."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -157,8 +158,8 @@ def test_a_recipe_of_the_reference_is_read_as_typed(script):
 
 
 def base_recipe() -> list[str]:
-    lines = pages.lines_to_run(PROJECT / "README.md", ELSEWHERE, {})
-    (line,) = (words for words in lines if "run_beitv2_pretraining.py" in words and "--epochs" in words)
+    lines = map(shlex.split, pages.of_project(PROJECT))
+    line = next(words for words in lines if "run_beitv2_pretraining.py" in words and "--epochs" in words)
     return line[line.index("run_beitv2_pretraining.py") + 1 :]
 
 
