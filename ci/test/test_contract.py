@@ -1,13 +1,17 @@
 """The contract that every project keeps: its files, its scripts and their flags, and its independence of the others."""
 
 import ast
+import contextlib
 import re
 import runpy
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from ci import public_addresses
 from ci.gates.outcomes import gate as outcomes
@@ -61,6 +65,20 @@ def test_requirements_use_the_one_version_table(project):
     required = {line.strip().lower() for line in lines[1:] if line.strip() and not line.startswith("#")}
     assert required <= constrained, "every requirement is pinned in constraints.txt, and pinned only there"
     assert "apex" not in required  # PyPI's apex is an unrelated package
+
+
+def test_every_pin_can_be_installed_on_every_supported_python():
+    """What each installed package says of the Pythons that it is for, against the markers of its pin."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = [Requirement(line) for line in lines]
+    for python in ("3.10", "3.11", "3.12"):
+        held = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+        assert {pin.name for pin in held} == {pin.name for pin in pins}, f"a package has no pin for {python}"
+        for pin in held:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found = metadata.distribution(pin.name)
+                if pin.specifier.contains(found.version):
+                    assert SpecifierSet(found.metadata["Requires-Python"] or "").contains(python), f"{pin} on {python}"
 
 
 @each_project
