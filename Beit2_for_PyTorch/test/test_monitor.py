@@ -17,6 +17,8 @@ from beit2.weights.files import read_checkpoint
 from common import preemption
 from common.errors import PREEMPTED, UsageError
 
+MEASURED = ("fps", "data_ms", "cpu_s", "memory_mib", "mfu")  # of the machine, and not of the training
+
 
 def run(pictures, tokenizer_file, output_dir, *extra):
     return run_beitv2_pretraining.main([
@@ -27,11 +29,7 @@ def run(pictures, tokenizer_file, output_dir, *extra):
 
 def lines(folder, kind):
     found = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("fps", "data_ms", "cpu_s")}
-        for line in found
-        if line["kind"] == kind
-    ]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in found if line["kind"] == kind]
 
 
 def test_the_training_is_the_same_with_and_without(pictures, tokenizer_file, tmp_path):
