@@ -94,7 +94,7 @@ def picture_features(
     for indices in _own_batches(np.arange(len(files)), how.batch_size, world):
         images = read_cropped([files[i] for i in indices], config.task.input_size).to(world.device)
         with devices.autocast(world.device, how.precision):
-            states = model.encode(normalize(images))[:, 1:].float().cpu().numpy()  # [B, P, C]
+            states = model.patch_states(normalize(images)).float().cpu().numpy()  # [B, P, C]
         for index, state in zip(indices.tolist(), states, strict=True):
             found[index] = state.mean(axis=0) if how.pool == "mean" else state
     names = np.array([Path(file).relative_to(folder).as_posix() for file in files])

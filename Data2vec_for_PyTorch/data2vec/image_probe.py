@@ -42,7 +42,7 @@ def collect_pictures(
     for start in range(0, len(pictures), BATCH):
         images = read_cropped(pictures.files[start : start + BATCH], size).to(device)
         with devices.autocast(device, precision):
-            hidden = model.encode(normalize(images))[:, 1:]  # [B, P, C]
+            hidden = model.patch_states(normalize(images))  # [B, P, C]
         features.append(pool(hidden.float()).cpu())
     return torch.cat(features), torch.tensor([classes.index(name) for name in names])
 

@@ -29,6 +29,8 @@ def ema_step(model: torch.nn.Module, decay: float) -> None:
     averaged, copied = [], []
     teacher = dict(holder.teacher.named_parameters())
     for name, parameter in holder.student.named_parameters():
+        if name not in teacher:  # data2vec 2.0's has no decoder
+            continue
         copies = bool(model.copied_to_teacher) and name.startswith(model.copied_to_teacher)
         (copied if copies else averaged).append((teacher[name], parameter.float()))
     if averaged:

@@ -112,21 +112,19 @@ class EncoderLayer(nn.Module):
         return self.final_layer_norm(self.dropout_add(result, x, self.dropout, self.training)), result
 
 
-class SentenceEncoder(nn.Module):
-    """Embeddings and layers; `version` is fairseq's marker and travels in checkpoints."""
+class TokenEmbedding(nn.Module):
+    """Tokens and learned positions, added and normalised."""
 
     dropout_add = staticmethod(dropout_add)  # cpu_patches has another one
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("version", torch.tensor([3.0]))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embed_dim, padding_idx=config.pad_index)
         positions = config.max_source_positions + config.pad_index + 1
         self.embed_positions = nn.Embedding(positions, config.embed_dim, padding_idx=config.pad_index)
         if config.layernorm_embedding:
             self.layernorm_embedding = nn.LayerNorm(config.embed_dim)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
     def embed(self, tokens: torch.Tensor, has_padding: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(x [B, T, C], key_mask [B, T], True where attention may look, or None where no row is padded)."""
@@ -151,6 +149,15 @@ class SentenceEncoder(nn.Module):
         first_key = torch.zeros_like(real)
         first_key[:, 0] = True
         return x * real.unsqueeze(-1), real | (first_key & ~real.any(dim=1, keepdim=True))
+
+
+class SentenceEncoder(TokenEmbedding):
+    """Embeddings and layers; `version` is fairseq's marker and travels in checkpoints."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        self.register_buffer("version", torch.tensor([3.0]))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
     def forward(self, tokens: torch.Tensor, has_padding: bool = True, rows: Rows | None = None) -> torch.Tensor:
         """Final hidden states: [B, T, C], or [N, C] of `rows` only (the last layer then works on those alone)."""

@@ -26,11 +26,14 @@ class TargetConfig:
         return self.batch_norm_target_layer or self.instance_norm_target_layer or self.instance_norm_targets
 
 
-def average_targets(results: Iterable[torch.Tensor], config: TargetConfig) -> torch.Tensor:
+def average_targets(
+    results: Iterable[torch.Tensor], config: TargetConfig, real: torch.Tensor | None = None
+) -> torch.Tensor:
     """Normalises each layer's FFN output and averages.
 
     Args:
         results: fp32 or 16-bit [B, T, C] each, or [N, C] when `config.uses_whole_sequence` is False.
+        real: bool [B, T], False at padding that instance norms leave out; None: they take everything, as the reference.
 
     Returns:
         fp32, of the same shape.
@@ -42,7 +45,7 @@ def average_targets(results: Iterable[torch.Tensor], config: TargetConfig) -> to
         if config.batch_norm_target_layer:
             y = _over_time(F.batch_norm, y, running_mean=None, running_var=None, training=True)
         if config.instance_norm_target_layer:
-            y = _over_time(F.instance_norm, y)
+            y = _instance_norm(y, real)
         if config.layer_norm_target_layer:
             y = F.layer_norm(y, y.shape[-1:])
         total = y if total is None else total.add_(y)
@@ -51,8 +54,17 @@ def average_targets(results: Iterable[torch.Tensor], config: TargetConfig) -> to
     if config.layer_norm_targets:
         target = F.layer_norm(target, target.shape[-1:])
     if config.instance_norm_targets:
-        target = _over_time(F.instance_norm, target)
+        target = _instance_norm(target, real)
     return target
+
+
+def _instance_norm(y: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Each sample's channels, over its tokens: mean 0 and deviation 1. y fp32 [B, T, C]."""
+    if real is None:
+        return _over_time(F.instance_norm, y)
+    weight = (real / real.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(2)  # [B, T, 1]
+    centred = y - (y * weight).sum(dim=1, keepdim=True)
+    return centred * ((centred**2 * weight).sum(dim=1, keepdim=True) + 1e-5).rsqrt()
 
 
 def _over_time(norm, y: torch.Tensor, **options) -> torch.Tensor:

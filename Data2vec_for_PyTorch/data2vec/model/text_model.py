@@ -69,7 +69,7 @@ def plan_batch(
     do not count in positions, so a compact input without them gives the same result at the masked tokens.
     """
     masked = src_tokens.eq(mask_idx)  # [B, T]
-    rows = _rows_of(masked, masked, length_multiple)
+    rows = rows_of(masked, masked, length_multiple)
     has_padding = bool(src_tokens.eq(pad_idx).any())
     if teacher_input == "full":
         tokens = torch.where(target_tokens.ne(pad_idx), target_tokens, src_tokens)
@@ -77,16 +77,16 @@ def plan_batch(
     given = target_tokens.ne(pad_idx)
     if not compact or bool(given.all()):
         return BatchPlan(rows, has_padding, target_tokens, rows, not bool(given.all()))
-    kept = _rows_of(given, given, length_multiple)
+    kept = rows_of(given, given, length_multiple)
     tokens = target_tokens.new_full((len(src_tokens), kept.width), pad_idx)
     tokens.view(-1)[kept.slot] = target_tokens.flatten()[kept.flat]
-    within = _rows_of(masked, given, length_multiple)
+    within = rows_of(masked, given, length_multiple)
     return BatchPlan(
         rows, has_padding, tokens, Rows(within.slot, rows.slot, rows.width), bool(tokens.eq(pad_idx).any())
     )
 
 
-def _rows_of(chosen: torch.Tensor, counted: torch.Tensor, multiple: int) -> Rows:
+def rows_of(chosen: torch.Tensor, counted: torch.Tensor, multiple: int) -> Rows:
     """Rows of the chosen tokens; their slots count the tokens in `counted` (which holds the chosen) before them."""
     width = -(-max(1, int(counted.sum(dim=1).max())) // multiple) * multiple
     rank = counted.cumsum(dim=1) - 1

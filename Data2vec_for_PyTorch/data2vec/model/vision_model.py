@@ -218,6 +218,10 @@ class Data2VecVision(WithTeacher):
         """Normalised images [B, 3, S, S] -> final hidden states of [CLS] and patches [B, 1 + P, C]."""
         return self.encoder(self.with_cls(self.patch_embed(images)))
 
+    def patch_states(self, images: Tensor) -> Tensor:
+        """Those of the patches alone, [B, P, C]."""
+        return self.encode(images)[:, 1:]
+
     @torch.no_grad()
     def make_targets(self, images: Tensor, patches: Tensor, rows: Tensor) -> Tensor:
         """The teacher's view of the whole image at the hidden patches: fp32 [N, C]."""
