@@ -19,12 +19,12 @@ import torch
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
 from common.errors import UsageError, print_usage_errors
-from data2vec import Data2VecText
 from data2vec.data.dictionary import MASK, Dictionary
 from data2vec.model.encoder import SentenceEncoder
+from data2vec.model.multi.model import Data2VecMulti
 from data2vec.model.vision_model import Data2VecVision
 from data2vec.weights.huggingface import export_huggingface, load_huggingface
-from data2vec.weights.pretrained import model_of
+from data2vec.weights.pretrained import model_of, text_encoder
 from data2vec.weights.tokenizer import export_tokenizer
 from data2vec.weights.vision_weights import export_huggingface_vision, load_huggingface_vision
 from data2vec.weights.vocabulary import check_vocabulary
@@ -54,6 +54,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export(model: torch.nn.Module, checkpoint: dict[str, Any], options: argparse.Namespace) -> None:
+    if isinstance(model, Data2VecMulti) and model.picture_size:
+        raise UsageError(
+            f"{options.source}: data2vec 2.0's picture encoder (post-norm, fixed positions) is no model of Hugging "
+            "Face's: use it here, extract_features.py or probe.py"
+        )
     if isinstance(model, Data2VecVision):
         export_huggingface_vision(vision_encoder(model, options.teacher, options.source), options.destination)
     else:
@@ -87,13 +92,6 @@ def load_folder(folder: Path) -> dict:
     config = folder / "config.json"
     vision = config.is_file() and json.loads(config.read_text()).get("model_type") == "data2vec-vision"
     return (load_huggingface_vision if vision else load_huggingface)(folder)
-
-
-def text_encoder(model: Data2VecText, teacher: bool, path: Path) -> SentenceEncoder:
-    """The student's encoder, or the teacher's."""
-    if teacher and model.encoder.teacher is None:
-        raise UsageError(f"{path}: holds no teacher (encoder._ema)")
-    return model.encoder.teacher if teacher else model.encoder.sentence_encoder
 
 
 def vision_encoder(model: Data2VecVision, teacher: bool, path: Path) -> Data2VecVision:

@@ -18,7 +18,7 @@ import torch
 from common import device as devices
 from common.errors import UsageError, print_usage_errors
 from data2vec.command_line import parse_evaluation
-from data2vec.modality import build, is_vision, load_checkpoint, open_data
+from data2vec.modality import build, forward_of, is_vision, load_checkpoint, open_data
 
 PICTURES = 8
 
@@ -61,11 +61,12 @@ def draw_pictures(config, data, checkpoint: dict, output: Path) -> None:
     apart = torch.linspace(0, len(samples) - 1, min(PICTURES, len(samples))).long()
     batch = samples.collate(apart.numpy(), epoch=1)
     training, _ = data.split(config.dataset.train_subset, training=True)
-    filled = []
+    forward, filled = forward_of(config, data, torch.device("cpu")), []
     for weights in (None, checkpoint):
         model = load_model(config, data, weights)
-        filled.append(fill_masked(model, batch, PatchPool(model, training, normalize), normalize))
-    draw(batch, filled, output)
+        images, mask, pictures = fill_masked(forward, model, batch, PatchPool(model, training, normalize))
+        filled.append(pictures)
+    draw(images, mask, filled, output)
 
 
 def draw_text(config, data, checkpoint: dict, output: Path, encoder_json: Path) -> None:

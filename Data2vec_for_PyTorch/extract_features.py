@@ -30,8 +30,7 @@ from data2vec import device_patches
 from data2vec.config.keys import options_of
 from data2vec.data.bpe import TextEncoding
 from data2vec.features import Options, picture_features, text_features, text_rows
-from data2vec.model.vision_model import Data2VecVision
-from data2vec.weights.pretrained import model_of
+from data2vec.weights.pretrained import model_of, text_encoder
 from data2vec.weights.vocabulary import check_vocabulary
 
 
@@ -87,7 +86,7 @@ def features(
     """(arrays by name, a word on what was cut)."""
     how = Options(options.pool, options.precision, options.batch_size)
     files = (options.encoder_json, options.vocab_bpe, options.dict)
-    if isinstance(model, Data2VecVision):
+    if model.picture_size:
         if options.teacher or any(files):
             raise UsageError(f"{options.checkpoint} is of pictures: --teacher and the vocabulary's files are for text")
         if not options.input.is_dir():
@@ -96,21 +95,19 @@ def features(
     if not all(files):
         raise UsageError("a text checkpoint needs --encoder-json, --vocab-bpe and --dict, those of its corpus")
     encoding = TextEncoding(*map(str, files))
-    encoder = model.encoder.teacher if options.teacher else model.encoder.sentence_encoder
-    if encoder is None:
-        raise UsageError(f"{options.checkpoint}: holds no teacher (encoder._ema)")
+    encoder = text_encoder(model, options.teacher, options.checkpoint).to(world.device).eval()
     check_vocabulary(encoding.vocab, options.dict, checkpoint, options.checkpoint)
     rows = text_rows(options.input, options.column)
     arrays, cut = text_features(encoder, options.input, rows, encoding, world, how)
     return arrays, f", {cut} cut at {encoder.config.max_source_positions} tokens" if cut else ""
 
 
-def picture_task(model: Data2VecVision, checkpoint: dict[str, Any]) -> DictConfig:
+def picture_task(model: torch.nn.Module, checkpoint: dict[str, Any]) -> DictConfig:
     """Size and normalisation of the pictures that the model has seen; a default where the checkpoint does not say."""
     known, options = checkpoint["cfg"].get("task") or {}, options_of("image_pretraining")
     names = ("normalization_mean", "normalization_std")
     task = {name: known.get(name) or options[f"task.{name}"].default for name in names}
-    return OmegaConf.create({"task": {"input_size": model.config.image_size, **task}})
+    return OmegaConf.create({"task": {"input_size": model.picture_size, **task}})
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -6,10 +6,11 @@
 On text, all look at masked tokens only, whose identity the model has to infer from context, and are computed for the
 untrained model (same seed) and for the checkpoint:
 
-- linear probe: a logistic regression from the last three layers' states, side by side, to the token (the 100 commonest,
-  <s> and </s> left out), fitted on the training split, accuracy on the validation split; of the student, and of the
-  teacher, which is given the masked text, too; beside it, that of always guessing the commonest, and that of a table
-  that counts in the training text which token stands between two neighbours, on the same tokens;
+- linear probe: a logistic regression from the last three layers' states (of data2vec 2.0 the decoder's), side by side,
+  to the token (the 100 commonest, <s> and </s> left out), fitted on the training split, accuracy on the validation
+  split; of the student, and of the teacher, which is given the masked text, too (not of data2vec 2.0, whose teacher
+  knows whole texts alone); beside it, that of always guessing the commonest, and that of a table that counts in the
+  training text which token stands between two neighbours, on the same tokens;
 - cloze retrieval: how often the teacher's target nearest to a prediction, among all masked tokens looked at, is the one
   of the predicted position; beside it, chance.
 
@@ -71,7 +72,7 @@ def probe_images(model, data, config, device: torch.device, precision: str) -> d
     train_folder, valid_folder, classes = class_folders(config)
     train = collect_pictures(model, train_folder, classes, config, device, precision)
     valid = collect_pictures(model, valid_folder, classes, config, device, precision)
-    pixels = collect_pixels(train_folder, config), train[1], collect_pixels(valid_folder, config), valid[1]
+    pixels = collect_pixels(train_folder), train[1], collect_pixels(valid_folder), valid[1]
     accuracy, largest = linear_probe(*train, *valid)
     batches, forward = data.valid_batches(config.dataset.valid_subset), forward_of(config, data, device)
     pred, target = collect_masked_patches(model, batches, RETRIEVAL_TOKENS, forward, device, precision)
@@ -91,13 +92,16 @@ def probe_text(model, data: PretrainingData, config, device: torch.device, preci
     train = collect(model, data.train_batches(epoch=1), TRAIN_TOKENS, data, device, precision)
     valid = collect(model, data.valid_batches(config.dataset.valid_subset), VALID_TOKENS, data, device, precision)
     accuracy, guessing = logistic_probe(train["student"], train["token"], valid["student"], valid["token"], CLASSES)
-    teacher, _ = logistic_probe(train["teacher"], train["token"], valid["teacher"], valid["token"], CLASSES)
+    teacher = {}
+    if "teacher" in train:
+        pairs = (train["teacher"], train["token"], valid["teacher"], valid["token"])
+        teacher = {"teacher's probe": logistic_probe(*pairs, CLASSES)[0]}
     corpus = data.split(config.dataset.train_subset, training=True)[0].corpus
     text = corpus.token_range(0, int(corpus.sizes.sum()))
     pred, target = valid["pred"][:RETRIEVAL_TOKENS], valid["target"][:RETRIEVAL_TOKENS]
     return {
         "linear probe": accuracy,
-        "teacher's probe": teacher,
+        **teacher,
         "commonest token": guessing,
         "count table": counting_accuracy(text, commonest(train["token"], CLASSES), valid),
         "cloze retrieval": retrieval(pred, target),

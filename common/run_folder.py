@@ -191,8 +191,9 @@ def listing_identity(
     """
     digest = hashlib.sha256()
     prefix = "" if root is None else f"{os.path.join(root, '')}"
+    names = [str(name).removeprefix(prefix) for name in names]
     for name in names:
-        digest.update(os.fsencode(str(name).removeprefix(prefix)) + b"\0")
+        digest.update(os.fsencode(name) + b"\0")
     for label in labels:
         digest.update(str(label).encode("utf-8", "surrogateescape") + b"\0")
     if root is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from data2vec.data.image_data import ImageBatch, MaskedImages, Normalize
-from data2vec.model.vision_model import Data2VecVision
+from data2vec.data.image_data import MaskedImages, Normalize
+from data2vec.data.multi.batch import MultiBatch
 
 POOL_PICTURES, BATCH = 512, 128
 
@@ -19,16 +21,13 @@ class PatchPool:
     """Patches of training pictures, whole ones, with the teacher's targets for them."""
 
     @torch.no_grad()
-    def __init__(self, model: Data2VecVision, pictures: MaskedImages, normalize: Normalize):
-        self.size = model.config.patch_size
+    def __init__(self, model: nn.Module, pictures: MaskedImages, normalize: Normalize):
+        self.size = model.patch_size
         targets, pixels = [], []
         chosen = np.linspace(0, len(pictures) - 1, min(POOL_PICTURES, len(pictures))).astype(int)
         for start in range(0, len(chosen), BATCH):
-            images = pictures.collate(chosen[start : start + BATCH], epoch=1).images  # uint8 [B, 3, S, S]
-            patches = model.patch_embed(normalize(images))  # [B, P, C]
-            length = patches.shape[1] + 1
-            rows = torch.arange(len(images) * length).view(-1, length)[:, 1:].flatten()  # all but [CLS]
-            targets.append(model.make_targets(normalize(images), patches, rows))
+            images = torch.stack([pictures.image(i, epoch=1) for i in chosen[start : start + BATCH].tolist()])
+            targets.append(model.patch_targets(normalize(images)).flatten(0, 1))  # uint8 [B, 3, S, S] -> [B * P, C]
             pixels.append(cut(images, self.size).flatten(0, 1))
         self.targets, self.pixels = torch.cat(targets), torch.cat(pixels)  # fp32 [M, C], uint8 [M, 3, p, p]
 
@@ -51,26 +50,40 @@ def paste(patches: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill_masked(model: Data2VecVision, batch: ImageBatch, pool: PatchPool, normalize: Normalize) -> Tensor:
-    """uint8 [B, 3, S, S]: the pictures with every masked patch replaced by what the model expects there."""
-    pred = model(normalize(batch.images), batch.mask, batch.rows)["pred"]
-    patches = cut(batch.images, pool.size).clone()
-    patches[batch.mask] = pool.nearest(pred)
-    return paste(patches)
+def fill_masked(forward: Callable, model: nn.Module, batch: Any, pool: PatchPool) -> tuple[Tensor, Tensor, Tensor]:
+    """(pictures uint8 [B, 3, S, S], bool [B, P] where a patch is masked, pictures with what the model expects there).
+
+    Args:
+        forward: `modality.forward_of` the run.
+        batch: of either version; of several masks a picture the first one counts.
+    """
+    pred = forward(model, batch)["pred"]
+    if isinstance(batch, MultiBatch):
+        patches = cut(batch.source, pool.size)
+        row, place = batch.plan.hidden // patches.shape[1], batch.plan.hidden % patches.shape[1]
+        first = row % batch.plan.masks == 0
+        pred, images = pred[first], batch.source
+        mask = torch.zeros(patches.shape[:2], dtype=torch.bool)
+        mask[row[first] // batch.plan.masks, place[first]] = True
+    else:
+        images, mask = batch.images, batch.mask
+    patches = cut(images, pool.size).clone()
+    patches[mask] = pool.nearest(pred)
+    return images, mask, paste(patches)
 
 
-def draw(batch: ImageBatch, filled: list[Tensor], path: Path) -> None:
-    """Four rows: pictures, masked, filled by the untrained model and by the trained one."""
+def draw(images: Tensor, mask: Tensor, filled: list[Tensor], path: Path) -> None:
+    """Four rows: pictures, masked, filled by the untrained model and by the trained one; as of `fill_masked`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    side = round(batch.mask.shape[1] ** 0.5)
-    hidden = F.interpolate(batch.mask.view(-1, 1, side, side).float(), batch.images.shape[-2:]).bool()
-    rows = [batch.images, batch.images.masked_fill(hidden, 128), *filled]
+    side = round(mask.shape[1] ** 0.5)
+    hidden = F.interpolate(mask.view(-1, 1, side, side).float(), images.shape[-2:]).bool()
+    rows = [images, images.masked_fill(hidden, 128), *filled]
     figure, axes = pyplot.subplots(
-        len(rows), len(batch.images), figsize=(1.5 * len(batch.images), 6.4), layout="constrained", squeeze=False
+        len(rows), len(images), figsize=(1.5 * len(images), 6.4), layout="constrained", squeeze=False
     )
     for pictures, title, line in zip(
         rows, ("picture", "masked", "untrained fills", "trained fills"), axes, strict=True

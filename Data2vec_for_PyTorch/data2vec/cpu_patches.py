@@ -13,6 +13,8 @@ from common.cpu import use_cpu_kernels
 from common.patches import chosen
 from data2vec import cpu_dropout
 from data2vec.model.encoder import EncoderLayer
+from data2vec.model.multi.block import Block
+from data2vec.model.multi.decoder import Decoder
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
@@ -31,11 +33,10 @@ def use_wide_products(model: nn.Module) -> None:
     Module by module and not around the model, since activation checkpointing runs a layer again by itself.
     """
     for module in model.modules():
-        if isinstance(module, EncoderLayer) or hasattr(module, "drop_path2"):  # a block of either model
+        if isinstance(module, EncoderLayer | Block | Decoder) or hasattr(module, "drop_path2"):  # of any model
             use_cpu_kernels(module)
-        for head in ("regression_head", "final_proj"):
-            if hasattr(module, head):
-                use_cpu_kernels(getattr(module, head))
+        heads = ("proj",) if isinstance(module, Decoder) else ("regression_head", "final_proj")
+        use_cpu_kernels(*(getattr(module, head) for head in heads if hasattr(module, head)))
 
 
 PATCHES = {"cheap_dropout": use_cheap_dropout, "wide_products": use_wide_products}

@@ -13,7 +13,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from common import device as devices
 from common.errors import UsageError
 from data2vec.data.epochs import BrokenSample, EpochBatches
-from data2vec.data.image_data import MaskedImages, Normalize, read_picture, to_uint8
+from data2vec.data.image_data import Normalize, find_pictures, read_picture, to_uint8
 
 BATCH = 128
 GRID = 3  # cells a side in which patches are averaged
@@ -32,15 +32,14 @@ def collect_pictures(
     Raises:
         UsageError: a picture in no class folder, or one that cannot be read.
     """
-    pictures = MaskedImages(folder, config)
-    names = [Path(file).relative_to(folder).parts[0] for file in pictures.files]
-    if stray := [file for file, name in zip(pictures.files, names, strict=True) if name not in classes]:
+    files, size = find_pictures(folder), config.task.input_size
+    names = [Path(file).relative_to(folder).parts[0] for file in files]
+    if stray := [file for file, name in zip(files, names, strict=True) if name not in classes]:
         raise UsageError(f"{stray[0]}: a picture outside the class folders of {folder}: move or remove it")
-    size = pictures.size
     normalize = Normalize(config, device)
     features = []
-    for start in range(0, len(pictures), BATCH):
-        images = read_cropped(pictures.files[start : start + BATCH], size).to(device)
+    for start in range(0, len(files), BATCH):
+        images = read_cropped(files[start : start + BATCH], size).to(device)
         with devices.autocast(device, precision):
             hidden = model.patch_states(normalize(images))  # [B, P, C]
         features.append(pool(hidden.float()).cpu())
@@ -63,10 +62,9 @@ def pool(hidden: torch.Tensor) -> torch.Tensor:
     return cells.flatten(1)
 
 
-def collect_pixels(folder: Path, config: DictConfig) -> torch.Tensor:
+def collect_pixels(folder: Path) -> torch.Tensor:
     """fp32 [N, 3 * SIDE * SIDE] in 0..1: the same pictures, shrunk by averaging; no features."""
-    files = MaskedImages(folder, config).files
-    small = (read_picture(file).resize((SIDE, SIDE), Image.Resampling.BOX) for file in files)
+    small = (read_picture(file).resize((SIDE, SIDE), Image.Resampling.BOX) for file in find_pictures(folder))
     return torch.stack([to_uint8(picture).flatten() for picture in small]).float().div(255)
 
 

@@ -11,16 +11,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.checkpoint_file import CheckpointError
 from common.errors import UsageError
+from data2vec.config.keys import MULTI, PICTURES
 from data2vec.data.dictionary import MASK
 from data2vec.data.epochs import SplitBatches
+from data2vec.data.multi.text import MultiTextData
 from data2vec.data.pretraining_data import PretrainingData
+from data2vec.model.multi.model import build_multi_model
 from data2vec.model.text_model import build_model
 from data2vec.weights.pretrained import load_weights
 from data2vec.weights.vocabulary import check_vocabulary
 
 
 def is_vision(config: DictConfig) -> bool:
-    return config.task._name == "image_pretraining"
+    return config.task._name in PICTURES
+
+
+def is_multi(config: DictConfig) -> bool:
+    """Whether the objective is data2vec 2.0's."""
+    return config.model._name == MULTI
 
 
 def fps_unit(config: DictConfig) -> str:
@@ -30,17 +38,21 @@ def fps_unit(config: DictConfig) -> str:
 
 def open_data(config: DictConfig, rank: int = 0, world_size: int = 1) -> SplitBatches:
     """The run's data. UsageError when the folder is not one."""
-    if is_vision(config):
-        from data2vec.data.image_data import ImagePretrainingData  # torchvision: a text run does without
-
-        return ImagePretrainingData(config, rank, world_size)
-    return PretrainingData(config, rank, world_size)
+    if not is_vision(config):
+        return (MultiTextData if is_multi(config) else PretrainingData)(config, rank, world_size)
+    if is_multi(config):
+        from data2vec.data.multi.images import MultiImageData as ImageData  # torchvision: a text run does without
+    else:
+        from data2vec.data.image_data import ImagePretrainingData as ImageData
+    return ImageData(config, rank, world_size)
 
 
 def build(config: DictConfig, data: SplitBatches) -> torch.nn.Module:
     """The configuration's model, for that data. UsageError for options that do not fit together."""
     options = OmegaConf.to_container(config.model)
     try:
+        if is_multi(config):
+            return build_multi_model(options, None if is_vision(config) else len(data.vocab))
         if is_vision(config):
             from data2vec.model.vision_model import build_vision_model
 
@@ -71,6 +83,10 @@ def forward_of(
         from data2vec.data.image_data import Normalize
 
         normalize = Normalize(config, device)
+        if is_multi(config):
+            return lambda model, batch: model(normalize(batch.source), batch.plan)
         return lambda model, batch: model(normalize(batch.images), batch.mask, batch.rows)
+    if is_multi(config):
+        return lambda model, batch: model(batch.source, batch.plan, batch.has_padding)
     mask_idx = data.vocab.index(MASK)
     return lambda model, batch: model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan)

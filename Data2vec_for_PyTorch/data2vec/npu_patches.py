@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common import npu
+from data2vec.config.keys import PICTURES
 from data2vec.model.attention import attention
 
 LENGTH_MULTIPLE = 64
@@ -21,7 +22,7 @@ def use_length_buckets(config: DictConfig) -> str | None:
 
     Pads are hidden from attention: results do not change. A multiple that the user set stays.
     """
-    if config.task._name == "image_pretraining" or config.dataset.required_seq_len_multiple != 1:
+    if config.task._name in PICTURES or config.dataset.required_seq_len_multiple != 1:
         return None
     config.dataset.required_seq_len_multiple = LENGTH_MULTIPLE
     return f"npu: batches are padded to multiples of {LENGTH_MULTIPLE} tokens (dataset.required_seq_len_multiple)"

@@ -9,11 +9,16 @@ from common import device as devices
 from data2vec.count_table import CountTable
 from data2vec.data.dictionary import MASK
 from data2vec.data.epochs import EpochBatches
-from data2vec.data.pretraining_data import PretrainingData
+from data2vec.data.multi.batch import MultiBatch
+from data2vec.data.pretraining_data import PretrainingData, TextBatch
 from data2vec.model.encoder import Rows, SentenceEncoder
+from data2vec.model.multi.model import Data2VecMulti
+from data2vec.model.text_model import Data2VecText
 
 TOP_LAYERS = 3  # whose states stand side by side
 NOT_VISIBLE = -1
+# (by name what is known of masked tokens [N, ...], the masked text int64 [B, T], their places in it int64 [N])
+Found = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
@@ -23,24 +28,19 @@ def collect(
     """Of the first `limit` masked tokens, special ones (<s>, </s>) left out.
 
     Returns:
-        student, teacher: fp32 [N, TOP_LAYERS * C], their states; the teacher is given the masked text, too.
+        student, teacher: fp32 [N, TOP_LAYERS * C], their states; the teacher is given the masked text, too. Of data2vec
+            2.0 the decoder's, and none of a teacher, which knows whole texts alone.
         pred, target: fp32 [N, C].
         token, left, right: int64 [N], the original id and the neighbours' in the batch, NOT_VISIBLE where hidden.
     """
     rows: dict[str, list[torch.Tensor]] = {}
     count, mask_idx = 0, data.vocab.index(MASK)
     for batch in batches.loader(num_workers=0):
-        batch = batch.to(device)
         with devices.autocast(device, precision):
-            out = model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan)
-            found = {"pred": out["pred"], "target": out["target"]}
-            for name, encoder in (("student", model.encoder.student), ("teacher", model.encoder.teacher)):
-                found[name] = top_states(encoder, batch.src_tokens, batch.plan.has_padding, batch.plan.rows)
-        tokens = batch.target_tokens.flatten()[batch.plan.rows.flat]
+            found, masked, places = look(model, batch.to(device), mask_idx)
         hidden = (mask_idx, data.vocab.bos_index, data.vocab.pad_index)
-        left, right = (_neighbours(batch.src_tokens, side, hidden) for side in (-1, 1))
-        found |= {"token": tokens, "left": left[batch.plan.rows.flat], "right": right[batch.plan.rows.flat]}
-        kept = tokens >= data.vocab.nspecial
+        found |= {name: _neighbours(masked, side, hidden)[places] for name, side in (("left", -1), ("right", 1))}
+        kept = found["token"] >= data.vocab.nspecial
         for name, value in found.items():
             value = value[kept].cpu()
             rows.setdefault(name, []).append(value.float() if value.is_floating_point() else value)
@@ -48,6 +48,30 @@ def collect(
         if count >= limit:
             break
     return {name: torch.cat(values)[:limit] for name, values in rows.items()}
+
+
+def look(model: torch.nn.Module, batch: TextBatch | MultiBatch, mask_idx: int) -> Found:
+    """Of either version's model."""
+    return (_look_at_visible if isinstance(model, Data2VecMulti) else _look_at_masked)(model, batch, mask_idx)
+
+
+def _look_at_masked(model: Data2VecText, batch: TextBatch, mask_idx: int) -> Found:
+    out, plan = model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan), batch.plan
+    found = {"pred": out["pred"], "target": out["target"]}
+    for name, encoder in (("student", model.encoder.student), ("teacher", model.encoder.teacher)):
+        found[name] = top_states(encoder, batch.src_tokens, plan.has_padding, plan.rows)
+    found["token"] = batch.target_tokens.flatten()[plan.rows.flat]
+    return found, batch.src_tokens, plan.rows.flat
+
+
+def _look_at_visible(model: Data2VecMulti, batch: MultiBatch, mask_idx: int) -> Found:
+    """The same of data2vec 2.0, whose encoder never sees a place that is hidden: the states are the decoder's."""
+    out, plan = model(batch.source, batch.plan, batch.has_padding), batch.plan
+    states = model.decoder_states(batch.source, plan, batch.has_padding)[-TOP_LAYERS:]  # [N, D] each
+    found = {"pred": out["pred"], "target": out["target"], "student": torch.cat(states, dim=1)}
+    found["token"] = batch.source.flatten()[plan.target]
+    masked = batch.source.repeat_interleave(plan.masks, dim=0)  # [B * M, T]
+    return found, masked.flatten().index_fill(0, plan.hidden, mask_idx).view_as(masked), plan.hidden
 
 
 def top_states(encoder: SentenceEncoder, tokens: torch.Tensor, has_padding: bool, rows: Rows) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from data2vec.classifiers import LogisticRegression
+from data2vec.data.dictionary import MASK
 from data2vec.data.pretraining_data import PretrainingData
-from data2vec.text_probe import collect, top_states
+from data2vec.text_probe import collect, look
 
 TRAIN_TOKENS, LEAST_SEEN, CLASSES = 30_000, 10, 100
 BLOCKS, WORDS, NEIGHBOURS = 8, 12, 4
@@ -47,14 +48,15 @@ class Expectations:
 def filled_blocks(model, data: PretrainingData, known: Expectations, spelled: list[str]) -> list[list[tuple[str, str]]]:
     """Of some held-out blocks every token as it is written and what the model expects, "" where it was not hidden."""
     batch = data.valid_batches(data.config.dataset.valid_subset)[0]
-    states = top_states(model.encoder.student, batch.src_tokens, batch.plan.has_padding, batch.plan.rows)
-    expected = torch.full(batch.src_tokens.shape, -1).flatten()
-    expected[batch.plan.rows.flat] = known.probe.predict(states)
-    expected = expected.view_as(batch.src_tokens)
-    tokens = torch.where(expected >= 0, batch.target_tokens, batch.src_tokens)
+    found, masked, places = look(model, batch, data.vocab.index(MASK))
+    expected = torch.full(masked.shape, -1).flatten()
+    expected[places] = known.probe.predict(found["student"])
+    expected = expected.view_as(masked)
+    tokens = masked.flatten().index_copy(0, places, found["token"]).view_as(masked)
     expected = torch.where(tokens < data.vocab.nspecial, -1, expected)  # a hidden <s> is no question
     pad = data.vocab.pad_index
-    full = [i for i in range(len(tokens)) if not (tokens[i] == pad).any()][:BLOCKS]
+    masks = len(tokens) // len(batch.id)  # of a sample: the first is drawn
+    full = [i for i in range(0, len(tokens), masks) if not (tokens[i] == pad).any()][:BLOCKS]
     return [
         [
             (spelled[t], spelled[e] if e >= 0 else "")

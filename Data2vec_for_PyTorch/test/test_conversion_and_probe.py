@@ -22,12 +22,11 @@ def folder(golden, tmp_path_factory):
 def test_huggingface_computes_the_same(golden, folder):
     from transformers import Data2VecTextModel
 
-    import convert_checkpoint
-    from data2vec.weights.pretrained import load_pretrained
+    from data2vec.weights.pretrained import load_pretrained, text_encoder
 
     theirs = Data2VecTextModel.from_pretrained(folder, add_pooling_layer=False).eval()
     path = golden / "checkpoint_tiny.pt"
-    ours = convert_checkpoint.text_encoder(load_pretrained(path), True, path).eval()
+    ours = text_encoder(load_pretrained(path), True, path).eval()
     tokens = torch.tensor([[0, 5, 9, 44, 30, 2], [0, 7, 8, 2, 1, 1]])
     with torch.no_grad():
         expected = theirs(tokens, attention_mask=tokens.ne(1)).last_hidden_state

@@ -1,7 +1,7 @@
 """data2vec 2.0 against fairseq's own modules (golden/multi_*.npz), and against itself where it is padded.
 
-The goldens are of fairseq's models/data2vec2.py at 3d262bb2, small and without dropout or noise, with masks given; weights
-and the teacher's differ. A script outside this repository wrote them, which loads those files with stand-ins for the
+The goldens are of fairseq's models/data2vec2.py at 3d262bb2, small, without dropout or noise, with masks given; student
+and teacher differ. A script outside this repository wrote them, which loads those files with stand-ins for the
 rest of fairseq (registries, tasks, audio): of `text` and `image` as the released base configurations have it, of
 `text_prenorm` with the other values of most options, of `image_encoder_only` with a teacher of the blocks alone.
 """
@@ -76,3 +76,20 @@ def test_loss_gradients_and_features_are_fairseqs(golden, name):
     student = dict(model.student.named_parameters())
     for key, value in model.teacher.named_parameters():
         torch.testing.assert_close(value, 0.9 * before[key] + 0.1 * student[key], rtol=1e-5, atol=1e-6)
+
+
+def test_padding_changes_nothing(golden):
+    """A row alone, and beside a longer one: the same predictions and targets, to rounding."""
+    from data2vec.model.multi.mask_plan import plan_masks
+
+    model, data = build("text", golden)
+    tokens, mask = torch.from_numpy(data["source"]), torch.from_numpy(data["mask"]).view(2, 2, -1)
+    short, hidden = tokens[:1, :8].clone(), mask[:1, :, :8]
+    alone = model(short, plan_masks(hidden))
+    padded = torch.cat((torch.nn.functional.pad(short, (0, 4), value=1), tokens[1:]))
+    both = torch.cat((torch.nn.functional.pad(hidden, (0, 4)), mask[1:]))
+    together = model(padded, plan_masks(both, padded.ne(1)), has_padding=True)
+    count = alone["sample_size"]
+    torch.testing.assert_close(together["pred"][:count], alone["pred"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together["target"][:count], alone["target"], rtol=1e-4, atol=1e-5)
+    assert together["sample_size"] == count + int(mask[1].sum())

@@ -6,106 +6,16 @@ fairseq's documentation and in the README.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
-MISSING = "???"  # has to be given
-_KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+from data2vec.config.multi_keys import MULTI_TEXT, MULTI_VISION
+from data2vec.config.option import MISSING, Fixed, Ignored, Key, Option, count, number, positive, share
+from data2vec.config.target_keys import TARGETS
 
-
-@dataclass(frozen=True)
-class Key:
-    """An option that this project acts on.
-
-    Args:
-        default: fairseq's. Its type is the option's; a list's, its first element's.
-        low, high: limits, themselves allowed.
-        kind: the type where the default, null, does not tell it.
-        null: whether null may be given.
-        choices: all values there are.
-    """
-
-    default: Any
-    low: float | None = None
-    high: float | None = None
-    kind: type | None = None
-    null: bool = False
-    choices: tuple[Any, ...] = ()
-
-    @property
-    def type(self) -> type:
-        return self.kind or type(self.default[0] if isinstance(self.default, list) else self.default)
-
-    def checked(self, name: str, value: Any, refuse: Callable[[str], None]) -> Any:
-        """The value in the option's type: 1e6 is a whole number, 0 a number, 2024 a folder's name.
-
-        Args:
-            refuse: called with what is wrong; raises.
-        """
-        if value == MISSING or value is None and (self.null or self.default is None):
-            return value
-        if self.kind is tuple:  # spelled freely, read by its user
-            return value
-        if isinstance(self.default, list):
-            return [self._checked_one(name, v, refuse) for v in (value if isinstance(value, list) else [value])]
-        return self._checked_one(name, value, refuse)
-
-    def _checked_one(self, name: str, value: Any, refuse: Callable[[str], None]) -> Any:
-        kind = self.type
-        wanted = {bool: bool, int: int, float: int | float, str: str | int | float}[kind]
-        if kind is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, wanted) or isinstance(value, bool) and kind is not bool:
-            refuse(f"{name}={value}: must be {_KIND_NAMES[kind]}")
-        if kind in (int, float):
-            below, above = self.low is not None and value < self.low, self.high is not None and value > self.high
-            if below or above or not math.isfinite(value):
-                refuse(f"{name}={value}: must be {self._limits()}")
-        value = str(value) if kind is str else float(value) if kind is float else value
-        if self.choices and value not in self.choices:
-            refuse(f"{name}={value}: choose one of {', '.join(map(str, self.choices))}")
-        return value
-
-    def _limits(self) -> str:
-        if self.low is None:
-            return "a finite number" if self.high is None else f"at most {self.high}"
-        return f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
-
-
-@dataclass(frozen=True)
-class Ignored:
-    """An option without effect here, with any value: its machinery does not exist, or no result depends on it."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """An option that is accepted with this value alone, fairseq's default: any other would change what is computed."""
-
-    value: Any
-
-
-Option = Key | Ignored | Fixed
-
-
-def count(default: int | None, **more: Any) -> Key:
-    return Key(default, low=0, kind=int, **more)
-
-
-def positive(default: int | None, **more: Any) -> Key:
-    return Key(default, low=1, kind=int, **more)
-
-
-def number(default: float | None, low: float = 0, **more: Any) -> Key:
-    return Key(default, low=low, kind=float, **more)
-
-
-def share(default: float) -> Key:
-    return Key(default, low=0, high=1, kind=float)
-
+MULTI = "data2vec_multi"
+TASKS = ("masked_lm", "image_pretraining", "mae_image_pretraining")
+MODELS = ("data2vec_text", "data2vec_vision", MULTI)
+PICTURES = ("image_pretraining", "mae_image_pretraining")  # tasks
 
 _COMMON: dict[str, Option] = {
     "common.seed": count(1),
@@ -123,6 +33,7 @@ _COMMON: dict[str, Option] = {
     "common.tensorboard_logdir": Ignored("TensorBoard files go to --output_dir/tensorboard"),
     "common.no_progress_bar": Ignored("the progress bar shows on a terminal only"),
     "common.log_file": Ignored("the launcher writes train_<device>.log"),
+    "common.fp16_no_flatten_grads": Ignored("weights are in fp32, each for itself"),
     "common.empty_cache_freq": Ignored("memory is not emptied between steps"),
     "common.all_gather_list_size": Ignored("there is no such buffer here"),
     "common.suppress_crashes": Ignored("a crash is reported as one"),
@@ -181,6 +92,7 @@ _TRAINING: dict[str, Option] = {
     "optimization.update_freq": Key([1], low=1),
     "optimization.lr": Key([0.25], low=0),
     "optimization.stop_time_hours": number(0.0),
+    "optimization.debug_param_names": Ignored("messages name parameters"),
     "optimization.sentence_avg": Fixed(False),
     "optimization.stop_min_lr": Fixed(-1.0),
     "optimization.use_bmuf": Fixed(False),
@@ -225,25 +137,8 @@ _TRAINING: dict[str, Option] = {
     "criterion.loss_weights": Fixed({}),
 }
 
-_TARGETS: dict[str, Option] = {
-    "model.loss_beta": number(0.0),
-    "model.loss_scale": Key(None, kind=float),  # fairseq crashes on null; here it means 1 / sqrt(C)
-    "model.average_top_k_layers": positive(8),
-    "model.layer_norm_target_layer": Key(False),
-    "model.instance_norm_target_layer": Key(False),
-    "model.batch_norm_target_layer": Key(False),
-    "model.instance_norm_targets": Key(False),
-    "model.layer_norm_targets": Key(False),
-    "model.ema_decay": share(0.999),
-    "model.ema_end_decay": share(0.9999),
-    "model.ema_anneal_end_step": count(None),  # null: optimization.max_update
-    "model.init_std": number(0.02, low=1e-6),  # ours: BERT's 0.02 fits a width of 768, a narrow model needs more
-    # ours: per_micro_batch (the released code) or per_update (update_freq k equals k ranks)
-    "model.ema_steps": Key("per_micro_batch", choices=("per_micro_batch", "per_update")),
-}
-
 _TEXT: dict[str, Option] = {
-    "task._name": Key("masked_lm", choices=("masked_lm", "image_pretraining")),
+    "task._name": Key("masked_lm", choices=TASKS),
     "task.data": Key(MISSING),
     "task.sample_break_mode": Key("none", null=True, choices=("none", "complete", "complete_doc", "eos")),
     "task.tokens_per_sample": Key(1024, low=2),  # <s> and a token
@@ -261,9 +156,9 @@ _TEXT: dict[str, Option] = {
     "task.shorten_data_split_list": Fixed(""),
     "task.skip_masking": Fixed(False),
     "task.d2v2_multi": Fixed(False),
-    "model._name": Key("data2vec_text", choices=("data2vec_text", "data2vec_vision")),
+    "model._name": Key("data2vec_text", choices=MODELS),
     "model.head_layers": positive(1),
-    **_TARGETS,
+    **TARGETS,
     "model.ema_transformer_layers_only": Key(True),
     "model.max_positions": Key(None, low=2, kind=int),  # longer samples are left out; null: task.tokens_per_sample
     # ours: masked_only (the released code) or full (the paper)
@@ -313,7 +208,7 @@ _VISION: dict[str, Option] = {
     "model.num_mask_patches": Key(75),
     "model.min_mask_patches_per_block": positive(16),
     "model.max_mask_patches_per_block": positive(196),
-    **_TARGETS,  # loss_scale null: 1 / sqrt(C); 0 or below: 1
+    **TARGETS,  # loss_scale null: 1 / sqrt(C); 0 or below: 1
     "model.end_of_block_targets": Key(True),
     "model.ema_transformer_only": Key(True),
     "model.norm_eps": number(0.00001),  # ours: of the LayerNorms; fairseq's 1e-5, the paper's code has 1e-6
@@ -337,6 +232,7 @@ _SENTENCES: dict[str, Option] = {
     "task.init_token": Fixed(0),
     "task.separator_token": Fixed(2),
     "task.seed": _TEXT["task.seed"],
+    "task.d2v2_multi": Ignored("the checkpoint says what it is"),
     "task.shorten_method": Ignored("texts are cut at task.max_positions, and the log says how many"),
     "criterion._name": Key("sentence_prediction", choices=("sentence_prediction",)),
     "criterion.regression_target": Ignored("task.regression_target says it"),
@@ -357,13 +253,25 @@ _SENTENCES: dict[str, Option] = {
     ),
     "checkpoint.maximize_best_checkpoint_metric": Ignored("the metric says it"),
     "model._name": Key("data2vec_text_classification", choices=("data2vec_text_classification",)),
+    "model.model_path": Ignored("checkpoint.finetune_from_model names the pretrained weights"),
     "model.pooler_dropout": share(0.0),
     "model.init_std": number(0.02, low=1e-6),  # ours
     **{key: option for key, option in _TEXT.items() if key.startswith("model.transformer.")},
 }
 
 
-def options_of(task: str | None) -> Mapping[str, Option]:
-    """All options of a task, text where it is no known one; names with their group, "optimization.max_update"."""
-    own = {"image_pretraining": _VISION, "sentence_prediction": _SENTENCES}.get(task, _TEXT)
+_NAMES = {key: _TEXT[key] for key in ("task._name", "task.data", "model._name")}
+_MULTI_OF_TEXT = {**_NAMES, **{key: _TEXT[key] for key in ("task.sample_break_mode", "task.tokens_per_sample")}}
+_MULTI_OF_TEXT |= {key: _TEXT[key] for key in ("task.include_index", "task.seed", "task.mask_whole_words")}
+_MULTI_OF_TEXT |= {key: _TEXT[key] for key in ("task.shorten_method", "task.shorten_data_split_list")} | MULTI_TEXT
+_SEEN = ("task.input_size", "task.normalization_mean", "task.normalization_std")
+_MULTI_OF_PICTURES = {**_NAMES, **{key: _VISION[key] for key in _SEEN}, **MULTI_VISION}
+
+
+def options_of(task: str | None, model: str | None = None) -> Mapping[str, Option]:
+    """All options of a task and model, of text where they are no known ones; names with their group."""
+    if model == MULTI:
+        own = _MULTI_OF_PICTURES if task in PICTURES else _MULTI_OF_TEXT
+    else:
+        own = {"image_pretraining": _VISION, "sentence_prediction": _SENTENCES}.get(task, _TEXT)
     return _COMMON | _DATASET | _TRAINING | own

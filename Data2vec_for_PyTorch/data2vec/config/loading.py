@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UsageError
-from data2vec.config.keys import Fixed, Ignored, Key, Option, options_of
+from data2vec.config.keys import MULTI, Fixed, Ignored, Key, Option, options_of
+from data2vec.config.multi import check_multi_text, check_multi_vision, refuse_audio, without_group, without_groups
 
 PROJECT = Path(__file__).resolve().parents[2]
 # what decides a checkpoint's loss, besides task and model, which are taken whole
@@ -46,8 +47,9 @@ def load_config(
         if stored:
             given, notes = _with_checkpoint(given, stored, path.name)
             source = f"the checkpoint's configuration, {path.name} and overrides"
+        given = without_groups(given, source)  # an override of optimization.lr counts
         for override in overrides:
-            given = _overridden(given, override)
+            given = _overridden(given, without_group(override))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UsageError(f"{source}: {_one_line(error)}") from None
     config, more = check_config(given, source)
@@ -100,7 +102,7 @@ def _overridden(given: DictConfig, override: str) -> DictConfig:
         raise UsageError(f"{override!r}: keys are not removed here; leave it out of the YAML file, or give its default")
     if not equals or not key:
         raise UsageError(f"{override!r}: write overrides as group.key=value")
-    option = options_of(OmegaConf.select(given, "task._name")).get(key)
+    option = _options_of(given).get(key)
     if not isinstance(option, Key) or option.type is not str or isinstance(option.default, list):
         return OmegaConf.merge(given, OmegaConf.from_dotlist([f"{key}={text}"]))
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
@@ -113,7 +115,7 @@ def _overridden(given: DictConfig, override: str) -> DictConfig:
 
 def _with_checkpoint(given: DictConfig, stored: Mapping[str, Any], name: str) -> tuple[DictConfig, list[str]]:
     """The file's configuration with the checkpoint's task, model, seed and batches; a note on what differs."""
-    options = options_of((stored.get("task") or {}).get("_name"))
+    options = _options_of(OmegaConf.create(_plain(stored)))
     before = dict(_leaves(given))
     merged = OmegaConf.to_container(given)
     for group in ("task", "model"):
@@ -146,7 +148,8 @@ def _plain(value: Any) -> Any:
 
 def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]:
     """Fills in defaults and refuses what would be ignored. `source` names the file in messages."""
-    options = options_of(OmegaConf.select(given, "task._name"))
+    refuse_audio(given, source)
+    options = _options_of(given)
     config = OmegaConf.create()
     for key, option in options.items():
         if isinstance(option, Key):
@@ -175,6 +178,11 @@ def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]
         raise UsageError(f"{source}: {_one_line(error)}") from None
     _check_values(config, options, source)
     return config, notes
+
+
+def _options_of(given: DictConfig) -> Mapping[str, Option]:
+    """Of the configuration's task and model."""
+    return options_of(*(OmegaConf.select(given, f"{group}._name") for group in ("task", "model")))
 
 
 def _one_line(error: Exception) -> str:
@@ -213,11 +221,13 @@ def _check_values(config: DictConfig, options: Mapping[str, Option], source: str
         option = options.get(key)
         if isinstance(option, Key):
             OmegaConf.update(config, key, option.checked(key, value, refuse))
-    kind = config.task._name
-    if kind != "sentence_prediction" and (kind == "image_pretraining") != (config.model._name == "data2vec_vision"):
-        refuse(f"task._name={kind} with model._name={config.model._name}: the one is text, the other images")
+    kind, model = config.task._name, config.model._name
+    known = {"data2vec_text": ("masked_lm",), "data2vec_vision": ("image_pretraining",)}
+    known[MULTI] = ("masked_lm", "mae_image_pretraining")
+    if kind not in known.get(model, (kind,)):
+        refuse(f"task._name={kind} with model._name={model}: that model is trained by {' or '.join(known[model])}")
     if OmegaConf.is_missing(config.task, "data"):
-        what = {"image_pretraining": "pictures", "sentence_prediction": "the tables"}.get(kind, "the binarized corpus")
+        what = {"sentence_prediction": "the tables", "masked_lm": "the binarized corpus"}.get(kind, "pictures")
         refuse(f"task.data is not set: give the folder of {what}, task.data=DIR")
     if config.common.fp16 and config.common.bf16:
         refuse("common.fp16 and common.bf16 are both true: choose one")
@@ -229,11 +239,15 @@ def _check_values(config: DictConfig, options: Mapping[str, Option], source: str
     if kind != "sentence_prediction" and config.model.ema_anneal_end_step is None:
         config.model.ema_anneal_end_step = config.optimization.max_update
     checks = {"image_pretraining": _check_vision, "sentence_prediction": _check_sentences}
+    if model == MULTI:
+        checks = {"mae_image_pretraining": check_multi_vision, "masked_lm": check_multi_text}
     checks.get(kind, _check_text)(config, refuse)
     transformer = config.model.get("transformer")
     if transformer and transformer.relu_dropout and not transformer.activation_dropout:
         transformer.activation_dropout = transformer.relu_dropout
-    adam_betas(config)
+    betas = adam_betas(config)
+    if not isinstance(config.optimizer.adam_betas, str):  # one spelling, which a resumed run compares
+        config.optimizer.adam_betas = "({:g},{:g})".format(*betas)
 
 
 def _check_text(config: DictConfig, refuse: Callable[[str], None]) -> None:

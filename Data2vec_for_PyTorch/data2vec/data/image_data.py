@@ -56,21 +56,21 @@ class MaskedImages:
 
     def __init__(self, folder: Path, config: DictConfig):
         self.folder = folder
-        self.files = sorted(pictures.find(folder), key=os.path.split)  # by folder, then by name
-        if not self.files:
-            raise UsageError(f"{folder}: no pictures ({', '.join(pictures.SUFFIXES)})")
+        self.files = find_pictures(folder)
         self.seed = config.common.seed
         self.size = config.task.input_size
         self.model = config.model
-        side = config.model.image_size // config.model.patch_size
-        self.window = (side, side)
-        self.augment = Compose(
-            [
-                ColorJitter(JITTER, JITTER, JITTER),
-                RandomHorizontalFlip(),
-                RandomResizedCrop(self.size, interpolation=InterpolationMode.BICUBIC),
-            ]
-        )
+        self.augment = self.augmentation()
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        side = self.model.image_size // self.model.patch_size
+        return side, side
+
+    def augmentation(self) -> Compose:
+        crop = RandomResizedCrop(self.size, interpolation=InterpolationMode.BICUBIC)
+        return Compose([ColorJitter(JITTER, JITTER, JITTER), RandomHorizontalFlip(), crop])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -91,6 +91,15 @@ class MaskedImages:
         rng = random.Random(mix_seed(self.seed, epoch, index, 1))
         sizes = (model.num_mask_patches, model.min_mask_patches_per_block, model.max_mask_patches_per_block)
         return block_mask(self.window, *sizes, rng).ravel()
+
+    def check(self) -> None:
+        """Looks at the first masks, whether they hide anything. UsageError."""
+        probed = min(len(self), PROBED_PICTURES)
+        if not any(self.mask(index, epoch=1).any() for index in range(probed)):
+            raise UsageError(
+                f"{self.folder}: no patch is hidden in its first {probed} pictures: choose other "
+                "model.num_mask_patches, min_mask_patches_per_block and max_mask_patches_per_block"
+            )
 
     def collate(self, indices: np.ndarray, epoch: int) -> ImageBatch:
         patches = self.window[0] * self.window[1]
@@ -114,6 +123,8 @@ class ImagePretrainingData(SplitBatches):
         UsageError: no such folder, no pictures in it, a missing validation folder, or nothing to train on.
     """
 
+    samples: type[MaskedImages] = MaskedImages  # of a split
+
     def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1):
         super().__init__(config, rank, world_size)
         self.folder = Path(config.task.data)
@@ -129,12 +140,8 @@ class ImagePretrainingData(SplitBatches):
                     "dataset.valid_subset=NAME, or train without validation, dataset.disable_validation=true"
                 )
             folder = self.folder
-        data = MaskedImages(folder, self.config)
-        if not any(data.mask(index, epoch=1).any() for index in range(min(len(data), PROBED_PICTURES))):
-            raise UsageError(
-                f"{folder}: no patch is hidden in its first {min(len(data), PROBED_PICTURES)} pictures: choose other "
-                "model.num_mask_patches, min_mask_patches_per_block and max_mask_patches_per_block"
-            )
+        data = self.samples(folder, self.config)
+        data.check()
         pictures.check(data.files)
         dataset = self.config.dataset
         rows = dataset.batch_size if training else dataset.batch_size_valid or dataset.batch_size
@@ -151,6 +158,14 @@ class ImagePretrainingData(SplitBatches):
                 f"dataset.required_batch_size_multiple={dataset.required_batch_size_multiple} is dropped"
             )
         return data, batches
+
+
+def find_pictures(folder: Path) -> list[str]:
+    """By folder, then by name. UsageError where there are none."""
+    files = sorted(pictures.find(folder), key=os.path.split)
+    if not files:
+        raise UsageError(f"{folder}: no pictures ({', '.join(pictures.SUFFIXES)})")
+    return files
 
 
 def read_picture(path: str) -> Image.Image:

@@ -110,6 +110,11 @@ class MaskedBlocks:
             )
         return np.concatenate([[self.options.vocab.bos_index], tokens])
 
+    def padded_width(self, indices: np.ndarray) -> int:
+        """Of a batch: its longest sample's length, or the multiple above it; 0 of no samples."""
+        multiple = self.options.length_multiple
+        return -(-int(self.sizes[indices].max()) // multiple) * multiple if len(indices) else 0
+
     def masked(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, target) of `mask_tokens`."""
         options = self.options
@@ -133,8 +138,7 @@ class MaskedBlocks:
         """Masks the samples and pads them on the right to the longest."""
         options = self.options
         pad, mask_idx = options.vocab.pad_index, options.vocab.index(MASK)
-        multiple = options.length_multiple
-        width = -(-int(self.sizes[indices].max()) // multiple) * multiple if len(indices) else 0
+        multiple, width = options.length_multiple, self.padded_width(indices)
         source = np.full((len(indices), width), pad)
         target = np.full((len(indices), width), pad)
         for row, index in enumerate(indices):
@@ -155,16 +159,26 @@ class PretrainingData(SplitBatches):
         UsageError: missing folder, vocabulary or split; damaged files; ids without a token; nothing to train on.
     """
 
+    samples: type[MaskedBlocks] = MaskedBlocks  # of a split
+
     def __init__(self, config: DictConfig, rank: int = 0, world_size: int = 1):
         self.folders = _folders(config.task.data)
         super().__init__(config, rank, world_size, places=len(self.folders))
+        self.vocab = _vocabulary(self.folders[0])
+        self.options = self.sample_options(config)
+
+    @property
+    def longest(self) -> int:
+        """Samples of more tokens are left out."""
+        return self.config.model.max_positions
+
+    def sample_options(self, config: DictConfig) -> SampleOptions:
         task = config.task
         mask_names = ("mask_prob", "leave_unmasked_prob", "random_token_prob", "freq_weighted_replacement")
         mask_names += ("mask_multiple_length", "mask_stdev")
-        self.vocab = _vocabulary(self.folders[0])
         # with these targets padding counts, so it has to be the reference's
         whole_sequence = target_config(config.model).uses_whole_sequence
-        self.options = SampleOptions(
+        return SampleOptions(
             config.common.seed,
             self.vocab,
             config.model.teacher_input,
@@ -179,7 +193,7 @@ class PretrainingData(SplitBatches):
         if len(parts) > 1:
             self.notes.append(f"{name}: read together with {', '.join(part.name for part in parts[1:])}")
         try:
-            data = MaskedBlocks(parts, self.config, self.options)
+            data = self.samples(parts, self.config, self.options)
             data.check()
             return data, self._plan(name, data, training)
         except (OSError, ValueError) as error:
@@ -187,7 +201,7 @@ class PretrainingData(SplitBatches):
 
     def _plan(self, name: str, data: MaskedBlocks, training: bool) -> list[np.ndarray]:
         dataset = self.config.dataset
-        limit = self.config.model.max_positions
+        limit = self.longest
         order = ordered_indices(data.sizes, self.config.common.seed)
         kept, dropped = filter_by_size(order, data.sizes, limit)
         if len(dropped):

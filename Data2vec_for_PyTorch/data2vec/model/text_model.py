@@ -144,6 +144,10 @@ class Data2VecText(nn.Module):
         return SHARED_WITH_STUDENT if self.config.ema_transformer_layers_only else ()
 
     @property
+    def picture_size(self) -> None:
+        """There are no pictures."""
+
+    @property
     def pad_index(self) -> int:
         return self.encoder.sentence_encoder.config.pad_index
 

@@ -177,6 +177,11 @@ class Data2VecVision(WithTeacher):
             block.mlp[2].weight.div_(math.sqrt(2.0 * number))
 
     @property
+    def picture_size(self) -> int:
+        """Side of a picture."""
+        return self.config.image_size
+
+    @property
     def student(self) -> nn.Module:
         return self.encoder if self.config.ema_transformer_only else self
 
@@ -221,6 +226,17 @@ class Data2VecVision(WithTeacher):
     def patch_states(self, images: Tensor) -> Tensor:
         """Those of the patches alone, [B, P, C]."""
         return self.encode(images)[:, 1:]
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.patch_size
+
+    def patch_targets(self, images: Tensor) -> Tensor:
+        """The teacher's, of all patches: fp32 [B, P, C]."""
+        patches = self.patch_embed(images)
+        places = torch.arange(len(patches) * (patches.shape[1] + 1), device=images.device)
+        rows = places.view(len(patches), -1)[:, 1:].flatten()  # all but [CLS]
+        return self.make_targets(images, patches, rows).view_as(patches)
 
     @torch.no_grad()
     def make_targets(self, images: Tensor, patches: Tensor, rows: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _updates_of(path: Path) -> int:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's (or a checkpoint's) configuration what decides its numbers, by group and name."""
-    options = options_of((config.get("task") or {}).get("_name"))
+    options = options_of(*((config.get(group) or {}).get("_name") for group in ("task", "model")))
     settings = OmegaConf.create()
     for key, option in options.items():
         group, _, rest = key.partition(".")

@@ -11,12 +11,17 @@ import torch
 
 from common import checkpoint_file
 from common.checkpoint_file import CheckpointError
+from data2vec.config.keys import MODELS, MULTI
+from data2vec.model.encoder import SentenceEncoder
+from data2vec.model.multi.model import Data2VecMulti, build_multi_model
 from data2vec.model.teacher import WithTeacher
 from data2vec.model.text_model import build_model
 from data2vec.weights.fairseq_names import to_todays_names
+from data2vec.weights.multi_weights import as_sentence_encoder
 from data2vec.weights.vision_weights import to_our_names
 
 ENCODER = "encoder.sentence_encoder."
+MULTI_TEXT = "modality_encoders.TEXT.local_encoder"
 SIZED = ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight")  # which tell an encoder's sizes
 # weights that a fine-tuned or converted model may lack
 OPTIONAL = ("encoder.regression_head.", "encoder.sentence_encoder.version", "final_proj.", "mask_emb", "encoder.norm.")
@@ -68,6 +73,9 @@ def encoder_weights(checkpoint: Any, path: str | Path) -> dict[str, torch.Tensor
     """
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
     state = state if isinstance(state, dict) else {}
+    if any(name.startswith(f"{MULTI_TEXT}.") for name in state):  # data2vec 2.0
+        encoder = as_sentence_encoder(model_of(checkpoint, path))
+        state = {f"{ENCODER}{name}": value for name, value in encoder.state_dict().items()}
     weights, _ = to_todays_names({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
     weights = {name: value for name, value in weights.items() if name.startswith(ENCODER)}
     if f"{ENCODER}embed_tokens.weight" not in weights:
@@ -84,7 +92,10 @@ def architecture(weights: Mapping[str, torch.Tensor], checkpoint: Mapping[str, A
     """Configuration keys of the encoder of `encoder_weights`; what shapes do not tell is the checkpoint's own."""
     layers = {name.split(".")[3] for name in weights if name.startswith(f"{ENCODER}layers.")}
     words, positions = (weights[f"{ENCODER}embed_{what}.weight"] for what in ("tokens", "positions"))
-    own = ((checkpoint.get("cfg") or {}).get("model") or {}).get("transformer") or {}
+    model = (checkpoint.get("cfg") or {}).get("model") or {}
+    own = model.get("transformer") or {}
+    if model.get("_name") == MULTI:
+        own = {**(model["modalities"]["text"]), "encoder": {"attention_heads": model["num_heads"]}}
     found = {
         "encoder.layers": len(layers),
         "encoder.embed_dim": words.shape[1],
@@ -120,9 +131,21 @@ def model_of(checkpoint: Any, path: Path) -> torch.nn.Module:
         from data2vec.model.vision_model import build_vision_model  # timm, which a text run does without
 
         model = build_vision_model(config)
+    elif name == MULTI:
+        words = weights.get(f"{MULTI_TEXT}.embed_tokens.weight")
+        model = build_multi_model(config, None if words is None else len(words))
     elif name == "data2vec_text" and words is not None:
         model = build_model(config, len(words))
     else:
-        raise CheckpointError(f"{path}: holds a model of {name}; one of data2vec_text or data2vec_vision is needed")
+        raise CheckpointError(f"{path}: holds a model of {name}; one of {', '.join(MODELS)} is needed")
     load_weights(model, checkpoint, path)
     return model
+
+
+def text_encoder(model: torch.nn.Module, teacher: bool, path: str | Path) -> SentenceEncoder:
+    """Of a text model: the student's, or the teacher's. CheckpointError where there is none."""
+    if teacher and model.teacher_holder.teacher is None:
+        raise CheckpointError(f"{path}: holds no teacher (_ema)")
+    if isinstance(model, Data2VecMulti):
+        return as_sentence_encoder(model, teacher)
+    return model.encoder.teacher if teacher else model.encoder.sentence_encoder

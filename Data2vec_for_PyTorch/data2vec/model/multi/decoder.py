@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         layers.append(nn.Linear(width, embed_dim))
         return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
 
-    def layers(self, x: Tensor, real: Tensor | None) -> list[Tensor]:
+    def forward(self, x: Tensor, real: Tensor | None) -> list[Tensor]:
         """Each layer's states, [B, T, D]; `self.proj` of the last makes predictions.
 
         Args:

@@ -111,7 +111,7 @@ class ModalityEncoder(nn.Module):
         if real is not None:
             real = real.repeat_interleave(plan.masks, dim=0)
             canvas = canvas * real.unsqueeze(2)
-        return [y.flatten(0, 1).index_select(0, plan.hidden) for y in self.decoder.layers(canvas, real)]
+        return [y.flatten(0, 1).index_select(0, plan.hidden) for y in self.decoder(canvas, real)]
 
 
 class TextEncoder(ModalityEncoder):

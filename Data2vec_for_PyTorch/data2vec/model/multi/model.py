@@ -61,7 +61,7 @@ class Data2VecMulti(WithTeacher):
         self._initialise()
 
     def _initialise(self) -> None:
-        """BERT's, but convolutions: patches as a linear map's, the decoder's (and of pictures its projection) torch's."""
+        """BERT's; patches like a linear map, the decoder's convolutions (of pictures its projection, too) torch's."""
         self.apply(partial(init_bert_weights, std=self.config.init_std))
         if isinstance(self.modality, ImageEncoder):
             nn.init.xavier_uniform_(self.modality.local_encoder.proj.weight.detach().flatten(1))
@@ -70,6 +70,11 @@ class Data2VecMulti(WithTeacher):
     @property
     def modality(self) -> ModalityEncoder:
         return next(iter(self.modality_encoders.values()))
+
+    @property
+    def picture_size(self) -> int | None:
+        """Side of a picture; None of text."""
+        return self.modality.config.input_size if isinstance(self.modality, ImageEncoder) else None
 
     @property
     def student(self) -> nn.Module:
@@ -105,7 +110,7 @@ class Data2VecMulti(WithTeacher):
         """
         features, real = self.modality.local_features(source, has_padding)  # [B, T, C]
         target = self.make_targets(source, features, real)  # fp32 [B, T, C]
-        x = self.encode_visible(features, plan)  # [B * M, E + K, C]
+        x = self._encode(*self.modality.contextualize(features, None, plan))  # [B * M, E + K, C]
         hidden = self.modality.decoder_states(x, real, plan, features.shape[1])[-1]  # [N, D]
         pred = self.modality.decoder.proj(hidden).float()  # [N, C]
         expected = target.flatten(0, 1).index_select(0, plan.target)  # [N, C]
@@ -117,9 +122,11 @@ class Data2VecMulti(WithTeacher):
             loss = loss + self.config.cls_loss * len(pred) * self._distance(first, mean)
         return {"loss_sum": loss, "sample_size": len(pred), "pred": pred, "target": expected}
 
-    def encode_visible(self, features: Tensor, plan: MaskPlan) -> Tensor:
-        """The student's states of the visible tokens of each masked row, extra tokens in front: [B * M, E + K, C]."""
-        return self._encode(*self.modality.contextualize(features, None, plan))
+    def decoder_states(self, source: Tensor, plan: MaskPlan, has_padding: bool = False) -> list[Tensor]:
+        """Of each decoder layer, at hidden tokens: [N, D] each."""
+        features, real = self.modality.local_features(source, has_padding)
+        x = self._encode(*self.modality.contextualize(features, None, plan))
+        return self.modality.decoder_states(x, real, plan, features.shape[1])
 
     def encode(self, source: Tensor, has_padding: bool = False) -> Tensor:
         """States of whole samples, without the extra tokens: [B, T, C]."""
@@ -130,6 +137,14 @@ class Data2VecMulti(WithTeacher):
     def patch_states(self, images: Tensor) -> Tensor:
         """Normalised pictures [B, 3, S, S] -> patches' states [B, P, C]."""
         return self.encode(images)
+
+    @property
+    def patch_size(self) -> int:
+        return self.modality.config.patch_size
+
+    def patch_targets(self, images: Tensor) -> Tensor:
+        """The teacher's, of all patches: fp32 [B, P, C]."""
+        return self.make_targets(images, self.modality.local_features(images)[0], None)
 
     def _encode(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         x = self.dropout_input(x)
@@ -210,7 +225,7 @@ def _check_sizes(
             raise ValueError(f"{name}={value} is no multiple of {of}={divisor}")
     if targets.average_top_k_layers > config.depth:
         raise ValueError(
-            f"model.average_top_k_layers={targets.average_top_k_layers}: the model has {config.depth} layers (model.depth)"
+            f"model.average_top_k_layers={targets.average_top_k_layers} is above model.depth={config.depth}, all layers"
         )
     if config.cls_loss > 0 and not modality.num_extra_tokens:
         raise ValueError(f"model.cls_loss={config.cls_loss}: it is of an extra token, {where}.num_extra_tokens=1")
