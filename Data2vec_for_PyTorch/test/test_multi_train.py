@@ -211,7 +211,7 @@ def test_masks():
 @pytest.mark.parametrize(
     "name, changes, words",
     [
-        ("tiny_multi", ["model.supported_modality=AUDIO"], "it is of audio, which this project does not train"),
+        ("tiny_multi", ["model.supported_modality=AUDIO"], "AUDIO: audio is not trained here, only text and"),
         ("tiny_multi", ["model.modalities.text.mask_prob=0.999"], "0 of 64 tokens (task.tokens_per_sample) would be"),
         ("tiny_multi", ["model.modalities.text.mask_length=4"], "mask_length=4: choose one of 1"),
         ("tiny_multi", ["model.recon_loss=1"], "model.recon_loss=1 is not supported, only 0"),

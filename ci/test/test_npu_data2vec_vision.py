@@ -1,5 +1,5 @@
 """data2vec on pictures, on the simulated npu device: it trains and resumes on two ranks with the CPU's losses, also in
-bf16, and evaluates; a step in the middle of a run does not wait for the device."""
+bf16, and evaluates; a step in the middle of a run does not wait for the device. data2vec 2.0 likewise."""
 
 import json
 import subprocess
@@ -22,9 +22,15 @@ CONFIG = ["--config-dir", str(PROJECT / "test"), "--config-name", "tiny_vision",
 CONFIG += ["model.attention_dropout=0", f"optimization.max_update={STEPS}"]
 
 
+MULTI = ["--config-dir", str(PROJECT / "test"), "--config-name", "tiny_multi_vision", "model.end_drop_path_rate=0"]
+MULTI += [f"model.{name}=0" for name in ("encoder_dropout", "attention_dropout", "post_mlp_drop")]
+MULTI += [f"model.modalities.image.{name}=0" for name in ("mask_noise_std", "decoder.input_dropout")]
+
+
 @dataclass
 class Runs:
-    """Folders below `root`: `cpu` whole, `npu` cut off and resumed, `bf16` cut off; what the ranks 0 printed."""
+    """Folders below `root`: `cpu` whole, `npu` cut off and resumed, `bf16` cut off, `multi_cpu` whole, `multi_npu`
+    cut off; what the ranks 0 printed."""
 
     root: Path
     output: str
@@ -41,17 +47,20 @@ def runs(tmp_path_factory) -> Runs:
     root = tmp_path_factory.mktemp("vision")
     write_pictures(root / "data", 64)
     (root / "data" / "val").symlink_to(root / "data" / "train")
-    common = [*CONFIG, f"task.data={root / 'data'}", "--log_every", str(STOP), "--save_every", str(STOP)]
+    common = [f"task.data={root / 'data'}", "--log_every", str(STOP), "--save_every", str(STOP)]
 
     def arguments(name: str, device: str, steps: int, *more: str) -> tuple[int, list[str]]:
         output = ["--output_dir", str(root / name), "--device", device, "--max_steps", str(steps)]
-        return 2, [*common, *output, *more]
+        config = [*MULTI, f"optimization.max_update={STEPS}"] if name.startswith("multi") else CONFIG
+        return 2, [*config, *common, *output, *more]
 
     commands = [
         arguments("cpu", "cpu", STEPS),
         arguments("npu", "npu", STOP),
         arguments("npu", "npu", STEPS),
         arguments("bf16", "npu", STOP, "--precision", "bf16", "model.attention_dropout=0.1"),
+        arguments("multi_cpu", "cpu", STEPS),
+        arguments("multi_npu", "npu", STOP),
     ]
     environment = fake_npu.environment(root / "report")
     environment.pop("OMP_NUM_THREADS")
@@ -59,7 +68,7 @@ def runs(tmp_path_factory) -> Runs:
     done = forked_ranks.run(PROJECT / "train.py", late, *commands, **environment)
     assert done.returncode == 0, done.stdout[-6000:]
     reports = [r for r in fake_npu.read_reports(root / "report") if r.steps == STOP]
-    assert len(reports) == 2 * 3  # two ranks each, without the CPU's
+    assert len(reports) == 2 * 4  # two ranks each, without the CPU's
     return Runs(root, done.stdout, [event for r in reports for event in r.between(STOP, STOP)])
 
 
@@ -71,10 +80,17 @@ def test_training_that_is_resumed_has_the_losses_of_the_cpu(runs):
     assert f"epoch 1, update {STOP}" in runs.output
 
 
+def test_the_second_version_has_the_losses_of_the_cpu(runs):
+    for kind in ("train", "val"):
+        assert runs.losses("multi_npu", kind)[STOP] == pytest.approx(runs.losses("multi_cpu", kind)[STOP], **EXACT), (
+            kind
+        )
+
+
 def test_bf16_is_near_and_tells_the_free_memory_as_fairseq_does(runs):
     assert runs.losses("bf16", "val")[STOP] == pytest.approx(runs.losses("cpu", "val")[STOP], rel=0.02)
     lines = [json.loads(text[text.index("{") :]) for text in runs.output.splitlines() if "[train_inner]" in text]
-    assert ["gb_free" in line for line in lines] == [False] * 2 + [True] * 3
+    assert ["gb_free" in line for line in lines] == [False] * 2 + [True] * 3 + [False] * 2 + [True]
     assert 0 < float(lines[-1]["gb_free"]) < 1024
 
 

@@ -50,9 +50,12 @@ def without_group(override: str) -> str:
 def refuse_audio(values: Mapping[str, Any], source: str) -> None:
     """UsageError for a configuration of audio, which no part here can train."""
     task, model = ((values.get(group) or {}) for group in ("task", "model"))
-    is_audio = str(model.get("supported_modality")).upper() == "AUDIO" or str(task.get("_name")).startswith("audio")
-    if is_audio:
-        raise UsageError(f"{source}: it is of audio, which this project does not train: only text and pictures")
+    for key, value in (
+        ("model.supported_modality", model.get("supported_modality")),
+        ("task._name", task.get("_name")),
+    ):
+        if str(value).lower().startswith("audio"):
+            raise UsageError(f"{source}: {key}={value}: audio is not trained here, only text and pictures")
 
 
 def check_multi_text(config: DictConfig, refuse: Callable[[str], None]) -> None:
