@@ -82,9 +82,8 @@ def test_training_that_is_resumed_has_the_losses_of_the_cpu(runs):
 
 def test_the_second_version_has_the_losses_of_the_cpu(runs):
     for kind in ("train", "val"):
-        assert runs.losses("multi_npu", kind)[STOP] == pytest.approx(runs.losses("multi_cpu", kind)[STOP], **EXACT), (
-            kind
-        )
+        expected = runs.losses("multi_cpu", kind)[STOP]
+        assert runs.losses("multi_npu", kind)[STOP] == pytest.approx(expected, **EXACT), kind
 
 
 def test_bf16_is_near_and_tells_the_free_memory_as_fairseq_does(runs):

@@ -49,13 +49,10 @@ def without_group(override: str) -> str:
 
 def refuse_audio(values: Mapping[str, Any], source: str) -> None:
     """UsageError for a configuration of audio, which no part here can train."""
-    task, model = ((values.get(group) or {}) for group in ("task", "model"))
-    for key, value in (
-        ("model.supported_modality", model.get("supported_modality")),
-        ("task._name", task.get("_name")),
-    ):
+    for group, name in (("model", "supported_modality"), ("task", "_name")):
+        value = (values.get(group) or {}).get(name)
         if str(value).lower().startswith("audio"):
-            raise UsageError(f"{source}: {key}={value}: audio is not trained here, only text and pictures")
+            raise UsageError(f"{source}: {group}.{name}={value}: audio is not trained here, only text and pictures")
 
 
 def check_multi_text(config: DictConfig, refuse: Callable[[str], None]) -> None:
