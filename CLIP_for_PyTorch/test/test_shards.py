@@ -47,7 +47,8 @@ def test_a_picture_without_caption_is_told_and_a_second_picture_of_a_key_is_no_s
     write_shard(tmp_path / "s.tar", range(100), caption_of=lambda i: None if i in (3,) else f"of {i}")
     pairs = shards.read_shards(str(tmp_path / "s.tar"))
     assert len(pairs) == len(pairs.images) == 99 and pairs.captions[3] == "of 4"
-    assert "1 of 100 samples left out: 1 x caption empty or missing (first: part.one/00003)" in capsys.readouterr().out
+    told = f"1 of 100 samples left out: 1 x caption empty or missing (first: {tmp_path}/s.tar: part.one/00003)"
+    assert told in capsys.readouterr().out
     with tarfile.open(tmp_path / "two.tar", "w") as tar:
         for suffix, data in (("jpg", draw(0)[0]), ("txt", b"of 0"), ("png", draw(1)[0])):
             member = tarfile.TarInfo(f"a.{suffix}")

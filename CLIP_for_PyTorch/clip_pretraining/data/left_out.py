@@ -97,7 +97,7 @@ def drop_bad_captions(pairs: Pairs, source: str, limit: float = LIMIT, listing: 
         UsageError: more than `limit` of the samples, or all of them.
     """
     causes = {i: cause for i, text in enumerate(pairs.captions) if (cause := _fault_of(text))}
-    found = [Fault(cause, pairs.image_keys[int(pairs.image_of_caption[i])]) for i, cause in causes.items()]
+    found = [Fault(cause, pairs.place(int(pairs.image_of_caption[i]))) for i, cause in causes.items()]
     faults = Faults.of([*pairs.left_out, *found])
     tell(source, faults, pairs.samples, limit, listing)
     if len(faults) == pairs.samples:

@@ -132,6 +132,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def place(self, image: int) -> str:
+        """A picture in a list: its name, in which tar."""
+        tar = f"{self.images[image].path}: " if self.images.file_of is not None else ""
+        return f"{tar}{self.image_keys[image]}"
+
     def columns(self) -> dict[str, np.ndarray]:
         """All of it as arrays, without the name."""
         images = self.images

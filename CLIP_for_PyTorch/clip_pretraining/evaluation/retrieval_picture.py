@@ -44,7 +44,8 @@ def draw(image: torch.Tensor, text: torch.Tensor, pairs: Pairs, pictures: ImageS
 def _row(row, query: int, scores: torch.Tensor, pairs: Pairs, pictures: ImageSource) -> None:
     """A caption, what it should find, and the pictures that score highest; scores [I]."""
     right = int(pairs.image_of_caption[query])
-    rank = 1 + int((scores > scores[right]).sum())
+    equal = (scores == scores[right]).sum() - 1  # half of them count, as in retrieval.py
+    rank = 1 + int((scores > scores[right]).sum() + equal // 2)
     _show(row[0], pictures[right], "tab:green", f"asked: {_ordinal(rank)}")
     title = row[0].set_title(f"“{pairs.captions[query][:90]}”", loc="left", fontsize=9)
     title.set_in_layout(False)  # it may be wider than its column

@@ -80,6 +80,7 @@ def find(split: str, data: DataArguments, cache_dir: str | None) -> Source:
     source.facts["head"] = data.max_train_samples if split == "train" else data.max_eval_samples
     if data.validation_share:
         source.facts["part"] = (split, data.validation_share)
+        source.name += "" if split == "train" else "_held_out"
     return source
 
 
