@@ -36,10 +36,10 @@ def compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family, backend", [("model_without_dropout", "aot_eager"), ("tiny_clip", "eager")])
+@pytest.mark.parametrize("family, backend", [("model_without_dropout", "eager"), ("tiny_clip", "aot_eager")])
 def test_losses_are_those_of_eager_in_few_graphs(family, backend, long_and_short, tmp_path, request, compiler):
     model = request.getfixturevalue(family)
-    options = train_options(long_and_short, "--batch_size", "4", "--max_steps", "8", "--save_every", "4")
+    options = train_options(long_and_short, "--batch_size", "4", "--max_steps", "6", "--save_every", "3")
     run(tmp_path / "eager", model, *options)
     compiled = [*options, "--torch_compile", "True", "--torch_compile_backend", backend]
     run(tmp_path / "compiled", model, *compiled)
@@ -48,5 +48,7 @@ def test_losses_are_those_of_eager_in_few_graphs(family, backend, long_and_short
     stored = load_file(tmp_path / "compiled/model.safetensors")
     assert stored.keys() == load_file(tmp_path / "eager/model.safetensors").keys()
 
-    run(tmp_path / "resumed", model, *compiled, "--resume", str(tmp_path / "compiled/checkpoint-4"))
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "compiled")[4:]
+    if family != "tiny_clip":
+        return  # one resume is enough: it compiles everything again
+    run(tmp_path / "resumed", model, *compiled, "--resume", str(tmp_path / "compiled/checkpoint-3"))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "compiled")[3:]
