@@ -40,6 +40,30 @@ for meeting in range(3):
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2 5", "2 5"]
 
 
+def test_ranks_wait_for_a_late_one_in_no_collective_and_learn_when_one_is_gone(tmp_path):
+    code = """
+import os, pathlib, time
+from common import distributed as d, lost_ranks
+with d.process_group("cpu") as world:
+    all_reduce, d.dist.all_reduce = d.dist.all_reduce, None
+    began = time.monotonic()
+    time.sleep(1.0 * world.rank)
+    d.wait_for_all()
+    d.wait_for_all()
+    waited, d.LOOK_S = time.monotonic() - began, 0.0
+    if world.rank == 1:
+        os._exit(0)
+    try:
+        d.wait_for_all()
+    except lost_ranks.RanksLost as lost:
+        pathlib.Path(sys.argv[1], "told").write_text(f"{waited > 0.9} {lost}")
+        os._exit(0)
+"""
+    process = run_ranks(code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "True rank 0 waits for the other ranks: ended: rank 1" in (tmp_path / "told").read_text()
+
+
 def test_collectives_on_two_ranks(tmp_path):
     code = """
 import json, pathlib, torch

@@ -108,13 +108,18 @@ def _written(folder: Path, facts: Mapping[str, Any], columns: Columns) -> Path:
         _remove_leftovers(folder.parent)
         staging.mkdir(parents=True)
         _save(staging, facts, columns)
-        if folder.exists():  # damaged, or another run was faster; who has mapped it keeps it
+        if is_whole(folder):  # another run was faster
+            shutil.rmtree(staging)
+            return folder
+        if folder.exists():  # damaged
             os.replace(folder, staging.with_name(f"{staging.name}.old"))
         os.replace(staging, folder)
         _remove_leftovers(folder.parent)
         return folder
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if is_whole(folder):  # another run was faster by a moment
+            return folder
         if error.errno not in _NO_PLACE:
             raise
         reason = error.strerror
