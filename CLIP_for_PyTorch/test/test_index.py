@@ -227,7 +227,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(prepare, tmp_pa
 
 
 def test_two_ranks_build_one_index_and_learn_of_a_fault_together(tiny_model, tmp_path):
-    write_shard(tmp_path / "a.tar", range(24))
+    write_shard(tmp_path / "a.tar", range(100))
     write_shard(tmp_path / "bad.tar", range(24), caption_of=lambda i: " " if i < 4 else f"of {i}")
     common = ["--do_train", "--max_steps", "1", "--per_device_train_batch_size", "4", "--save_every", "0"]
     common += ["--device", "cpu", "--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "out")]
@@ -235,4 +235,7 @@ def test_two_ranks_build_one_index_and_learn_of_a_fault_together(tiny_model, tmp
     done = forked_ranks.run(PROJECT / "run_clip.py", ["clip_pretraining.training.pipeline"], *runs)
     assert done.returncode == 2 and (tmp_path / "out/model.safetensors").is_file()
     assert "error: " in done.stdout and "More than 1.000%" in done.stdout and "Traceback" not in done.stdout
-    assert len(list((tmp_path / ".clip_cache").glob("pairs_*"))) == 1
+    cache = tmp_path / ".clip_cache"
+    assert len(list(cache.glob("pairs_*"))) == 1
+    # the check of pictures was shared out
+    assert [len(path.read_text().split("\n")) for path in sorted(cache.glob("checked_shards_*.jsonl"))] == [3, 3]

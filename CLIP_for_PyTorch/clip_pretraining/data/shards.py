@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tarfile
+import time
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,11 @@ def read_shards(
         first_tars.append(len(shards))
         shards += expand_shards(part)
     firsts = []  # first caption of each tar
+    last = time.monotonic()
     for number, shard in enumerate(shards):
+        if time.monotonic() - last > 30:
+            last = time.monotonic()
+            print(f"listing tars: {number:,} of {len(shards):,}, {len(captions):,} samples", flush=True)
         firsts.append(len(captions))
         samples, found = _samples_of(shard, caption_key, index_dir)
         faults += [left_out.Fault(cause, f"{shard}: {key}") for cause, key in found]
