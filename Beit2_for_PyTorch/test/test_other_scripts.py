@@ -143,7 +143,7 @@ def test_a_tokenizer_of_another_patch_size_whose_dead_codes_come_back(pictures, 
     run_beitv2_pretraining.main([*pretraining, "--output_dir", str(tmp_path / "pretraining")])
     with pytest.raises(UsageError, match=r"gives the tokenizer \(2, 2\) patches, the model has \(4, 4\)"):
         run_beitv2_pretraining.main([*pretraining, "--patch_size", "8", "--output_dir", str(tmp_path / "x")])
-    with pytest.raises(UsageError, match="--patch_size 5: --input_size 32 is no multiple"):
+    with pytest.raises(UsageError, match="--patch_size 5: --input_size 32 must be a multiple"):
         run("x", "--patch_size", "5")
 
 
