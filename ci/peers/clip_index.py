@@ -197,7 +197,7 @@ def main() -> None:
     # from its first batches on, and what of it comes after the first fifth of the pictures
     result["worker_grows_by_mib"] = {name: round(curve[-1][1] - curve[0][1], 1) for name, curve in curves.items()}
     result["of_it_later"] = {name: round(curve[-1][1] - curve[len(curve) // 5][1], 1) for name, curve in curves.items()}
-    path = write_result("clip_index", {"pairs": options.pairs, **result})
+    path = write_result("pairs_index", {"pairs": options.pairs, **result})
     draw_figure(curves, path.with_suffix(".png"))
 
 

@@ -50,6 +50,9 @@ class Ids(torch.utils.data.Dataset):
     def __getitem__(self, key):
         return self.ids[key[1] if isinstance(key, tuple) else key]
 
+    def set_epoch(self, epoch: int) -> None:
+        """As CLIP's pairs have, for crops at random."""
+
 
 @pytest.fixture(scope="module")
 def vit_loader(tmp_path_factory) -> Loader:
