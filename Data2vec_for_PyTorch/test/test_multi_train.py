@@ -243,3 +243,20 @@ def test_a_composite_optimizer_is_the_one_it_holds():
     config, _ = load_config(TEST, "tiny_multi", ["task.data=x", *groups])
     assert (list(config.optimization.lr), config.optimizer.weight_decay) == ([0.02], 0.3)
     assert (config.optimizer.adam_eps, config.optimizer.adam_betas) == (1e-6, "(0.9,0.98)")
+
+
+@pytest.mark.parametrize("name", ["base_text_only_task", "base_images_only_task", "demo_text", "demo_images"])
+def test_the_settings_here_make_a_model(project, name):
+    """Of the published size, where they are published: ViT-B's and BERT base's 12 blocks, the decoder beside them."""
+    from omegaconf import OmegaConf
+
+    from data2vec.config import load_config
+    from data2vec.model.multi.model import build_multi_model
+
+    config, _ = load_config(project / "configs/v2", name, ["task.data=x"])
+    with torch.device("meta"):
+        model = build_multi_model(OmegaConf.to_container(config.model), None if "images" in name else 50_265)
+    blocks = [*model.blocks, *model.modality.context_encoder.blocks]
+    if name.startswith("base"):
+        assert len(blocks) == 12 and sum(p.numel() for b in blocks for p in b.parameters()) == 12 * 7_087_872
+    assert sum(p.numel() for p in model.modality.decoder.parameters()) > 0

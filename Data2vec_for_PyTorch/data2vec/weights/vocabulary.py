@@ -29,7 +29,7 @@ def check_vocabulary(vocab: Dictionary, place: str | Path, checkpoint: Mapping[s
         reason = f"its words, or their order, are not those of {source}"
     else:
         return
-    raise UsageError(f"{place}: {reason}: it was trained with another dict.txt")
+    raise UsageError(f"{place}: {reason}: it was trained with another dict.txt; give that one")
 
 
 def saved_digest(checkpoint: Mapping[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,3 +89,9 @@ class Block(nn.Module):
             return self.dropout_add(y, residual, p, self.training)
         y = self.dropout_add(y, None, p, self.training)
         return residual + F.dropout(y.new_ones(len(y), 1, 1), self.drop_path) * y
+
+
+def stack(config: BlockConfig, depth: int, first_rate: float, last_rate: float) -> nn.ModuleList:
+    """Blocks whose stochastic depth goes evenly from the first rate to the last."""
+    rates = torch.linspace(first_rate, last_rate, depth, device="cpu").tolist()
+    return nn.ModuleList(Block(config, rate) for rate in rates)

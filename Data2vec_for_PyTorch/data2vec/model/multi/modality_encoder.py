@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec.model.encoder import EncoderConfig, TokenEmbedding
-from data2vec.model.multi.block import Block, BlockConfig
+from data2vec.model.multi.block import BlockConfig, stack
 from data2vec.model.multi.decoder import Decoder, DecoderConfig
 from data2vec.model.multi.mask_plan import MaskPlan
 
@@ -44,8 +44,8 @@ class ContextEncoder(nn.Module):
 
     def __init__(self, config: ModalityConfig, block: BlockConfig, has_norm: bool):
         super().__init__()
-        rates = torch.linspace(config.start_drop_path_rate, config.end_drop_path_rate, config.prenet_depth).tolist()
-        self.blocks = nn.ModuleList(Block(block, rate) for rate in rates)
+        rates = config.start_drop_path_rate, config.end_drop_path_rate
+        self.blocks = stack(block, config.prenet_depth, *rates)
         self.norm = block.norm() if has_norm and not block.layer_norm_first else None
         self.dropout = nn.Dropout(config.prenet_dropout)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data2vec.model.encoder import init_bert_weights
-from data2vec.model.multi.block import Block, BlockConfig
+from data2vec.model.multi.block import BlockConfig, stack
 from data2vec.model.multi.decoder import DecoderConfig
 from data2vec.model.multi.mask_plan import MaskPlan
 from data2vec.model.multi.modality_encoder import ImageEncoder, ModalityConfig, ModalityEncoder, TextEncoder
@@ -54,9 +54,8 @@ class Data2VecMulti(WithTeacher):
         self.config, self.targets, self.block = config, targets, block
         encoder = ImageEncoder(modality, block) if vocab_size is None else TextEncoder(modality, block, vocab_size)
         self.modality_encoders = nn.ModuleDict({"IMAGE" if vocab_size is None else "TEXT": encoder})
-        rates = torch.linspace(config.start_drop_path_rate, config.end_drop_path_rate, config.depth).tolist()
         self.dropout_input = nn.Dropout(config.dropout_input)
-        self.blocks = nn.ModuleList(Block(block, rate) for rate in rates)
+        self.blocks = stack(block, config.depth, config.start_drop_path_rate, config.end_drop_path_rate)
         self.norm = block.norm() if block.layer_norm_first else None
         self._initialise()
 
