@@ -43,3 +43,10 @@ def test_a_build_that_fails_shows_the_compiler_s_words(small_builder, tmp_path):
     with pytest.raises(RuntimeError, match="does not compile:(.|\n)*out of sand"):
         small_builder.build()
     assert not small_builder.library().exists()
+
+
+def test_a_build_is_of_one_python(small_builder, monkeypatch):
+    """Another Python in the same folder, as in a new environment, cannot load it."""
+    ours = small_builder.library()
+    monkeypatch.setattr(sys.implementation, "cache_tag", "cpython-399")
+    assert small_builder.library() != ours

@@ -26,8 +26,9 @@ def compiler() -> str | None:
 
 
 def library() -> Path:
-    """Where the compiled module of this source is, or will be."""
-    digest = hashlib.sha256(f"{torch.__version__} {torch.version.git_version} {FLAGS}".encode())
+    """Where the compiled module of this source is, or will be, for this torch and this Python."""
+    built_for = f"{torch.__version__} {torch.version.git_version} {sys.implementation.cache_tag} {FLAGS}"
+    digest = hashlib.sha256(built_for.encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())
     return CACHE / digest.hexdigest()[:16] / f"{NAME}.so"
