@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         notes += [resumed or begins, *data.notes]
         if options.replay:
             return replay_update(NETWORK, Run(config, world, precision, forward, state), data, options, notes)
-        with open_log(NETWORK, options, config, world, "sequences/sec", goes_on) as log:
+        with open_log(NETWORK, options, config, world, "sequences/sec", goes_on, precision) as log:
             begin(log, save_dir, notes)
             report, limit = FineTuningReport(log, config), update_limit(config, options)
             train(Training(config, world, precision, forward, state, data, report, save_dir, limit, evaluate))

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.replay:
             run = Run(config, world, precision, forward_of(config, data, world.device), state)
             return replay_update(NETWORK, run, data, options, notes)
-        with open_log(NETWORK, options, config, world, fps_unit(config), goes_on) as log:
+        with open_log(NETWORK, options, config, world, fps_unit(config), goes_on, precision) as log:
             begin(log, save_dir, notes)
             report = Report(log, config, state)
             forward = forward_of(config, data, world.device)

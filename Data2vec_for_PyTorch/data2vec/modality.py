@@ -16,8 +16,10 @@ from data2vec.data.dictionary import MASK
 from data2vec.data.epochs import SplitBatches
 from data2vec.data.multi.text import MultiTextData
 from data2vec.data.pretraining_data import PretrainingData
-from data2vec.model.multi.model import build_multi_model
-from data2vec.model.text_model import build_model
+from data2vec.model.flops import multi_flops, text_flops, vision_flops
+from data2vec.model.multi.model import Data2VecMulti, build_multi_model
+from data2vec.model.text_model import Data2VecText, build_model
+from data2vec.model.vision_model import Data2VecVision, build_vision_model
 from data2vec.weights.pretrained import load_weights
 from data2vec.weights.vocabulary import check_vocabulary
 
@@ -54,8 +56,6 @@ def build(config: DictConfig, data: SplitBatches) -> torch.nn.Module:
         if is_multi(config):
             return build_multi_model(options, None if is_vision(config) else len(data.vocab))
         if is_vision(config):
-            from data2vec.model.vision_model import build_vision_model
-
             return build_vision_model(options)
         return build_model(options, len(data.vocab))
     except ValueError as error:
@@ -90,3 +90,15 @@ def forward_of(
         return lambda model, batch: model(batch.source, batch.plan, batch.has_padding)
     mask_idx = data.vocab.index(MASK)
     return lambda model, batch: model(batch.src_tokens, batch.target_tokens, mask_idx, batch.plan)
+
+
+def flops_of(model: torch.nn.Module, batch: Any) -> float:
+    """FLOPs of a micro-batch of pretraining on this rank, for MFU; 0 of other trainings and where there are no rows."""
+    samples = len(batch.id)
+    if samples and isinstance(model, Data2VecMulti):
+        length = batch.source.shape[1] if model.picture_size is None else batch.num_tokens // samples
+        plan = batch.plan
+        return multi_flops(model, samples, length, plan.masks, plan.visible.width, len(plan.hidden))
+    if samples and isinstance(model, Data2VecText):
+        return text_flops(model, samples, batch.src_tokens.shape[1], len(batch.plan.rows.flat))
+    return vision_flops(model, samples, len(batch.rows)) if isinstance(model, Data2VecVision) else 0.0

@@ -18,6 +18,7 @@ from common.errors import Preempted, UsageError
 from common.result_file import keep_aside
 from common.run_log import RunLog
 from data2vec.data.epochs import SplitBatches
+from data2vec.modality import flops_of
 from data2vec.training.checkpoint import save_checkpoints
 from data2vec.training.update import Run, accumulate_gradients, ema_decay, train_update
 
@@ -47,7 +48,13 @@ def update_limit(config: DictConfig, options: argparse.Namespace) -> int:
 
 
 def open_log(
-    network: str, options: argparse.Namespace, config: DictConfig, world: World, fps_unit: str, resume: bool
+    network: str,
+    options: argparse.Namespace,
+    config: DictConfig,
+    world: World,
+    fps_unit: str,
+    resume: bool,
+    precision: str,
 ) -> RunLog:
     """The run's log, to be entered."""
     return RunLog(
@@ -61,6 +68,7 @@ def open_log(
         resume=resume,
         fps_unit=fps_unit,
         profile=options.profile,
+        precision=precision,
     )
 
 
@@ -112,7 +120,9 @@ def train(run: Training) -> None:
                 break
             began = time.perf_counter()
             result = train_update(run, batches)
-            run.report.update(state, result, time.perf_counter() - began, sum(islice(rows, len(batches))))
+            seconds, samples = time.perf_counter() - began, sum(islice(rows, len(batches)))
+            flops = sum(flops_of(state.model, batch) for batch in batches) * run.world.size  # ranks are about alike
+            run.report.update(state, result, seconds, samples, flops)
             ended = state.iterations >= run.data.batches_per_epoch(epoch)
             if ended:
                 state.epoch, state.iterations = epoch + 1, 0

@@ -39,7 +39,7 @@ class Report:
         self._pending: list[tuple[UpdateResult, float]] = []
         self._spread = torch.zeros(2)
 
-    def update(self, state: TrainState, result: UpdateResult, seconds: float, samples: int) -> None:
+    def update(self, state: TrainState, result: UpdateResult, seconds: float, samples: int, flops: float) -> None:
         """Takes note of one update, of `samples` over all ranks; a skipped one (fp16 overflow) is told at once."""
         if result.skipped:
             self.log.info(f"gradient overflow at update {state.num_updates}: loss scale now {state.scaler.scale:g}")
@@ -52,6 +52,7 @@ class Report:
         self.log.step(
             step,
             samples=samples,
+            flops=flops,
             loss=result.loss_sum / result.sample_size.clamp(min=1),
             lr=result.lr,
             grad_norm=result.grad_norm,

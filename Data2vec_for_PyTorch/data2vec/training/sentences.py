@@ -86,7 +86,7 @@ class FineTuningReport:
         self.best_metric = config.checkpoint.best_checkpoint_metric or main_metric(config)
         self._last: dict[str, float] = {}  # of the first validation split
 
-    def update(self, state: TrainState, result: UpdateResult, seconds: float, samples: int) -> None:
+    def update(self, state: TrainState, result: UpdateResult, seconds: float, samples: int, flops: float) -> None:
         """Takes note of one update, of `samples` over all ranks."""
         if result.skipped:
             self.log.info(f"gradient overflow at update {state.num_updates}: loss scale now {state.scaler.scale:g}")
@@ -95,6 +95,7 @@ class FineTuningReport:
         self.log.step(
             state.num_updates,
             samples=samples,
+            flops=flops,
             loss=result.loss_sum / result.sample_size.clamp(min=1),
             lr=result.lr,
             grad_norm=result.grad_norm,
