@@ -1,12 +1,14 @@
 """A forgotten `pip install` as one line instead of a traceback: every entry script imports this before anything else.
 
-Nothing is looked for in a run that works. Where an import fails, all that requirements.txt names is.
+Nothing is looked for in a run that works. Where an import fails, all that requirements.txt names is. `--help | head`
+ends as with any other program, without a traceback of the pipe that was closed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import signal
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -49,3 +51,5 @@ def _requirements() -> Path | None:
 
 if _requirements() is not None:
     sys.excepthook = explain
+if not {"-h", "--help", "--help_all"}.isdisjoint(sys.orig_argv):  # of no training: its sockets break with an error
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)

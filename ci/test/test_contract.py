@@ -2,8 +2,10 @@
 
 import ast
 import contextlib
+import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -127,6 +129,20 @@ def test_every_entry_script_explains_itself(project, monkeypatch, capsys):
             runpy.run_path(str(path), run_name="__main__")
         usage = capsys.readouterr().out
         assert ended.value.code in (0, None) and "usage" in usage.lower(), path
+        if path.name == "run_clip.py":  # of the Trainer's options, which are 130 more, only the usual ones
+            assert usage.count("\n") < 120
+
+
+def test_help_ends_quietly_with_the_pipe_it_is_written_to():
+    """`--help | head`: what every entry script imports first, and a text longer than any buffer."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "import common.requirements; print('usage\\n' * 100_000)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert done.returncode == -signal.SIGPIPE and not done.stderr
 
 
 @each_project
