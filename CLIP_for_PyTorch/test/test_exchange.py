@@ -80,6 +80,17 @@ def test_open_clip_has_our_features_and_gives_the_model_back(trained, picture, t
     want_image, want_text = our_features(trained, picture)
     torch.testing.assert_close(text, want_text, atol=2e-6, rtol=0)
     torch.testing.assert_close(image, want_image, atol=2e-4, rtol=0)  # a level of uint8 may be another
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = encode_images(load_model(str(trained)).eval(), pixels)
+        torch.testing.assert_close(model.encode_image(pixels, normalize=True), want, atol=2e-6, rtol=0)
+    Image.open(picture).resize((140, 128)).save(picture)  # becomes 35 x 32: their crop begins at 2, ours at 1
+    settings = ImageSettings(32)
+    ours = normalise_pixels(load_image(picture, 32)[None], torch.tensor(settings.mean), torch.tensor(settings.std))
+    theirs = preprocess(Image.open(picture))[None]
+    torch.testing.assert_close(theirs[..., :-1], ours[..., 1:], atol=1e-5, rtol=0)
+    assert not torch.equal(theirs, ours)
+    Image.open(io.BytesIO(draw(3)[0])).save(picture)
 
     convert(tmp_path / "theirs", "transformers", tmp_path / "back")
     start, back = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "back"))
