@@ -266,13 +266,14 @@ def test_features_of_a_sharded_checkpoint_on_two_ranks_are_those_on_one(runs):
 
 
 def test_other_ranks_go_on_with_the_same_global_batch_only():
-    kept = {"step": 4, "sums": {}}
+    kept = {"step": 4, "sums": {}, "identity": {"seed": 0}}
     notes = {"steps_per_epoch": 4, "ranks": 8}
     assert fit_progress(kept | notes, 4, Path("checkpoint.pth")) == kept
     with pytest.raises(UsageError, match="made on 8 ranks.*so that their product with the ranks stays"):
         fit_progress(kept | notes, 8, Path("checkpoint.pth"))
     assert fit_progress(kept | notes | {"ranks": 1}, 8, Path("checkpoint.pth")) == {
-        "step": 8
+        "step": 8,
+        "identity": {"seed": 0},  # which a sharded checkpoint keeps here: it says that the run is another one
     }  # other data, as upstream
 
 

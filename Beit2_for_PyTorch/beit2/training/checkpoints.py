@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -116,7 +117,7 @@ def run_shape(steps_per_epoch: int) -> dict[str, int]:
 
 
 def fit_progress(progress: dict[str, Any], steps_per_epoch: int, path: Path) -> dict[str, Any]:
-    """A checkpoint's progress for a run whose epochs have `steps_per_epoch` steps.
+    """A checkpoint's progress, and what a sharded one has beside it, for epochs of `steps_per_epoch` steps.
 
     Raises:
         UsageError: its epochs had another number of steps, and it is in mid-epoch or was made on other ranks: a step
@@ -136,7 +137,8 @@ def fit_progress(progress: dict[str, Any], steps_per_epoch: int, path: Path) -> 
             f"{path} is in the middle of an epoch of {theirs} steps, this run's epochs have {steps_per_epoch}: "
             "resume with the same data, --batch_size, --update_freq and number of ranks"
         )
-    return {"step": progress["step"] // theirs * steps_per_epoch}
+    kept = {name: value for name, value in progress.items() if name not in ("sums", "counts")}  # of an epoch that ended
+    return kept | {"step": progress["step"] // theirs * steps_per_epoch}
 
 
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -184,7 +186,7 @@ def open_log(options: argparse.Namespace, world: World, last: int, continued: bo
     """The log of a run that ends at step `last`."""
     return RunLog(
         options.output_dir, world, NETWORK, options.batch_size, options.case_kind, last, options.log_every,
-        resume=continued, profile=options.profile, precision=precision, tensorboard_dir=options.log_dir,
+        resume=continued, profile=options.profile, precision=precision, tensorboard_dir=tensorboard_dir(options, world),
     )  # fmt: skip
 
 
@@ -193,8 +195,23 @@ def open_evaluation_log(options: argparse.Namespace, world: World, kind: str = "
     name = f"{NETWORK}_{kind}"
     return RunLog(
         options.output_dir, world, name, options.batch_size, options.case_kind, evaluation=True,
-        tensorboard_dir=options.log_dir,
+        tensorboard_dir=tensorboard_dir(options, world),
     )  # fmt: skip
+
+
+def tensorboard_dir(options: argparse.Namespace, world: World) -> str | None:
+    """--log_dir, which is there before the run moves an earlier one's files aside.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    if options.log_dir and world.is_main:
+        try:
+            os.makedirs(options.log_dir, exist_ok=True)
+        except OSError as error:
+            message = f"--log_dir {options.log_dir}: cannot be written ({error.strerror}); name another folder"
+            raise UsageError(message) from error
+    return options.log_dir
 
 
 def append_epoch_log(output_dir: str | Path, line: dict[str, Any]) -> None:
