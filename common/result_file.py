@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import folder_lock
+from common.errors import Preempted
 
 KEYS = (
     "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime ActualLoss E2ETrainingTime TrainAccuracy"
@@ -66,6 +67,16 @@ class ResultFile:
         """Replaces the file. OSError names the path."""
         self._last = self.values(measured)
         replace(self.path, self._last)
+
+    def end(self, error: BaseException | None) -> None:
+        """Writes how a run ended that has no result: PREEMPTED, or FAILED with the reason. OSError names the path."""
+        if isinstance(error, Preempted):
+            self.write({"Status": "PREEMPTED", "Note": str(error)})
+            return
+        reason = "the run ended without a result"
+        if error is not None:
+            reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
+        self.write({"Status": "FAILED", "Error": reason})
 
     def status(self) -> str | None:
         """Status of the file on disk, None without one."""

@@ -106,9 +106,15 @@ class RunLog:
             held.enter_context(run_folder.owned(self.folder, self.world, lock))
             held.enter_context(self._signals)
             held.enter_context(self._dump)
-            if self.world.is_main:
-                self._open_files()
-            self._check_hosts()
+            try:
+                if self.world.is_main:
+                    self._open_files()
+                self._check_hosts()
+            except BaseException as error:
+                if self.world.is_main and self.result.status() == "RUNNING":
+                    with contextlib.suppress(OSError):
+                        self.result.end(error)
+                raise
             self._held = held.pop_all()
         # The launcher writes to a log and to the terminal at once: only it knows that there is a terminal behind it.
         has_terminal = sys.stderr.isatty() or os.environ.get("PROGRESS_BAR") == "1"
@@ -154,17 +160,11 @@ class RunLog:
             self._held.__exit__(kind, error, traceback)
 
     def _close_files(self, error: BaseException | None) -> None:
-        ending: dict[str, Any] | None = None
         if isinstance(error, Preempted):
             self.info(str(error))
-            ending = {"Status": "PREEMPTED", "Note": str(error)}
-        elif error is not None:
-            ending = {"Status": "FAILED", "Error": _last_line(error)}
-        elif not self._is_finished:
-            ending = {"Status": "FAILED", "Error": "the run ended without a result"}
         try:
-            if ending:
-                self.result.write(ending)
+            if error is not None or not self._is_finished:
+                self.result.end(error)
             if replay := getattr(error, "replay", None):  # of a step that was not finite
                 (self.folder / "replay.json").write_text(json.dumps(replay, indent=1) + "\n", encoding="utf-8")
         except OSError as full:  # the first cause is the one to be told
@@ -393,8 +393,3 @@ class RunLog:
 
 def _short(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _last_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1]}" if text else type(error).__name__

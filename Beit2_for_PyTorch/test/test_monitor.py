@@ -100,12 +100,15 @@ def test_encode_is_the_forward_pass_with_nothing_masked():
     [
         (["--monitor_every", "-1"], "--monitor_every -1: must not be negative"),
         (["--monitor_every", "1", "--monitor_data_path", "nowhere"], "nowhere has no train/ and val/"),
+        (["--monitor_data_path", "{}/odd"], "odd: nothing reads it without --monitor_every"),
+        (["--log_dir", "{}/file"], "--log_dir .*/file: cannot be written .File exists.; name another folder"),
         (["--monitor_every", "1", "--data_path", "{}/train/red"], "red has no train/ and val/.*--monitor_data_path"),
         (["--monitor_every", "1", "--monitor_data_path", "{}/odd"], "class folder green does not exist"),
         (["--monitor_every", "1", "--monitor_data_path", "{}/one"], "one/train: a single class"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_monitored(pictures, tokenizer_file, tmp_path, extra, message):
+    (tmp_path / "file").touch()
     for name, classes in (("odd", ("red", "blue", "green")), ("one", ("red", "red"))):
         for split, chosen in (("train", classes[:2]), ("val", classes[1:])):
             for each in set(chosen):

@@ -101,6 +101,14 @@ def test_a_crash_leaves_failed_with_the_reason(tmp_path):
     assert "ActualFPS" not in values
 
 
+def test_a_run_that_cannot_open_its_files_is_failed_and_not_running(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError), RunLog(tmp_path / "out", World(), "Net", 4, tensorboard_dir=tmp_path / "file"):
+        pytest.fail("never came here")
+    values = result_file.read(tmp_path / "out/Net_bs4_1p_acc.log")
+    assert values["Status"] == "FAILED" and "FileExistsError" in values["Error"]
+
+
 def test_resuming_appends_and_a_fresh_run_keeps_the_earlier_one_aside(tmp_path):
     (tmp_path / "train_0.log").write_text("the launcher's log stays\n")
     train(tmp_path, range(1, 11), 20)
