@@ -126,7 +126,9 @@ def check_common(options: argparse.Namespace) -> None:
         if getattr(options, name, 0) < 0:
             raise UsageError(f"--{name} {getattr(options, name)}: must not be negative")
     if getattr(options, "monitor_data_path", "") and not options.monitor_every:
-        raise UsageError(f"--monitor_data_path {options.monitor_data_path}: nothing reads it without --monitor_every")
+        raise UsageError(
+            f"--monitor_data_path {options.monitor_data_path}: needs --monitor_every; give both or neither"
+        )
     if not 0 <= getattr(options, "drop_path", 0) < 1:
         raise UsageError(f"--drop_path {options.drop_path}: must be at least 0 and below 1")
     if options.clip_grad is not None and options.clip_grad <= 0:

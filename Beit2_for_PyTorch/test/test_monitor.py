@@ -100,7 +100,7 @@ def test_encode_is_the_forward_pass_with_nothing_masked():
     [
         (["--monitor_every", "-1"], "--monitor_every -1: must not be negative"),
         (["--monitor_every", "1", "--monitor_data_path", "nowhere"], "nowhere has no train/ and val/"),
-        (["--monitor_data_path", "{}/odd"], "odd: nothing reads it without --monitor_every"),
+        (["--monitor_data_path", "{}/odd"], "odd: needs --monitor_every; give both"),
         (["--log_dir", "{}/file"], "--log_dir .*/file: cannot be written .File exists.; name another folder"),
         (["--monitor_every", "1", "--data_path", "{}/train/red"], "red has no train/ and val/.*--monitor_data_path"),
         (["--monitor_every", "1", "--monitor_data_path", "{}/odd"], "class folder green does not exist"),
