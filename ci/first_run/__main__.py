@@ -36,10 +36,10 @@ from common.errors import UsageError
 CURVES = ROOT / "ci" / "baselines" / "losses"
 REPORTS = ROOT / "ci" / "reports"
 STEPS = 20
-# Largest mean relative difference from the CPU's fp32 losses. data2vec drops activations, and no two kinds of device
-# draw alike; the others are the same numbers up to rounding.
+# Largest mean relative difference from the CPU's fp32 losses. data2vec and CLIP's text tower drop activations, and no
+# two kinds of device draw alike; the others are the same numbers up to rounding.
 LIMITS = {"fp32": 0.002, "bf16": 0.02, "fp16": 0.02}
-DRAWS_DROPOUT = {"Data2vec_for_PyTorch": 0.08}
+DRAWS_DROPOUT = {"Data2vec_for_PyTorch": 0.08, "CLIP_for_PyTorch": 0.03}
 REPEATS = 1e-6  # likewise from a device's own stored losses, which have six digits
 
 

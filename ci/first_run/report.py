@@ -100,7 +100,7 @@ def page(device: str, head: str, doctor: str, doctor_failed: bool, runs: list[Ru
         cells = [run.project, run.precision, ends, gap, run.fps, run.step_ms, mfu, run.memory, run.host_waits, data]
         lines.append(f"| {' | '.join([*cells, run.problem or 'none'])} |")
     lines += ["", "Speed and memory are those of tiny models; the profiled rows have the profiler's cost in them.", ""]
-    if peaks := dict.fromkeys(run.peak for run in runs if run.peak):
-        lines += [f"MFU: FLOPs of a step's matrix products, over {', '.join(peaks)}.", ""]
+    if peaks := {run.precision: run.peak for run in runs if run.peak}:  # measured ones differ a little between runs
+        lines += [f"MFU: FLOPs of a step's matrix products, over {', '.join(peaks.values())}.", ""]
     lines += [f"- {hint}" for hint in hints(runs)]
     return "\n".join([*lines, "", f"**{advice(runs, doctor_failed)}**", ""])
