@@ -243,15 +243,20 @@ def unseal(folder: str | Path) -> None:
     (Path(folder) / SEAL).unlink(missing_ok=True)
 
 
-def digests_of(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, list]:
-    """{relative path: [size, digest]} of files below a folder, flushed to the disk; read by several threads."""
+def digests_of(folder: str | Path, names: Sequence[str] | None = None, flush: bool = True) -> dict[str, list]:
+    """{relative path: [size, digest]} of files below a folder, flushed to the disk; read by several threads.
+
+    Args:
+        flush: off where files are only read; not every file system that cannot be written takes it.
+    """
     folder = Path(folder)
     if names is None:
         below = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         names = sorted(name for name in below if name not in (SEAL, f".{SEAL}.tmp"))
 
     def look(name: str) -> list:
-        sync(folder / name)
+        if flush:
+            sync(folder / name)
         with open(folder / name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             return [size, _digest(file, size)]
@@ -281,7 +286,7 @@ def _damage_of_folder(folder: Path) -> str | None:
         for name, (size, _) in new.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} has {(folder / name).stat().st_size} bytes, {size} were written"
-        found = digests_of(folder, list(new))
+        found = digests_of(folder, list(new), flush=False)
         for name, entry in new.items():
             if found[name] != entry:
                 return f"{name} is damaged: its content is not what was written (its digest differs)"

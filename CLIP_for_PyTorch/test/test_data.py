@@ -217,6 +217,12 @@ def test_the_check_goes_on_where_it_was_ended_and_is_kept_until_a_file_changes(t
     (tmp_path / "pictures/1.jpg").write_bytes(b"")
     bad, changed = check_images(pairs, 0, tmp_path / "cache")
     assert sorted(bad) == [1, 70] and len(seen) == 64 and changed != state
+    del seen[:]
+    (tmp_path / "pictures/200.jpg").write_bytes(draw(0)[0])
+    refs = [*pairs.images, ImageRef(str(tmp_path / "pictures/200.jpg"))]
+    more = Pairs("train", refs, [*pairs.captions, "one more"], [*pairs.image_of_caption, 200])
+    assert sorted(check_images(more, 0, tmp_path / "cache")[0]) == [1, 70]
+    assert len(seen) == 201 - 192  # the last piece, which has a picture more
 
 
 TABLES = {

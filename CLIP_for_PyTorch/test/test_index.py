@@ -137,7 +137,8 @@ def prepare(tmp_path, tiny_model):
     """A start with a table of 80 pictures, the last of them cut: (split, how often the table was read)."""
     pictures = tmp_path / "data"
     pictures.mkdir()
-    with open(pictures / "pairs.csv", "w", newline="") as file:
+    table = pictures / "pairs [é].csv"  # no pattern for other files
+    with open(table, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image_path", "caption"])
         for i in range(80):
@@ -145,14 +146,14 @@ def prepare(tmp_path, tiny_model):
             rows.writerow([f"{i}.jpg", draw(i)[1]])
 
     def start(*, longest: int = 77, cache: str | None = None, **options) -> tuple[sources.Split, int]:
-        data = DataArguments(train_file=str(pictures / "pairs.csv"), max_bad_share=0.03, **options)
+        data = DataArguments(train_file=str(table), max_bad_share=0.03, **options)
         source, reads = sources.find("train", data, cache), []
         read = source.read
         source.read = lambda **k: (reads.append(1), read(**k))[1]
         tokenizer = load_tokenizer(str(tiny_model))
         return sources.prepare(source, data, tokenizer, longest, 0, World()), len(reads)
 
-    start.folder = pictures
+    start.folder, start.table = pictures, table
     return start
 
 
@@ -167,7 +168,7 @@ def test_the_index_is_built_once_and_anew_when_something_changes(prepare, capsys
     again, reads = prepare()
     assert reads == 0 and told in capsys.readouterr().out
     assert [path.name for path in cache.iterdir() if kept.get(path.name) != path.stat().st_mtime_ns] == [
-        "left_out_pairs.tsv"
+        "left_out_pairs [é].tsv"
     ]
     assert list(again.pairs.captions) == [draw(i)[1] for i in range(79)]
     assert [ids.tolist() for ids in again.tokens] == [ids.tolist() for ids in split.tokens]
@@ -180,7 +181,7 @@ def test_the_index_is_built_once_and_anew_when_something_changes(prepare, capsys
 
     (prepare.folder / "79.jpg").write_bytes(draw(79)[0])  # mended
     assert len(prepare()[0].pairs) == 80
-    table = prepare.folder / "pairs.csv"
+    table = prepare.table
     table.write_text(table.read_text().replace("box", "square"))
     capsys.readouterr()
     changed, reads = prepare()
@@ -198,7 +199,7 @@ def test_a_build_that_was_cut_off_is_never_used(prepare, capsys, monkeypatch):
     capsys.readouterr()
     again, reads = prepare()
     assert reads == 1 and list(again.pairs.captions) == list(split.pairs.captions)
-    assert f"note: {pairs} is damaged: built anew" in capsys.readouterr().out
+    assert f"note: {pairs} is damaged (captions.npy has " in capsys.readouterr().out
 
     shutil.rmtree(pairs)
     save = np.save
@@ -215,6 +216,34 @@ def test_a_build_that_was_cut_off_is_never_used(prepare, capsys, monkeypatch):
     gone = next(pid for pid in range(1 << 20, 1, -1) if not psutil.pid_exists(pid))
     left.rename(left.with_name(left.name.replace(f".{os.getpid()}", f".{gone}")))  # its process is no more
     assert prepare()[1] == 1 and not list(cache.glob(".*"))
+
+
+def test_what_a_disk_has_changed_is_built_anew(prepare, capsys):
+    """A bit in the head of a file, in captions, in tokens; what the pairs are by content, cut or of nothing."""
+    split, _ = prepare()
+    captions, ids = list(split.pairs.captions), split.tokens.ids.tolist()
+    cache = prepare.folder / ".clip_cache"
+    for pattern, place in (("pairs_*/captions_ends.npy", 3), ("pairs_*/captions.npy", -9), ("tokens_*/ids.npy", -1)):
+        (file,) = cache.glob(pattern)
+        content = bytearray(file.read_bytes())
+        content[place] ^= 4
+        file.write_bytes(content)
+        capsys.readouterr()
+        again, _ = prepare()
+        assert f"{file.name} is damaged: its content" in capsys.readouterr().out
+        assert list(again.pairs.captions) == captions and again.tokens.ids.tolist() == ids
+    identity = again.identity()
+    whole = again.identity_file.read_text()
+    for damaged in (whole[:30], whole.replace('"pairs": 79', '"pairs": 78'), "[]", "\0"):
+        again.identity_file.write_text(damaged)
+        assert again.identity() == identity and again.identity_file.read_text() == whole
+
+
+def test_which_end_of_a_long_caption_is_cut_off_is_another_index(tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    before = sources.described(tokenizer)
+    tokenizer.truncation_side = "left"
+    assert sources.described(tokenizer) != before
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(prepare, tmp_path, capsys):
@@ -238,4 +267,4 @@ def test_two_ranks_build_one_index_and_learn_of_a_fault_together(tiny_model, tmp
     cache = tmp_path / ".clip_cache"
     assert len(list(cache.glob("pairs_*"))) == 1
     # the check of pictures was shared out
-    assert [len(path.read_text().split("\n")) for path in sorted(cache.glob("checked_shards_*.jsonl"))] == [3, 3]
+    assert [len(path.read_text().split("\n")) for path in sorted(cache.glob("checked_shards.*.jsonl"))] == [3, 3]

@@ -132,6 +132,8 @@ def test_lists_braces_and_wildcards_name_tars(tmp_path):
     assert names(f"{tmp_path}/{{a,b}}-0.tar") == ["a-0", "b-0"]
     assert names(f"{tmp_path}/{{a-{{0..1}},c}}.tar") == ["a-0", "c", "a-1", "c"]
     assert names(f"@{tmp_path}/list.txt::{tmp_path}/c.tar") == ["a-1", "b-0", "c", "c"]
+    write_shard(tmp_path / "b-[0].tar", range(1))  # names a file before it is a wildcard
+    assert names(f"{tmp_path}/b-[0].tar") == ["b-[0]"] and names(f"{tmp_path}/?.tar") == ["c"]
     with pytest.raises(UsageError, match="more than 1,000,000 tars"):
         names("x-{0..99999999999}.tar")
     with pytest.raises(UsageError, match="not a list of tars"):
@@ -211,6 +213,9 @@ def test_tars_behind_urls_are_what_they_are_on_disk(server, tmp_path):
     del server.answers[:]
     again = shards.read_shards(pattern, index_dir=tmp_path)  # the contents were kept: no tar is fetched
     assert list(again.images) == list(far.images) and sum(server.answers) < 10
+    for kept in tmp_path.glob("shard_*.json"):
+        kept.write_text(kept.read_text().replace("A ", "B ", 1))  # a flipped bit
+    assert list(shards.read_shards(pattern, index_dir=tmp_path).captions) == list(far.captions)
     write_shard(tmp_path / "far/s-0.tar", range(3))
     os.utime(tmp_path / "far/s-0.tar", (1, 1))
     remote.version.cache_clear()  # as in another run

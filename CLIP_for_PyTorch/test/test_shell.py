@@ -115,6 +115,9 @@ def test_every_flag_of_the_data_reaches_run_clip_from_where_it_was_typed(tmp_pat
         ([table, "--source_weights=1::2"], "2 weights for 1 parts"),
         ([table, "--source_weights=x"], "give numbers with :: between"),
         ([table, "--source_weights=-1"], "each must be at least 0"),
+        (["--train_file=a.csv::a.csv", "--source_weights=1e308::1e308"], "each must be at least 0"),
+        (["--train_file=a.csv::"], "nothing on one side of a ::"),
+        (["--train_shards=a.tar::::b.tar"], "nothing on one side of a ::"),
         ([table, "--validation_share=0.95"], "--validation_share 0.95: must be"),
         ([table, "--validation_share=0.1", table.replace("train", "validation")], "give one of them"),
     ):

@@ -6,6 +6,7 @@ down piece by piece: a check that was ended goes on where it was.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -27,32 +28,29 @@ from common import distributed
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
 
 
-def check_images(
-    pairs: Pairs, workers: int, cache_dir: Path, name: str = "", decode: bool = True
-) -> tuple[dict[int, str], str]:
+def check_images(pairs: Pairs, workers: int, cache_dir: Path, decode: bool = True) -> tuple[dict[int, str], str]:
     """({position: reason} of the pictures that cannot be read, a digest of the files' state), on all ranks.
 
     Args:
         workers: processes that decode.
-        cache_dir: where verdicts are kept, `checked_NAME.RANK.jsonl`.
-        name: of this set of pictures; default a digest of their names.
+        cache_dir: where verdicts are kept, `checked_NAME.RANK.jsonl`, of all sets of that name.
         decode: False looks at the files' sizes and times only.
     """
     images, rank, ranks = pairs.images, distributed.rank(), distributed.world_size()
-    size = min(max(64, len(images) // 1024), 4096)  # pictures a piece, whatever the number of ranks
+    # pictures a piece, whatever the number of ranks; a power of two, so that a set that grows keeps its pieces
+    size = min(max(64, 1 << (len(images) // 1024).bit_length()), 4096)
     pieces = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     mine = {number: _state(images, pieces[number]) for number in range(rank, len(pieces), ranks)}
     bad: dict[int, str] = {}
     if decode:
-        stem = f"checked_{name or f'{pairs.name}_{_digest(image.name for image in images)}'}"
-        known = _verdicts(cache_dir, stem)
+        known = _verdicts(cache_dir, f"checked_{pairs.name}")
         todo = []
         for number, state in mine.items():
             if (number, state) in known:
                 bad |= known[number, state]
             else:
                 todo.append(number)
-        with _Ledger(cache_dir / f"{stem}.{rank}.jsonl") as ledger:
+        with _Ledger(cache_dir / f"checked_{pairs.name}.{rank}.jsonl") as ledger:
             for number, found in _looked_at(images, pieces, todo, workers):
                 bad |= found
                 ledger.write(number, mine[number], found)
@@ -149,8 +147,8 @@ class _Ledger:
 def _verdicts(cache_dir: Path, stem: str) -> dict[tuple[int, str], dict[int, str]]:
     """{(piece, its state then): {position: reason}} of all that any rank has written down."""
     known = {}
-    for path in sorted(cache_dir.glob(f"{stem}.*.jsonl")):
-        with open(path, encoding="utf-8") as lines:
+    for path in sorted(cache_dir.glob(f"{glob.escape(stem)}.*.jsonl")):
+        with open(path, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
                     number, state, bad = json.loads(line)
@@ -162,13 +160,23 @@ def _verdicts(cache_dir: Path, stem: str) -> dict[tuple[int, str], dict[int, str
 
 def keep_json(path: Path, content: dict | list, what: str) -> None:
     """Writes what only saves time next time: all of it or, where that cannot be, nothing but a note."""
+    text = json.dumps(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(content))
+        partial.write_text(f"{text}\n{_digest([text])}")
         os.replace(partial, path)
     except OSError as error:
         _cannot_be_kept(what, path.parent, error)
+
+
+def kept_json(path: Path) -> Any:
+    """What `keep_json` wrote; None where it is not there, or damaged."""
+    try:
+        text, _, digest = path.read_text().partition("\n")
+        return json.loads(text) if digest in (_digest([text]), "") else None  # "": of an earlier version
+    except (OSError, ValueError):
+        return None
 
 
 def _cannot_be_kept(what: str, folder: Path, error: OSError) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from clip_pretraining.data import left_out, remote
 from clip_pretraining.data.left_out import drop_bad_captions
 from clip_pretraining.data.pairs import Pairs, Pictures, relative_to
-from clip_pretraining.data.picture_check import IMAGE_SUFFIXES, keep_json
+from clip_pretraining.data.picture_check import IMAGE_SUFFIXES, keep_json, kept_json
 from clip_pretraining.data.texts import GrowingTexts, Texts
 from common.errors import UsageError
 from common.pictures import is_litter
@@ -104,8 +104,11 @@ def expand_shards(pattern: str) -> list[str]:
                     f"{name}: compressed; pictures are read out of a tar by their offset, so decompress it first "
                     "(JPEGs hardly shrink anyway)"
                 )
-            found = sorted(glob.glob(name)) if glob.has_magic(name) and not remote.is_remote(name) else [name]
-            if not found or not all(remote.is_remote(f) or os.path.isfile(f) for f in found):
+            if remote.is_remote(name) or os.path.isfile(name):  # a folder may be called "set [1]"
+                shards.append(name)
+                continue
+            found = [file for file in sorted(glob.glob(name)) if os.path.isfile(file)]
+            if not found:
                 raise UsageError(f"--train_shards/--validation_shards {part}: no such file {name}")
             shards += found
     return shards
@@ -152,8 +155,8 @@ def _remote_samples(shard: str, caption_key: str, index_dir: Path) -> Listed:
     version = remote.version(shard)
     digest = hashlib.blake2b(f"2 {shard} {version} {caption_key}".encode(), digest_size=12).hexdigest()
     index = index_dir / f"shard_{digest}.json"
-    if index.is_file():
-        return json.loads(index.read_text())
+    if listed := kept_json(index):
+        return listed
     size = int(version.split()[0]) if version.split()[0].isdecimal() else None
     print(f"listing {shard}", flush=True)
     try:

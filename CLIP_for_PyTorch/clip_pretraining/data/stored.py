@@ -2,13 +2,14 @@
 
 They lie in a folder of the cache, a .npy file each. Its name has a digest of what they were made from, so that another
 source, tokenizer or rule is another folder; and it gets that name when everything is on the disk, so that there is
-never half of one.
+never half of one. It is sealed with digests (checkpoint_file.py): what a disk has changed since is built anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from common.errors import UsageError
 FORMAT = 1  # of the columns: another number where they mean something else
 _MARK = "made_from.json"
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+_NO_PLACE |= {errno.ENOENT}  # of what is being written: another container of this host name took it for a leftover
 Columns = dict[str, np.ndarray]
 
 
@@ -52,7 +54,7 @@ def stored(
         UsageError: of `build`, on all ranks; or there is room nowhere.
     """
     folder = cache / f"{kind}_{key_of(facts)}"
-    if all(distributed.gather_objects(is_whole(folder))):
+    if all(distributed.gather_objects(world.local_rank > 0 or is_whole(folder))):  # one of each host looks
         return _mapped(folder), False
     place: Path | None = None  # of the arrays, where this process has built them
 
@@ -86,12 +88,8 @@ def _one_after_another(turns: list[bool], work: Callable[[], None]) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file has the size it had when the folder got its name."""
-    try:
-        sizes = json.loads((folder / _MARK).read_text(encoding="utf-8"))["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    """Whether every file is what it was when the folder got its name."""
+    return checkpoint_file.damage(folder) is None
 
 
 def _mapped(folder: Path) -> Columns:
@@ -140,23 +138,21 @@ def _written(folder: Path, facts: Mapping[str, Any], columns: Columns) -> Path:
 def _save(folder: Path, facts: Mapping[str, Any], columns: Columns) -> None:
     for name, values in columns.items():
         np.save(folder / f"{name}.npy", values)
-        checkpoint_file.sync(folder / f"{name}.npy")
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.npy")}
-    (folder / _MARK).write_text(json.dumps({"facts": facts, "sizes": sizes}), encoding="utf-8")
-    checkpoint_file.sync(folder / _MARK)
+    (folder / _MARK).write_text(json.dumps({"facts": facts}), encoding="utf-8")
+    checkpoint_file.seal(folder)
 
 
 def _say_why(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
     """A line where there is an index, but not of this; removes those whose sources are no more what they were."""
-    if folder.is_dir():
-        print(f"note: {folder} is damaged: built anew", flush=True)
+    if folder.is_dir() and (problem := checkpoint_file.damage(folder)):  # else another run was faster by a moment
+        print(f"note: {folder} is damaged ({problem}): built anew", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-    for other in folder.parent.glob(f"{kind}_*"):
+    for other in folder.parent.glob(f"{glob.escape(kind)}_*"):
         try:
             old = json.loads((other / _MARK).read_text(encoding="utf-8"))["facts"]
-        except (OSError, ValueError, KeyError):
+            sources, before = facts.get("sources") or {}, old.get("sources") or {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        sources, before = facts.get("sources") or {}, old.get("sources") or {}
         changed = [name for name, stamp in before.items() if sources.get(name, stamp) != stamp]
         if changed:
             print(f"note: {changed[0]} has changed: its index is built anew", flush=True)

@@ -134,6 +134,9 @@ def _check_data(data: DataArguments, training: ClipTrainingArguments) -> None:
         data.delimiter = data.delimiter.replace("\\t", "\t")  # as a shell passes it
         if len(data.delimiter) != 1:
             raise UsageError(f"--delimiter {data.delimiter!r}: must be one character")
+    for name in ("train_file", "validation_file", "train_shards", "validation_shards"):
+        if not all((getattr(data, name) or "-").split("::")):
+            raise UsageError(f"--{name} {getattr(data, name)}: nothing on one side of a ::; give a file there")
     tables = [part for file in (data.train_file, data.validation_file) if file for part in file.split("::")]
     for path in (*tables, training.class_names, training.templates):
         if path and not os.path.isfile(path):
@@ -155,8 +158,8 @@ def _check_sampling(data: DataArguments, training: ClipTrainingArguments) -> Non
             f"--source_weights {weights}: {len(training.source_weights)} weights for {len(sources)} parts of "
             "--train_file or --train_shards: give one for each, with :: between"
         )
-    if not all(0 <= weight < math.inf for weight in training.source_weights) or not sum(training.source_weights):
-        raise UsageError(f"--source_weights {weights}: each must be at least 0, and one above it")
+    if not all(0 <= weight for weight in training.source_weights) or not 0 < sum(training.source_weights) < math.inf:
+        raise UsageError(f"--source_weights {weights}: each must be at least 0, and one above it; give such as 3::1")
 
 
 def _check_training(training: ClipTrainingArguments) -> None:

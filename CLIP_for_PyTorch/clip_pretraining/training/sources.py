@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clip_pretraining.data import coco, left_out
 from clip_pretraining.data.pairs import Pairs
-from clip_pretraining.data.picture_check import check_images, file_stamp, keep_json, tell_unreadable
+from clip_pretraining.data.picture_check import check_images, file_stamp, keep_json, kept_json, tell_unreadable
 from clip_pretraining.data.shards import expand_shards, read_shards
 from clip_pretraining.data.stored import Columns, key_of, stored
 from clip_pretraining.data.tables import read_table
@@ -53,9 +52,8 @@ class Split:
         """As `Pairs.identity`, on all ranks; worked out by one of them and kept."""
         found = None
         if distributed.rank() == 0:
-            if self.identity_file.is_file():
-                found = json.loads(self.identity_file.read_text())
-            else:
+            found = kept_json(self.identity_file)
+            if not found:
                 found = self.pairs.identity()
                 keep_json(self.identity_file, found, "what the pairs are by content")
         return distributed.broadcast_object(found)
@@ -138,7 +136,7 @@ def prepare(
     pairs = Pairs.of_columns(name, columns)
     if not is_new:
         left_out.judge(pairs, source.described, limit, source.listing)
-    bad, state = check_images(pairs, workers, source.cache, f"{name}_{key}", data.check_images)
+    bad, state = check_images(pairs, workers, source.cache, data.check_images)
     tell_unreadable(pairs, bad, limit, source.listing)
 
     def tokenise() -> Columns:
@@ -160,4 +158,5 @@ def described(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # as the last call has left it; the next one sets it anew
     backend.no_padding()
-    return key_of({"rules": backend.to_str(), "split_special_tokens": tokenizer.split_special_tokens})
+    options = {name: getattr(tokenizer, name) for name in ("split_special_tokens", "truncation_side")}
+    return key_of({"rules": backend.to_str(), **options})
