@@ -16,6 +16,7 @@ MULTI = "data2vec_multi"
 TASKS = ("masked_lm", "image_pretraining", "mae_image_pretraining")
 MODELS = ("data2vec_text", "data2vec_vision", MULTI)
 PICTURES = ("image_pretraining", "mae_image_pretraining")  # tasks
+REGRESSION_METRICS = ("pearson", "spearman", "pearson_and_spearman")
 
 _COMMON: dict[str, Option] = {
     "common.seed": count(1),
@@ -249,7 +250,7 @@ _SENTENCES: dict[str, Option] = {
     "lr_scheduler.force_anneal": Fixed(None),
     # null: accuracy, or pearson of a regression
     "checkpoint.best_checkpoint_metric": Key(
-        None, kind=str, choices=("loss", "accuracy", "f1", "mcc", "pearson", "spearman")
+        None, kind=str, choices=("loss", "accuracy", "f1", "mcc", "acc_and_f1", *REGRESSION_METRICS)
     ),
     "checkpoint.maximize_best_checkpoint_metric": Ignored("the metric says it"),
     "model._name": Key("data2vec_text_classification", choices=("data2vec_text_classification",)),

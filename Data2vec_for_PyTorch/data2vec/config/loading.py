@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UsageError
-from data2vec.config.keys import MULTI, Fixed, Ignored, Key, Option, options_of
+from data2vec.config.keys import MULTI, REGRESSION_METRICS, Fixed, Ignored, Key, Option, options_of
 from data2vec.config.multi import check_multi_text, check_multi_vision, refuse_audio, without_group, without_groups
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -288,7 +288,7 @@ def _check_sentences(config: DictConfig, refuse: Callable[[str], None]) -> None:
         refuse("set dataset.batch_size, in rows, or dataset.max_tokens")
     if not optimization.max_epoch and not optimization.max_update:
         refuse("set optimization.max_epoch or optimization.max_update: the run's length")
-    metric, of_regression = config.checkpoint.best_checkpoint_metric, ("pearson", "spearman")
+    metric, of_regression = config.checkpoint.best_checkpoint_metric, REGRESSION_METRICS
     if metric not in (None, "loss") and task.regression_target != (metric in of_regression):
         refuse(f"checkpoint.best_checkpoint_metric={metric} with task.regression_target={task.regression_target}")
 
