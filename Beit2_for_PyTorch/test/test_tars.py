@@ -1,5 +1,6 @@
 """Pictures in tars: the run that the same pictures in a folder give, bit for bit, resumed in mid-epoch, too."""
 
+import io
 import json
 import os
 import re
@@ -100,7 +101,16 @@ def test_tars_that_cannot_be_read(packed, tmp_path):
     with pytest.raises(BrokenPicture, match="train-0001.tar/.*: the tar ends before its picture"):
         read_image(paths[10])
     compressed = b"\x1f\x8b" + whole
-    for content, message in ((whole[:9000], "it ends within|unexpected end"), (compressed, "uncompressed tar")):
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        third = tar.getmembers()[2].offset
+    for content, message in (
+        (whole[:9000], "it ends within|unexpected end"),
+        (compressed, "uncompressed tar"),
+        # at a header tarfile takes either for the end of the tar, and all behind it is lost without a word
+        (whole[:third], f"cut short or damaged at byte {third:,}"),
+        (whole[: third + 100], f"cut short or damaged at byte {third:,}"),
+        (whole[:third] + b"x" * 512 + whole[third + 512 :], f"cut short or damaged at byte {third:,}"),
+    ):
         (folder / "train-0001.tar").write_bytes(content)
         with pytest.raises(UsageError) as caught:
             list_pictures(folder)

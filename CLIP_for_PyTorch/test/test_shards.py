@@ -14,7 +14,7 @@ import torch
 from clip_sample import draw, write_shard
 
 import run_clip
-from clip_pretraining.data import remote, shards
+from clip_pretraining.data import left_out, remote, shards
 from clip_pretraining.data.images import ImageError
 from clip_pretraining.data.pairs import DecodedImages
 from clip_pretraining.data.picture_check import check_images
@@ -41,6 +41,20 @@ def test_bad_tars_are_named(tmp_path):
     write_shard(tmp_path / "empty.tar", range(2), caption_of=lambda i: " ")
     with pytest.raises(UsageError, match="2 x caption empty or missing"):
         shards.read_shards(str(tmp_path / "empty.tar"))
+
+
+@pytest.mark.parametrize("mode", ["r:", "r|"])
+def test_a_tar_damaged_at_a_header_is_known_as_cut(tmp_path, mode):
+    """tarfile takes it for the end of the tar: the pairs behind it were lost without a word."""
+    write_shard(tmp_path / "s.tar", range(4))
+    whole = (tmp_path / "s.tar").read_bytes()
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        third = [member.offset for member in tar][6]
+    for damaged in (whole[:third], whole[: third + 99], whole[:third] + b"x" * 512 + whole[third + 512 :]):
+        samples, faults = shards.list_tar(io.BytesIO(damaged), mode, "txt", len(damaged))
+        assert len(samples) == 2
+        assert [cause for cause, _ in faults] == [left_out.CUT_TAR] and f"at byte {third:,}" in faults[0][1]
+    assert [len(part) for part in shards.list_tar(io.BytesIO(whole), mode, "txt", len(whole))] == [4, 0]
 
 
 def test_a_picture_without_caption_is_told_and_a_second_picture_of_a_key_is_no_second_pair(tmp_path, capsys):

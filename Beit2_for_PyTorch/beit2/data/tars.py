@@ -19,6 +19,7 @@ from beit2.data import kept_list
 from beit2.data.picture_list import PictureList
 from common import pictures
 from common.errors import UsageError
+from common.whole_tar import Member
 
 CACHE = ".beit2_tars"
 CACHED_FROM = 10_000  # pictures
@@ -122,7 +123,7 @@ def _from_bytes(root: Path, header: dict, payload: bytes, tars: Sequence[str]) -
 def _list_tar(path: Path, tar: str, names: list[bytes], places: list[tuple[int, int]], option: str) -> None:
     size = os.stat(path).st_size
     try:
-        with tarfile.open(path, "r:") as file:
+        with tarfile.open(path, "r:", tarinfo=Member) as file:
             for member in file:
                 file.members = []  # else it keeps every header that it has read
                 if not (member.isfile() and _is_picture(member.name)):

@@ -28,6 +28,7 @@ from clip_pretraining.data.picture_check import IMAGE_SUFFIXES, keep_json, kept_
 from clip_pretraining.data.texts import GrowingTexts, Texts
 from common.errors import UsageError
 from common.pictures import is_litter
+from common.whole_tar import Member
 
 MAX_TARS = 1_000_000  # of one pattern
 MAX_CAPTION_BYTES = 1 << 20  # of one member: no caption is that long, whatever a header says
@@ -178,7 +179,7 @@ def list_tar(file: BinaryIO, mode: str, caption_key: str, size: int | None) -> L
     faults: list[tuple[str, str]] = []
     group = _Group("")
     try:
-        with tarfile.open(fileobj=file, mode=mode) as tar:
+        with tarfile.open(fileobj=file, mode=mode, tarinfo=Member) as tar:
             for member in tar:
                 if not member.isfile() or is_litter(member.name):
                     continue
