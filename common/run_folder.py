@@ -142,6 +142,7 @@ def compare(
     *,
     may_change: Sequence[str] = (),
     accepted: str | Iterable[str] = (),
+    fixed: Sequence[str] = (),
     flag: str = "--accept_changes",
 ) -> str | None:
     """Compares what a checkpoint is of with what is to be run.
@@ -152,6 +153,7 @@ def compare(
         current: this run's. What only one of the two has is not compared.
         may_change: names (of values, or of the groups above them) that a user changes on purpose: lr, length.
         accepted: names that the user accepts by `flag`, as a list or with commas between; "all" for all.
+        fixed: names that cannot be accepted: with another value the checkpoint's weights or optimizer do not fit.
 
     Returns:
         One line about what has changed and is allowed to, None where nothing has.
@@ -168,11 +170,16 @@ def compare(
     if unknown := sorted(name for name in allowed - {"all"} if not any(_under(n, [name]) for n in new)):
         raise UsageError(f"{flag} {unknown[0]}: no such name; there are {', '.join(sorted(new))}")
     refused = [n for n in changed if not ("all" in allowed or _under(n, may_change) or _under(n, allowed))]
-    if refused:
+    unfit = [n for n in changed if _under(n, fixed)]
+    if refused or unfit:
+        refused = list(dict.fromkeys([*unfit, *refused]))
         listed = "; ".join(f"{n} was {_short(changed[n][0])}, is now {_short(changed[n][1])}" for n in refused)
+        otherwise = f"go on all the same with {flag} {','.join(refused)}"
+        if unfit:
+            otherwise = f"begin a new run: its weights or its optimizer do not fit with {', '.join(unfit)} changed"
         raise UsageError(
             f"{path}: cannot be continued by this run, which is another one: {listed}. Use what it was made with, or "
-            f"go on all the same with {flag} {','.join(refused)}"
+            f"{otherwise}"
         )
     told = "; ".join(f"{name} {_short(a)} -> {_short(b)}" for name, (a, b) in changed.items())
     return f"changed since {path}: {told}" if told else None

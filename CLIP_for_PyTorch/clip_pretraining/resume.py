@@ -22,6 +22,7 @@ CHECKPOINTS = "checkpoint-[0-9]*"
 MARK = "complete.json"  # of what the checkpoint is
 # named when they change, but a user changes them on purpose
 MAY_CHANGE = ("schedule", "ranks")
+FIXED = ("model", "frozen", "lora", "loss", "optim")  # tensors of the weights or of the optimizer
 # what `Trainer` and evaluation write beside the log's files
 OF_EVALUATION = ("eval_results.json", "retrieval.png")
 OF_TRAINING = (
@@ -79,7 +80,9 @@ def agree(
             folder = choose(output_dir, wanted, overwrite)
             if folder is not None:
                 saved = json.loads((folder / MARK).read_text(encoding="utf-8"))
-                changed = run_folder.compare(folder, saved, facts, may_change=MAY_CHANGE, accepted=accepted)
+                changed = run_folder.compare(
+                    folder, saved, facts, may_change=MAY_CHANGE, accepted=accepted, fixed=FIXED
+                )
         except UsageError as error:
             problem = error.message
     problem, changed = broadcast_object((problem, changed))

@@ -60,7 +60,7 @@ def test_the_average_is_of_all_updates_and_is_what_is_evaluated(pairs_table, tin
     assert alone["EvalLoss"] == pytest.approx(result["EvalLoss"], abs=1e-6)
 
 
-def test_lora_trains_its_additions_alone_and_users_get_plain_layers(pairs_table, tiny_model, tmp_path):
+def test_lora_trains_its_additions_alone_and_users_get_plain_layers(pairs_table, tiny_model, tmp_path, capsys):
     evaluation = ["--do_eval", "--validation_file", str(pairs_table), "--per_device_eval_batch_size", "8"]
     options = ["--max_steps", "2", "--save_every", "2", "--lora_rank", "2", "--freeze_vision_model", "True"]
     result = run(tmp_path, tiny_model, *train_options(pairs_table, *options, *evaluation))
@@ -76,6 +76,9 @@ def test_lora_trains_its_additions_alone_and_users_get_plain_layers(pairs_table,
     VisionTextDualEncoderModel.from_pretrained(tmp_path)
     alone = run(tmp_path / "alone", tmp_path, *evaluation)
     assert alone["EvalLoss"] == pytest.approx(result["EvalLoss"], abs=1e-6)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "alone", tmp_path / "checkpoint-2", *evaluation)
+    assert "give the folder of the run that wrote it" in capsys.readouterr().err
 
 
 def test_a_part_of_the_patches_is_seen_in_training_alone():

@@ -218,6 +218,8 @@ def test_what_may_change_in_a_resumed_run_takes_effect(pairs_table, tiny_model, 
         (["--freeze_vision_model", "True"], "frozen was [], is now ['vision_model']"),
         (["--optim", "sgd"], "optim was 'adamw_torch', is now 'sgd'"),
         (["--precision", "bf16"], "precision was 'fp32', is now 'bf16'"),
+        (["--freeze_vision_model", "True", "--accept_changes", "all"], "begin a new run: its weights or its optimizer"),
+        (["--lora_rank", "2", "--accept_changes", "lora"], "lora was [], is now [2, 1.0]"),
     ],
 )
 def test_what_changes_the_mathematics_is_refused(options, fact, pairs_table, tiny_model, tmp_path, capsys):

@@ -207,7 +207,9 @@ def test_what_changes_the_mathematics_is_refused_with_old_and_new_and_the_flag()
         assert "seed 0 -> 1" in note and "epochs 3 -> 5" in note
     with pytest.raises(UsageError, match="--accept_changes sede: no such name; there are data.count"):
         run_folder.compare("c.pt", SAVED, now, accepted="sede")
-    assert run_folder.compare("c.pt", SAVED, SAVED) is None
+    with pytest.raises(UsageError, match="seed was 0, is now 1.* or begin a new run: .* do not fit with seed changed"):
+        run_folder.compare("c.pt", SAVED, now, may_change=may_change, accepted="all", fixed=["seed"])
+    assert run_folder.compare("c.pt", SAVED, SAVED, fixed=["seed"]) is None
     assert "does not say what it is of" in run_folder.compare("old.pt", None, now)
 
 

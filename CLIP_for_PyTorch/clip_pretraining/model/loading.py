@@ -99,6 +99,11 @@ def _load_weights(family, name_or_path: str, config: PretrainedConfig, hub_kwarg
             "different models, fetch both anew"
         )
     missing = sorted(info["missing_keys"])
+    if any(".lora_" in name for name in info["unexpected_keys"]):
+        raise UsageError(
+            f"{name_or_path}: a checkpoint of --lora_rank; give the folder of the run that wrote it, "
+            "where the weights are merged"
+        )
     if missing:
         raise UsageError(
             f"{name_or_path}: the weights lack {len(missing)} of the model's tensors ({', '.join(missing[:3])} ...): "
