@@ -15,7 +15,7 @@ import torch
 from beit2 import pretraining_options as setup
 from beit2.image_data import Normalizer, collate
 from beit2.options import mean_and_std
-from beit2.prediction_figure import draw, prediction_rows
+from beit2.prediction_figure import check_figure, draw, prediction_rows
 from beit2.training.checkpoints import load_model
 from beit2.weights.files import read_checkpoint
 from common import device as devices
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.count < 1:
         raise devices.UsageError(f"--count {options.count}: must be at least 1")
+    check_figure(options.output, "--output")
 
     checkpoint = read_checkpoint(options.checkpoint)
     if "args" not in checkpoint:

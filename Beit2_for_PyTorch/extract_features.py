@@ -10,7 +10,9 @@ from __future__ import annotations
 import common.requirements
 
 import argparse
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +75,17 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.output.suffix not in (".npy", ".safetensors"):
         raise UsageError(f"--output {options.output}: name a .npy or a .safetensors file")
-    if options.output.exists():
-        raise UsageError(f"--output {options.output}: exists, and is not overwritten")
+    for file in (options.output, *([names_of(options.output)] if options.output.suffix == ".npy" else [])):
+        if file.exists():
+            raise UsageError(f"--output {options.output}: {file} exists, and is not overwritten")
     if options.batch_size < 1 or options.num_workers < 0:
         raise UsageError("--batch_size must be at least 1 and --num_workers not negative")
     return options
+
+
+def names_of(output: Path) -> Path:
+    """The file of the pictures' names that lies beside an .npy."""
+    return output.with_suffix(".names.txt")
 
 
 def encoder_of(source: EncoderFile, where: str) -> VisionTransformer:
@@ -116,9 +124,13 @@ def write(
     try:
         if world.is_main:
             np.lib.format.open_memmap(partial, "w+", np.float32, (len(pictures), width))
+            with open(partial, "r+b") as file:  # room for all: a disk that fills later kills who writes to its memory
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(partial))
         distributed.barrier()
         rows = np.lib.format.open_memmap(partial, "r+")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UsageError(f"--output {options.output}: {error.strerror} (all ranks need its folder)") from error
     share = range(len(pictures) * world.rank // world.size, len(pictures) * (world.rank + 1) // world.size)
     loader = DataLoader(Subset(pictures, share), options.batch_size, num_workers=options.num_workers)
@@ -140,7 +152,7 @@ def put_in_place(output: Path, partial: Path, rows: np.ndarray, paths: PictureLi
     """Names the file that is complete now. The pictures' names lie beside an .npy, in a safetensors file's header."""
     names = [paths.name(index) for index in range(len(paths))]
     if output.suffix == ".npy":
-        output.with_suffix(".names.txt").write_text("".join(f"{name}\n" for name in names), "utf-8", "surrogateescape")
+        names_of(output).write_text("".join(f"{name}\n" for name in names), "utf-8", "surrogateescape")
         partial.replace(output)
         return
     from safetensors.numpy import save_file

@@ -16,8 +16,8 @@ from beit2.data.labelled import CentreCrop
 from beit2.data.normalizer import Normalizer
 from beit2.data.reading import read_image
 from beit2.model.tokenizer_file import PUBLISHED, tokenizer_of
-from beit2.prediction_figure import draw, token_pictures
-from common.errors import print_usage_errors
+from beit2.prediction_figure import check_figure, draw, token_pictures
+from common.errors import UsageError, print_usage_errors
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -28,7 +28,15 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer_weight", default=PUBLISHED, help="file, address, or the name of a published one")
     parser.add_argument("--tokenizer_model", help="where the file does not say which model it is of")
     parser.add_argument("--figure", type=Path, help="pictures above their tokens, alike codes in alike colours")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.figure is not None:
+        check_figure(options.figure, "--figure")
+        if options.figure.exists():  # it may be one of the pictures
+            raise UsageError(f"--figure {options.figure}: exists, and is not overwritten")
+    for path in options.pictures:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such picture; name files, not folders")
+    return options
 
 
 @print_usage_errors

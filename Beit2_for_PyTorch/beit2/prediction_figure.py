@@ -11,6 +11,7 @@ from torch import Tensor
 
 from beit2.model.masked_image_model import MaskedImageModel
 from beit2.model.tokenizer import VQKD
+from common.errors import UsageError
 
 ROWS = ("picture", "masked", "tokens", "with predicted")
 
@@ -55,6 +56,19 @@ def token_pictures(tokenizer: VQKD, tokens: Tensor, size: tuple[int, int]) -> np
 
 def _enlarged(grid: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(grid.float(), size, mode="nearest")  # [B, c, H, W]
+
+
+def check_figure(path: Path, option: str) -> None:
+    """Before anything is computed for it.
+
+    Raises:
+        UsageError: no name of a picture.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().lstrip(".") not in known:
+        raise UsageError(f"{option} {path}: name a picture, such as a .png (known: {' '.join(sorted(known))})")
 
 
 def draw(rows: list[np.ndarray], path: Path, titles: Sequence[str] = ROWS) -> None:

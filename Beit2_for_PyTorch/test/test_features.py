@@ -109,7 +109,8 @@ def test_the_average_of_the_weights(classifier, pictures, tmp_path):
 
 def test_what_cannot_be_extracted(pretraining, tokenizer_file, pictures, tmp_path):
     _, path = pretraining
-    (tmp_path / "there.npy").write_bytes(b"")
+    for name in ("there.npy", "mine.names.txt"):
+        (tmp_path / name).write_bytes(b"")
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt/config.json").write_text('{"model_type": "beit", "architectures": ["BeitBackbone"]}')
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
@@ -118,6 +119,7 @@ def test_what_cannot_be_extracted(pretraining, tokenizer_file, pictures, tmp_pat
     for weights, output, extra, message in (
         (path, "x.txt", [], "name a .npy or a .safetensors"),
         (path, "there.npy", [], "exists, and is not overwritten"),
+        (path, "mine.npy", [], "mine.names.txt exists, and is not overwritten"),
         (path, "x.npy", ["--layer", "4"], r"--layer 4: choose a block from 1 to 3"),
         (path, "no/x.npy", [], "no/x.npy: No such file or directory"),
         (tokenizer_file, "x.npy", [], "weights of a tokenizer, not of an encoder"),
@@ -147,6 +149,13 @@ def test_tokens_of_pictures(tokenizer_file, pictures, tmp_path, capsys):
         assert table == tokenizer.get_codebook_indices(image).view(4, 4).tolist()
     assert Image.open(figure).size[0] > 100
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    for words, message in (
+        ([named[0], "--figure", named[1]], "1.png: exists, and is not overwritten"),
+        ([named[0], "--figure", f"{tmp_path}/a.xyz"], "--figure .*a.xyz: name a picture, such as a .png"),
+        ([str(pictures)], "no such picture; name files, not folders"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            print_tokens.main(["--tokenizer_weight", str(tokenizer_file), *words])
     with pytest.raises(SystemExit):
         print_tokens.main(["--tokenizer_weight", str(tokenizer_file), str(tmp_path / "broken.jpg")])
     torch.save(
