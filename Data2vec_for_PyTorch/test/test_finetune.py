@@ -141,7 +141,9 @@ def test_regression_of_pairs_from_a_pretrained_checkpoint(project, golden, bpe, 
     pair = [
         "task.columns=[first,second]",
         "task.label_column=questions",
-        "task.regression_target=true",
+        "criterion.regression_target=true",  # as fairseq's sts_b has it
+        "task.num_classes=1",
+        "checkpoint.best_checkpoint_metric=pearson_and_spearman",
         "task.max_positions=64",
     ]
     settings = [o for o in options(tmp_path / "run", *pair, data=tmp_path) if not o.startswith("model.transformer.enc")]

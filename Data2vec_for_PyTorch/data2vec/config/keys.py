@@ -224,7 +224,7 @@ _SENTENCES: dict[str, Option] = {
     "task.data": Key(MISSING),  # ours: a folder with train.csv, .tsv or .jsonl, and valid likewise
     "task.columns": Key(["sentence"]),  # ours: of the text, or of the two texts of a pair
     "task.label_column": Key("label"),  # ours
-    "task.num_classes": Key(None, low=2, kind=int),  # null: as many as train has labels
+    "task.num_classes": Key(None, low=1, kind=int),  # null: as many as train has labels; of a regression 1 or null
     "task.regression_target": Key(False),
     "task.encoder_json": Key(None, kind=str),  # ours, as of bpe_encode.py
     "task.vocab_bpe": Key(None, kind=str),  # ours
@@ -236,7 +236,7 @@ _SENTENCES: dict[str, Option] = {
     "task.d2v2_multi": Ignored("the checkpoint says what it is"),
     "task.shorten_method": Ignored("texts are cut at task.max_positions, and the log says how many"),
     "criterion._name": Key("sentence_prediction", choices=("sentence_prediction",)),
-    "criterion.regression_target": Ignored("task.regression_target says it"),
+    "criterion.regression_target": Key(False),  # where fairseq has it; the same as task.regression_target
     "criterion.report_mcc": Ignored("all metrics are reported"),
     "criterion.report_acc_and_f1": Ignored("all metrics are reported"),
     "criterion.report_pearson_and_spearman": Ignored("all metrics are reported"),

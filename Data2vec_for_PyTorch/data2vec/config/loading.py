@@ -277,8 +277,12 @@ def _check_sentences(config: DictConfig, refuse: Callable[[str], None]) -> None:
         refuse(f"task.columns={list(task.columns)}: name one column of the table, or the two of a pair")
     if task.label_column in task.columns:
         refuse(f"task.label_column={task.label_column}: it is among task.columns, too")
-    if task.regression_target and task.num_classes is not None:
-        refuse(f"task.num_classes={task.num_classes} with task.regression_target: a regression has no classes")
+    task.regression_target |= config.criterion.regression_target
+    if task.num_classes is not None and task.regression_target != (task.num_classes == 1):
+        refuse(
+            f"task.num_classes={task.num_classes} with task.regression_target={task.regression_target}: a regression "
+            "must have 1 or null, a classification at least 2"
+        )
     if task.max_positions > config.model.transformer.max_source_positions:
         task.max_positions = config.model.transformer.max_source_positions
     for key in ("encoder_json", "vocab_bpe", "dict"):
