@@ -20,7 +20,7 @@ import run_clip
 from clip_pretraining.data.images import load_image
 from clip_pretraining.data.tokenization import load_tokenizer, openai_tokenizer
 from clip_pretraining.evaluation.encoder import normalise_pixels
-from clip_pretraining.exchange import transformers_folder
+from clip_pretraining.exchange import names, transformers_folder
 from clip_pretraining.model.loading import ImageSettings, add_logit_bias, encode_images, encode_texts, load_model
 
 CAPTIONS = ["A red box on white ground.", "a green box", "A blue box on black ground, and nothing else"]
@@ -213,6 +213,15 @@ def test_what_is_no_model_of_ours_is_refused_in_a_sentence(tiny_clip, tmp_path, 
     assert "ResNet" in broken("vision_cfg", "layers", [3, 4, 6, 3])
     assert "does not fit" in broken("vision_cfg", "patch_size", 4)
     assert "lacks transformer.resblocks.2" in broken("text_cfg", "layers", 3)
+    assert "not a multiple of the number of attention heads (5)" in broken("text_cfg", "heads", 5)
+    for change, told in (
+        ({"preprocess_cfg": {"mean": [0.5]}}, "three numbers each"),
+        ({"model_cfg": {**good["model_cfg"], "vision_cfg": [1]}}, "not a configuration"),
+        ({"model_cfg": {**good["model_cfg"], "init_logit_bias": "x"}}, "could not convert"),
+        ({"model_cfg": {**good["model_cfg"], "quick_gelu": "false"}}, "'false': no model of ours"),
+    ):
+        (tmp_path / "good/open_clip_config.json").write_text(json.dumps({**good, **change}))
+        assert told in refusal(capsys, tmp_path / "good", "transformers", tmp_path / "out")
     (tmp_path / "good/open_clip_config.json").write_text('{"model_cfg": 3}')
     assert "not a configuration" in refusal(capsys, tmp_path / "good", "transformers", tmp_path / "out")
     (tmp_path / "good/open_clip_config.json").write_text(json.dumps(good))
@@ -226,5 +235,12 @@ def test_what_is_no_model_of_ours_is_refused_in_a_sentence(tiny_clip, tmp_path, 
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     options = (tmp_path / "other.pt", "transformers", tmp_path / "out", "--activation", "gelu")
     assert "not a Vision Transformer" in refusal(capsys, *options)
+    openai = names.to_open_clip(openai_like(tmp_path / "openai_like"))
+    for key, value, told in (
+        ("visual.positional_embedding", torch.zeros(15, 64), "no square picture"),
+        ("visual.conv1.weight", torch.zeros(96, 3, 8, 8), "not of heads of 64 channels"),
+    ):
+        torch.save({**openai, key: value}, tmp_path / "other.pt")
+        assert told in refusal(capsys, *options)
     with pytest.raises(SystemExit):
         load_model(str(tmp_path / "good"))

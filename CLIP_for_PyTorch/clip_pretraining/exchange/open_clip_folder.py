@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -130,8 +131,10 @@ def read(folder: Path) -> Built:
         if prepared.get(key, ours) != ours:
             raise UsageError(f"{folder / CONFIG}: pictures with {key} {prepared[key]!r}; here it is {ours}")
     usual = ImageSettings(model.config.vision_config.image_size)
-    mean, std = tuple(prepared.get("mean", usual.mean)), tuple(prepared.get("std", usual.std))
-    return model, tokenizer, ImageSettings(usual.size, mean, std)
+    colours = [tuple(prepared.get(key) or ours) for key, ours in (("mean", usual.mean), ("std", usual.std))]
+    if not all(len(values) == 3 and all(isinstance(v, int | float) for v in values) for values in colours):
+        raise UsageError(f"{folder / CONFIG}: mean and std must be three numbers each, not {colours}")
+    return model, tokenizer, ImageSettings(usual.size, *colours)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -139,7 +142,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         vision, text = content["model_cfg"]["vision_cfg"], content["model_cfg"]["text_cfg"]
         content["model_cfg"]["embed_dim"] + 0
-        content.setdefault("preprocess_cfg", {}).keys()
+        for part in (vision, text, content.setdefault("preprocess_cfg", {})):
+            part.keys()
     except OSError as error:
         raise UsageError(f"{folder / CONFIG}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -172,8 +176,8 @@ def _tokenizer(folder: Path, text: dict[str, Any]) -> PreTrainedTokenizerBase:
 def _build(folder: Path, content: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """With random weights."""
     vision, text, dim = content["vision_cfg"], content["text_cfg"], content["embed_dim"]
-    activation = _ACTIVATIONS[bool(content.get("quick_gelu", False))]
     try:
+        activation = _ACTIVATIONS[content.get("quick_gelu", False)]
         vision_config = vision_config_of(vision, activation, dim)
         if "hf_model_name" in text:
             family, config = (
@@ -189,10 +193,11 @@ def _build(folder: Path, content: dict[str, Any], tokenizer: PreTrainedTokenizer
                 CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=dim),
             )
         model = family(config)
-    except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise UsageError(f"{folder / CONFIG}: {loading.first_line(error)}") from None
-    if content.get("init_logit_bias") is not None:
-        loading.add_logit_bias(model, float(content["init_logit_bias"]))
+        if content.get("init_logit_bias") is not None:
+            loading.add_logit_bias(model, float(content["init_logit_bias"]))
+    except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
+        reason = loading.first_line(error.__cause__ or error)
+        raise UsageError(f"{folder / CONFIG}: {reason}: no model of ours; give another folder") from None
     return model
 
 

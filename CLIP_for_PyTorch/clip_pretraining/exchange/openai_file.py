@@ -90,10 +90,14 @@ def _shapes(state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any], i
     """open_clip's `vision_cfg`, `text_cfg` and the dimension of the features."""
     width, _, patch, _ = state["visual.conv1.weight"].shape
     side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    if len(state["visual.positional_embedding"]) != side**2 + 1:
+        raise ValueError("its positions are of no square picture")
     vision = {"width": width, "patch_size": patch, "image_size": patch * side, "head_width": HEAD_WIDTH}
     length, text_width = state["positional_embedding"].shape
     text = {"width": text_width, "context_length": length, "vocab_size": len(state["token_embedding.weight"])}
     text["heads"] = text_width // HEAD_WIDTH
+    if width % HEAD_WIDTH or text_width % HEAD_WIDTH:
+        raise ValueError(f"widths of {width} and {text_width} are not of heads of {HEAD_WIDTH} channels")
     for part, prefix in ((vision, "visual."), (text, "")):
         hidden = state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"]  # [4 C, C]
         part["mlp_ratio"] = hidden.shape[0] / hidden.shape[1]
