@@ -236,6 +236,7 @@ def test_what_is_no_model_of_ours_is_refused_in_a_sentence(tiny_clip, tmp_path, 
     options = (tmp_path / "other.pt", "transformers", tmp_path / "out", "--activation", "gelu")
     assert "not a Vision Transformer" in refusal(capsys, *options)
     openai = names.to_open_clip(openai_like(tmp_path / "openai_like"))
+    capsys.readouterr()
     for key, value, told in (
         ("visual.positional_embedding", torch.zeros(15, 64), "no square picture"),
         ("visual.conv1.weight", torch.zeros(96, 3, 8, 8), "not of heads of 64 channels"),
