@@ -254,6 +254,11 @@ def test_words_that_look_like_nothing_are_captions(name, tmp_path):
         ("t.csv", "image_path,caption\na.jpg,\n", "1 of 1 samples left out: 1 x caption empty"),
         ("t.csv", "image_path,caption\n,text\n", "t.csv:2: column 'image_path' holds no file name"),
         (
+            "t.csv",
+            "image_path,caption\nhttps://h/a.jpg,b\n",
+            "t.csv:2: https://h/a.jpg: a table's pictures must be files",
+        ),
+        (
             "t.jsonl",
             '{"image_path": "a.jpg", "caption": null}\n',
             "1 of 1 samples left out: 1 x caption empty or missing",

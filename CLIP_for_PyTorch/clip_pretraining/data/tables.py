@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_pretraining.data import left_out
+from clip_pretraining.data import left_out, remote
 from clip_pretraining.data.left_out import drop_bad_captions
 from clip_pretraining.data.pairs import Pairs, Pictures
 from clip_pretraining.data.texts import GrowingTexts, first_equal
@@ -88,6 +88,8 @@ def _checked(record: object, place: str, image_column: str, caption_column: str)
     image, caption = record[image_column], record[caption_column]
     if not isinstance(image, str) or not image or "\0" in image:
         raise UsageError(f"{place}: column {image_column!r} holds no file name but {image!r}")
+    if remote.is_remote(image):
+        raise UsageError(f"{place}: {image}: a table's pictures must be files here; only tars are read from URLs")
     if caption is not None and not isinstance(caption, str):
         raise UsageError(f"{place}: the caption must be text, not {caption!r}")
     return image, caption or ""
