@@ -11,6 +11,7 @@ import errno
 import functools
 import multiprocessing.util
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -106,6 +107,7 @@ def print_usage_errors(main):
 
 def _leave(code: int) -> NoReturn:
     """Ends this process, whose work is saved. An interpreter takes seconds to take models and groups apart."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a failure, and raises
     for child in multiprocessing.active_children():  # a loader's workers, which look for their parent every 5 seconds
         child.kill()
     # what Python does at an exit: takes their pymp-* folders out of TMPDIR

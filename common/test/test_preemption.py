@@ -166,3 +166,23 @@ def test_a_signal_to_a_forked_worker_is_none_to_the_run(tmp_path):
     assert run.poll() is None and Path(f"/proc/{child}").exists()
     run.send_signal(signal.SIGUSR1)
     assert "saved at" in run.communicate(timeout=600)[0] and run.returncode == PREEMPTED
+
+
+# What the loader's workers are told to end by, torch takes for their failure: it raised, and 75 became 1.
+WITH_WORKERS = """
+from torch.utils.data import DataLoader
+from common.errors import Preempted, print_usage_errors
+
+@print_usage_errors
+def main():
+    batches = iter(DataLoader(range(8), num_workers=2))
+    next(batches)
+    raise Preempted("stopped")
+
+main()
+"""
+
+
+def test_a_preempted_run_with_loader_workers_says_start_me_again():
+    done = subprocess.run([sys.executable, "-c", WITH_WORKERS], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (PREEMPTED, "")
