@@ -86,6 +86,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
                 end_epoch(run, means)
             if done.saves:
                 run.save(log, done)
+        if monitor and not scores:  # a run that was finished before
+            scores = monitor.report(run, log, None)
         accuracy = means.get("mlm_acc", means.get("mlm_acc_1"))
         return log.finish(accuracy=None if accuracy is None else round(100 * accuracy, 3), **scores)
 

@@ -7,18 +7,21 @@ square product measured here.
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
 from common import device as devices
 
-# FLOP/s of dense matrix products by the card's name as its driver gives it. fp32 is without TF32, as we train.
+# FLOP/s of dense matrix products by the card's name as its driver gives it, to which a form and a size may be joined by
+# dashes (-SXM4-80GB). Other words make another card: RTX 4090 Laptop GPU, H200 NVL, a MIG part. fp32 is without TF32.
 _A100 = {"fp32": 19.5e12, "bf16": 312e12, "fp16": 312e12}
 _HOPPER = {"fp32": 67e12, "bf16": 989.4e12, "fp16": 989.4e12}
 PEAKS: dict[str, tuple[dict[str, float], str]] = {
-    "Tesla V100": ({"fp32": 15.7e12, "fp16": 125e12}, "NVIDIA V100 data sheet"),
+    "Tesla V100-SXM2": ({"fp32": 15.7e12, "fp16": 125e12}, "NVIDIA V100 data sheet"),
     "NVIDIA A100": (_A100, "NVIDIA A100 data sheet"),
+    "NVIDIA A100 80GB PCIe": (_A100, "NVIDIA A100 data sheet"),
     "NVIDIA L40S": ({"fp32": 91.6e12, "bf16": 362e12, "fp16": 362e12}, "NVIDIA L40S data sheet"),
     "NVIDIA GeForce RTX 4090": (
         {"fp32": 82.6e12, "bf16": 165.2e12, "fp16": 165.2e12},
@@ -42,7 +45,8 @@ def peak(device: torch.device, precision: str) -> tuple[float, str]:
 
     (0, "") for a precision that the card lacks, which its runs say themselves.
     """
-    known, source = next((row for name, row in PEAKS.items() if devices.describe(device).startswith(name)), ({}, ""))
+    card = devices.describe(device)
+    known, source = next((row for name, row in PEAKS.items() if re.fullmatch(f"{name}(-[\\w-]+)?", card)), ({}, ""))
     if device.type != "cpu" and precision in known:
         return known[precision], source
     try:

@@ -44,6 +44,8 @@ def test_the_training_is_the_same_with_and_without(pictures, tokenizer_file, tmp
     for line in scores:  # one hue a class, which the features of any encoder tell
         assert (line["knn_top1"], line["linear_top1"], line["guessing_top1"]) == (100, 100, 50)
     assert (result["knn_top1"], result["linear_top1"]) == (100, 100)
+    again = run(pictures, tokenizer_file, tmp_path / "with", "--monitor_every", "1")  # when it is finished
+    assert (again["knn_top1"], again["linear_top1"]) == (100, 100)
 
 
 def test_a_monitor_that_is_interrupted_is_made_up_for(pictures, tokenizer_file, tmp_path, monkeypatch):

@@ -248,3 +248,22 @@ def test_a_peak_is_a_documents_or_measured_without_a_random_draw(monkeypatch):
     assert flops > 1e8 and source == "best matrix product measured here" and torch.equal(before, torch.get_rng_state())
     monkeypatch.setattr(utilisation.devices, "describe", lambda device: "NVIDIA H100 80GB HBM3")
     assert utilisation.peak(torch.device("cuda"), "bf16") == (989.4e12, "NVIDIA H100 data sheet, SXM")
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 1.0),  # a seventh of the card
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 1.0),
+        ("NVIDIA H200 NVL", 1.0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 1.0),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("Tesla V100-PCIE-32GB", 1.0),
+    ],
+)
+def test_a_card_is_not_taken_for_another_whose_name_begins_likewise(monkeypatch, name, flops):
+    monkeypatch.setattr(utilisation.devices, "describe", lambda device: name)
+    monkeypatch.setattr(utilisation, "_measured", lambda device, dtype: 1.0)
+    assert utilisation.peak(torch.device("cuda"), "fp16")[0] == flops
