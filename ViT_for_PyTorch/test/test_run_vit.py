@@ -222,6 +222,9 @@ def test_what_changes_the_mathematics_is_accepted_by_name_and_then_takes_effect(
     longer = ["--epochs", "2", "--resume_training", "auto", "optimizer.weight_decay=0.2"]
     with pytest.raises(UsageError, match="optimizer.weight_decay was 0.05, is now 0.2"):
         train(pictures, tmp_path, *longer)
+    for other in ("model.train=head", "model.img_size=32"):
+        with pytest.raises(UsageError, match="its weights or its optimizer do not fit with"):
+            train(pictures, tmp_path, *longer, "--accept_changes", "all", other)
     train(pictures, tmp_path, *longer, "--accept_changes", "optimizer.weight_decay")
     assert "epochs 1 -> 2" in capsys.readouterr().out
     groups = checkpoint_file.load(tmp_path / "checkpoints" / "checkpoint-12.pt")["optimizer"]["param_groups"]

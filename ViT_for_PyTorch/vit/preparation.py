@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from vit.weights.loading import HeadPolicy, load_weights
 
 # what a user changes on purpose between a run and its continuation; said in one line
 MAY_CHANGE = ("optimizer.base_lr", "optimizer.min_lr", "optimizer.warmup_epochs", "epochs")
+_NO_SHAPE = {"drop_path_rate", "norm_eps", "mean", "std", "interpolation", "crop_ratio"}
+# shapes of the weights or of the optimizer's groups
+FIXED = ("train", "lora", *(f"model.{field.name}" for field in fields(ViTConfig) if field.name not in _NO_SHAPE))
 
 
 # of an optimizer's groups; rates are set at every step
@@ -171,7 +174,9 @@ def resume(run: Run, path: Path) -> None:
     """Puts the run where its checkpoint left off; UsageError where that is another run's (`run_folder.compare`)."""
     content = checkpoint.read_values(path)
     accepted = run.config.accept_changes
-    note = run_folder.compare(path, content.get("identity"), run.identity, may_change=MAY_CHANGE, accepted=accepted)
+    note = run_folder.compare(
+        path, content.get("identity"), run.identity, may_change=MAY_CHANGE, accepted=accepted, fixed=FIXED
+    )
     if note and run.world.is_main:
         print(note, flush=True)
     ema = run.ema.module if run.ema else None
