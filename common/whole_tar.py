@@ -13,7 +13,7 @@ class Member(tarfile.TarInfo):
         begin = tar.offset
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed leaves it out
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"cut short or damaged at byte {begin:,}: {error}") from error
