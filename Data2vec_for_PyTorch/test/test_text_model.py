@@ -25,7 +25,8 @@ def part(data, prefix):
 
 def make_model(golden, model_info, variant, **changes):
     model = build_model({**model_info[variant]["cfg_model"], **changes}, VOCAB)
-    model.load_state_dict(part(load_golden(golden, variant), "init/"))
+    weights = "base" if variant in ("mse", "innorm") else variant  # which begin from the same ones
+    model.load_state_dict(part(load_golden(golden, weights), "init/"))
     return model
 
 
