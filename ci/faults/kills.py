@@ -58,6 +58,7 @@ class Kill:
         if seconds > LEFT_S * busy:
             problems.append(f"ended after {seconds:.0f} s")
         code = process.wait()
+        code = 128 - code if code < 0 else code  # as a shell says it: of a signal that came before it was handled
         if code not in (*self.codes, 0):
             problems.append(f"exit code {code}")
         if files := [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor")]:
@@ -84,7 +85,7 @@ _POLITE = (PREEMPTED, 0)  # 0: it was done before the signal came
 KILLS = {
     "KILL rank": Kill("rank", (signal.SIGKILL,), (137, 1)),
     "KILL torchrun": Kill("torchrun", (signal.SIGKILL,), (137,)),
-    "KILL launcher": Kill("launcher", (signal.SIGKILL,), (-9,)),
+    "KILL launcher": Kill("launcher", (signal.SIGKILL,), (137,)),
     "TERM": Kill("launcher", (signal.SIGTERM,), (*_POLITE, 143)),  # 143: no rank was training yet
     "USR1": Kill("launcher", (signal.SIGUSR1,), (*_POLITE, 138)),
     "HUP": Kill("launcher", (signal.SIGHUP,), (*_POLITE, 129)),
