@@ -6,6 +6,7 @@ checkpoint written: start the same command again.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import functools
@@ -87,7 +88,13 @@ def print_usage_errors(main):
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            if main.__module__ == "__main__" and "RANK" in os.environ and not isinstance(result, int):
+                # Not through the interpreter's end: a thread of gloo that asks for Python's lock there aborts the
+                # process, and with it a run that was done.
+                atexit._run_exitfuncs()
+                _leave(0)
+            return result
         except UsageError as error:
             print(f"error: {error.message}", file=sys.stderr, flush=True)
             raise

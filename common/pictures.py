@@ -178,6 +178,7 @@ def check(paths: Sequence[str | Path], count: int = 200, shown: int = 10) -> Non
             broken.append(str(error))
     broken = broadcast_object(broken)
     if broken:
-        listed = "".join(f"\n  {line}" for line in broken[:shown])
+        listed = "\n  ".join(broken[:shown])  # the first in the first line, which is what a launcher repeats
         more = f"\n  ... and {len(broken) - shown} more" if len(broken) > shown else ""
-        raise UsageError(f"{len(broken)} broken pictures, remove them or fetch them again:{listed}{more}")
+        kind = "picture" if len(broken) == 1 else "pictures"
+        raise UsageError(f"{len(broken)} broken {kind}, remove or fetch again: {listed}{more}")
