@@ -1,18 +1,16 @@
-"""LoRA (arXiv:2106.09685): low-rank additions to the frozen linear layers of the towers, by peft.
+"""LoRA (arXiv:2106.09685): low-rank additions to the frozen linear layers of the towers (common/adapters.py).
 
-While training, a layer `q_proj` is `q_proj.base_layer` (frozen) + alpha / rank x `lora_B` `lora_A`. Checkpoints have
-these parts; every folder for users has the merged, plain layers, and needs no peft.
+Checkpoints have these parts; every folder for users has the merged, plain layers, and needs no peft.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from common import adapters
 from common.errors import UsageError
 
 LAYERS = "q_proj|k_proj|v_proj|out_proj|fc1|fc2|query|key|value|dense"  # CLIP's and RoBERTa's
-ADAPTER = "default"  # peft's own name for the only adapter
 _WHOLE = ("visual_projection.", "text_projection.", "logit_scale", "logit_bias")  # trained beside the additions
 
 
@@ -24,10 +22,6 @@ def add(model: PreTrainedModel, rank: int, alpha: float) -> None:
     Raises:
         UsageError: peft is not installed, or both towers are frozen.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UsageError(f"--lora_rank needs peft ({error}): pip install peft -c ../constraints.txt") from None
     towers = [
         name
         for name in ("vision_model", "text_model")
@@ -35,29 +29,6 @@ def add(model: PreTrainedModel, rank: int, alpha: float) -> None:
     ]
     if not towers:
         raise UsageError("--lora_rank adds to the towers that are trained, and both are frozen: leave one of them out")
-    settings = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=rf"({'|'.join(towers)})\.encoder\..*\.({LAYERS})", lora_dropout=0.0
-    )
-    inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+    adapters.inject(model, rf"({'|'.join(towers)})\.encoder\..*\.({LAYERS})", rank, alpha, "--lora_rank")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith(_WHOLE))
-
-
-def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The weights of the plain model that computes the same, by the plain names: base + scale x B A.
-
-    Args:
-        state: whole tensors, of a model with additions or without.
-        scale: alpha / rank.
-    """
-    plain: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if ".lora_" in name:
-            continue
-        layer, found, kind = name.partition(".base_layer.")
-        if found and kind == "weight":
-            down = state[f"{layer}.lora_A.{ADAPTER}.weight"]  # [rank, in]
-            up = state[f"{layer}.lora_B.{ADAPTER}.weight"]  # [out, rank]
-            tensor = tensor + scale * (up @ down)  # [out, in]
-        plain[f"{layer}.{kind}" if found else name] = tensor
-    return plain

@@ -18,7 +18,6 @@ from transformers import PrinterCallback, Trainer
 from clip_pretraining import resume
 from clip_pretraining.data.batches import EpochLoader, GlobalBatchSampler, one_thread
 from clip_pretraining.evaluation.encoder import normalise_pixels
-from clip_pretraining.model import lora
 from clip_pretraining.model import loss as losses
 from clip_pretraining.model.flops import step_flops
 from clip_pretraining.model.layers import full_attention_mask
@@ -28,7 +27,7 @@ from clip_pretraining.training.guarded_optimizer import GuardedOptimizer, scale_
 from clip_pretraining.training.log_callback import UNFINISHED, Names
 from clip_pretraining.training.sharding import whole
 from clip_pretraining.training.weight_average import WeightAverage
-from common import checkpoint_file, distributed
+from common import adapters, checkpoint_file, distributed
 from common.device import pins_memory, seeded
 from common.distributed import World
 from common.preemption import Interrupted
@@ -334,7 +333,7 @@ class ClipTrainer(Trainer):
                         save_file(kept, folder / AVERAGE_FILE)
             return
         with self.average.in_place():
-            self._write(folder, lora.merged(self._state(), self.args.lora_scale))
+            self._write(folder, adapters.merged(self._state(), self.args.lora_scale))
 
     def _write(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         if self.args.should_save:

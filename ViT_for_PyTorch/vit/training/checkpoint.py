@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint_file, shards
+from common import adapters, checkpoint_file, shards
 from common.errors import UsageError
 from common.update import LossScale
 from vit.model import lora
@@ -84,7 +84,7 @@ def save_whole(path: Path, values: dict[str, Any], model: nn.Module, ema: nn.Mod
 
     def whole(module: nn.Module) -> dict[str, Tensor]:
         state = shards.whole_state(module) if options["parallel"] == "fsdp" else module.state_dict()
-        return lora.merged(state, lora.scale_of(options["model"])) if lora.has_adapters(state) else state
+        return adapters.merged(state, lora.scale_of(options["model"])) if adapters.has_adapters(state) else state
 
     weights = {"model": whole(model), "ema": None if ema is None else whole(ema)}
     if weights["model"]:  # the main rank

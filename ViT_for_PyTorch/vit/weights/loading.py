@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common import checkpoint_file, shards
+from common import adapters, checkpoint_file, shards
 from common.distributed import rank
 from vit import mindspore_checkpoint
 from vit.model import lora
@@ -90,7 +90,7 @@ def _by_our_names(path: Path, content: Any) -> dict[str, Tensor]:
 
 def _plain(state: dict[str, Tensor], content: Any) -> dict[str, Tensor]:
     """Of a run with LoRA the merged weights."""
-    return lora.merged(state, lora.scale_of(content["config"]["model"])) if lora.has_adapters(state) else state
+    return adapters.merged(state, lora.scale_of(content["config"]["model"])) if adapters.has_adapters(state) else state
 
 
 def _recorded_by_us(content: Any) -> dict[str, Any]:
