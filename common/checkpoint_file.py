@@ -34,6 +34,10 @@ _MARK = b"\nsha256:"
 _TRAILER = len(_MARK) + 64
 _ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
 _CHUNK = 1 << 22
+_UMASK = os.umask(
+    0
+)  # asked once: it can only be asked by setting it, for all threads, and checkpoints are written by one
+os.umask(_UMASK)
 _found_good: set[tuple] = set()  # files as they were when their digest was checked
 
 
@@ -85,9 +89,7 @@ def save(obj: Any, path: str | Path) -> Path:
             file.write(_MARK + writer.digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp made it private; give it the mode a plain open() would
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp made it private; give it the mode a plain open() would
         os.replace(temporary, path)
         sync(path.parent)
     except BaseException as error:

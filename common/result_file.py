@@ -57,11 +57,22 @@ class ResultFile:
         if device_name:
             self._fixed["DeviceName"] = device_name
         self._last: dict[str, Any] = {}
+        self._done: dict[str, str] = {}
 
     def values(self, measured: dict[str, Any]) -> dict[str, Any]:
         """All keys in the order of the file."""
         merged = {**self._fixed, **measured}
         return {key: merged[key] for key in (*KEYS, *merged) if key in merged}
+
+    def begin(self, goes_on: bool) -> None:
+        """Writes `Status = RUNNING`; of a run that is done, and is started again, the result is remembered."""
+        self._done = read(self.path) if goes_on and self.status() == "OK" else {}
+        self.write({"Status": "RUNNING"})
+
+    def with_done(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """The result of a start that did no step: what the run had measured when done, and what was measured now."""
+        stays = {key: value for key, value in self._done.items() if key not in measured or key == "E2ETrainingTime"}
+        return measured | stays
 
     def write(self, measured: dict[str, Any]) -> None:
         """Replaces the file. OSError names the path."""

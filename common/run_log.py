@@ -135,7 +135,7 @@ class RunLog:
                 self._losses = read_losses(metrics)
             else:
                 keep_aside(self.folder)
-        self.result.write({"Status": "RUNNING"})
+        self.result.begin(self.resume)
         self._metrics = MetricsFile(metrics)
         self._tensorboard = TensorBoard(self.tensorboard_dir)
 
@@ -216,6 +216,8 @@ class RunLog:
             each, source = self._peak
             values["MFUPeak"] = f"{each / 1e12:.4g} TFLOP/s a device in {self.precision} ({source})"
         values |= {"PeakMemoryMiB": devices.peak_memory_bytes(self.world.device) >> 20, **extra, "Status": "OK"}
+        if not self._has_trained:
+            values = self.result.with_done(values)
         if self.world.is_main:
             self._write_losses()
             self.progress.close()

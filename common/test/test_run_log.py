@@ -267,3 +267,10 @@ def test_a_card_is_not_taken_for_another_whose_name_begins_likewise(monkeypatch,
     monkeypatch.setattr(utilisation.devices, "describe", lambda device: name)
     monkeypatch.setattr(utilisation, "_measured", lambda device, dtype: 1.0)
     assert utilisation.peak(torch.device("cuda"), "fp16")[0] == flops
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_result(tmp_path):
+    before = {key: str(value) for key, value in train(tmp_path, range(1, 11), 10).items()}
+    train(tmp_path, range(0), 10, resume=True)
+    after = result_file.read(tmp_path / "Net_bs4_1p_acc.log")
+    assert after == before | {"PeakMemoryMiB": after["PeakMemoryMiB"]} and float(after["ActualFPS"]) > 0
