@@ -14,6 +14,7 @@ import multiprocessing.util
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, which Slurm and Volcano templates take for "requeue"
@@ -89,7 +90,7 @@ def print_usage_errors(main):
     def wrapped(*args, **kwargs):
         try:
             result = main(*args, **kwargs)
-            if main.__module__ == "__main__" and "RANK" in os.environ and not isinstance(result, int):
+            if "RANK" in os.environ and _is_the_program(main):
                 # Not through the interpreter's end: a thread of gloo that asks for Python's lock there aborts the
                 # process, and with it a run that was done.
                 atexit._run_exitfuncs()
@@ -110,6 +111,13 @@ def print_usage_errors(main):
             raise RunFailed(line) from error
 
     return wrapped
+
+
+def _is_the_program(main: Callable) -> bool:
+    """Whether `main` is of the script that Python was started with, and not of one that a profiler or a test runs."""
+    words = [word for word in sys.orig_argv[1:] if not word.startswith("-")]
+    script = main.__globals__.get("__file__", "")
+    return main.__module__ == "__main__" and bool(words) and os.path.abspath(words[0]) == os.path.abspath(script)
 
 
 def _leave(code: int) -> NoReturn:

@@ -44,6 +44,10 @@ if do("usage"):
     print("error: the sentence for the user", file=sys.stderr)
     sys.exit(2)
 if do("fail once") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    if not rank:
+        open("began0", "w").close()
+    while not os.path.exists("began0"):  # else torchrun might end rank 0 before it has said a word
+        time.sleep(0.05)
     sys.exit(9 * rank)
 if do("wait"):
     open(f"started{rank}", "w").close()
