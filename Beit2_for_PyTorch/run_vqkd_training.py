@@ -36,7 +36,7 @@ from common import device as devices
 from common import distributed
 from common.distributed import World, process_group
 from common.errors import print_usage_errors
-from common.preemption import stop_if_asked, until_asked
+from common.run.preemption import stop_if_asked, until_asked
 from common.run_log import RunLog
 
 HALF = (0.5, 0.5, 0.5)

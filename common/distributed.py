@@ -21,8 +21,9 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  # else DDP imports it later, and its defaults hold the group for ever
 
 from common import device as devices
-from common import lost_ranks, npu
+from common import npu
 from common.cpu import keep_freed_memory
+from common.network import lost_ranks
 
 # Backend by device. The pair for npu lets CPU tensors (counters, objects, checkpoints' metadata) use gloo beside hccl.
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}

@@ -1,6 +1,6 @@
 """Loss and FPS of a run: console line, metrics.jsonl, TensorBoard, loss plot and the ModelZoo result file.
 
-FPS is defined in throughput.py; the wait for data, which it includes, is also reported apart as `data_ms`, the mean
+FPS is defined in run/throughput.py; the wait for data, which it includes, is also reported apart as `data_ms`, the mean
 wait a step in milliseconds. All numbers in the result file are measured here; nothing is fished out of printed text.
 """
 
@@ -22,25 +22,25 @@ import torch
 from tqdm import tqdm
 
 from common import device as devices
-from common import folder_lock, run_folder, utilisation
-from common.background_write import BackgroundWriter
+from common.checkpoint.background_write import BackgroundWriter
 from common.distributed import World
 from common.errors import Preempted, UsageError, name_place
-from common.metrics_file import MetricsFile, TensorBoard, plot_loss, read_losses
-from common.preemption import Watch
 from common.profile.precision_dump import PrecisionDump
 from common.profile.step_profiler import StepProfiler
-from common.result_file import ResultFile, keep_aside
-from common.throughput import Scalar, SteadyClock, Window
+from common.run import folder_lock, run_folder, utilisation
+from common.run.metrics_file import MetricsFile, TensorBoard, plot_loss, read_losses
+from common.run.preemption import Watch
+from common.run.result_file import ResultFile, keep_aside
+from common.run.throughput import Scalar, SteadyClock, Window
 
 
 class RunLog:
     """The log of one training run, used as a context manager around the loop.
 
-    While the block lasts the folder is this run's: another is refused (run_folder.py). On entering a fresh run, an
+    While the block lasts the folder is this run's: another is refused (run/run_folder.py). On entering a fresh run, an
     earlier run's files in it are moved to `earlier/<time>/`; with `resume=True` they are continued at the first step
     that is logged. An exception inside the block leaves `Status = FAILED` in the result file, a stop on a signal
-    (preemption.py) `Status = PREEMPTED`, and goes on upwards. Only the main rank writes; all ranks call everything.
+    (run/preemption.py) `Status = PREEMPTED`, and goes on upwards. Only the main rank writes; all ranks call everything.
 
     Args:
         output_dir: where the files go.
@@ -272,7 +272,7 @@ class RunLog:
             lr: learning rate that this step used.
             grad_norm: before clipping.
             epoch: position in epochs.
-            flops: of the model in this step over all ranks (utilisation.py), for MFU; 0 where it is not known.
+            flops: of the model in this step over all ranks (run/utilisation.py), for MFU; 0 where it is not known.
             **extra: further scalars, averaged over the window like the loss.
         """
         if self.resume and not (self._has_trained or self._window.steps):
@@ -287,7 +287,7 @@ class RunLog:
         self._tell(self._profiler.step(step) if self._profiler else None)
 
     def preempted(self) -> bool:
-        """Whether any rank was asked to stop, the same on all: call it once a step, see preemption.py."""
+        """Whether any rank was asked to stop, the same on all: call it once a step, see run/preemption.py."""
         return self._signals.agreed()
 
     def stopped(self, step: int, saved: bool = True) -> Preempted:

@@ -265,7 +265,7 @@ class GuardedStep:
         )
 
     def _replay(self, step: int, ranks: dict[str, list[str]]) -> dict[str, Any]:
-        """What common/replay.py reads."""
+        """What common/run/replay.py reads."""
         place = next((place for number, _, place in self._samples if number == step), {})
         return {"step": step, "ranks": ranks, "world_size": distributed.world_size(), "place": place}
 

@@ -1,6 +1,6 @@
 """BEiT v2: masked image modelling with the VQ-KD tokenizer."""
 
-from common.torchvision_repair import repair_torchvision
+from common.data.torchvision_repair import repair_torchvision
 
 repair_torchvision()  # before anything imports torchvision or timm
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from beit2.model.blocks import Block, take_rows
-from common.compilation import compiled
+from common.model.compilation import compiled
 
 
 def compile_blocks(model: nn.Module, device: torch.device) -> None:

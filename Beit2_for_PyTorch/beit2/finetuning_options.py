@@ -30,8 +30,8 @@ from beit2.options import (
 from beit2.training.optimizers import layer_decay, parameter_groups
 from beit2.weights.download import local_file
 from beit2.weights.files import read_checkpoint, read_state_dict
+from common.data.posterize_repair import repair_posterize
 from common.errors import UsageError
-from common.posterize_repair import repair_posterize
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:

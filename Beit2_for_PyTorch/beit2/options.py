@@ -18,7 +18,7 @@ from timm.data.constants import (
 
 from beit2.training.schedule import cosine_schedule
 from common import device as devices
-from common.apex_options import BACKENDS, LEVELS, translate
+from common.command_line.apex_options import BACKENDS, LEVELS, translate
 from common.errors import UsageError
 
 # Options of the reference that nothing reads, there or here, and what to use instead.

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import auto_augment
 
 from beit2 import finetuning_options as setup
-from common.posterize_repair import repair_posterize
+from common.data.posterize_repair import repair_posterize
 
 
 def picture():

@@ -13,8 +13,8 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 from beit2.model.teachers import build_teacher
-from common import compilation
 from common.errors import UsageError
+from common.model import compilation
 
 
 @pytest.fixture

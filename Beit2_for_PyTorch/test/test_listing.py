@@ -98,7 +98,7 @@ def test_only_the_main_rank_looks_at_the_disk(tmp_path, monkeypatch):
     expected = listed(tmp_path)
     monkeypatch.setattr(listing, "rank", lambda: 1)
     monkeypatch.setattr(listing, "broadcast_object", lambda found: sent[0])
-    monkeypatch.setattr("common.pictures.rank", lambda: 1)
+    monkeypatch.setattr("common.data.pictures.rank", lambda: 1)
 
     def touched(*_, **__):
         raise AssertionError("the disk was touched")

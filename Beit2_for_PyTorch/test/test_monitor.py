@@ -14,8 +14,8 @@ import beit2
 import run_beitv2_pretraining
 from beit2.training.frozen_scores import knn_top1, linear_top1
 from beit2.weights.files import read_checkpoint
-from common import preemption
 from common.errors import PREEMPTED, UsageError
+from common.run import preemption
 
 MEASURED = ("fps", "data_ms", "cpu_s", "memory_mib", "mfu")  # of the machine, and not of the training
 

@@ -18,8 +18,8 @@ import run_vqkd_training
 from beit2.codebook_figure import codebook_use
 from beit2.data.labelled import find_classes
 from beit2.weights.files import read_checkpoint
-from common import preemption
 from common.errors import PREEMPTED, UsageError
+from common.run import preemption
 
 TOKENIZER = (
     "--model vqkd_test_clip --input_size 32 --codebook_n_emd 32 --codebook_emd_dim 8 --quantize_kmeans_init --epochs 2 "

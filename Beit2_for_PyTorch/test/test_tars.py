@@ -13,8 +13,8 @@ import run_beitv2_pretraining
 from beit2.data import tars
 from beit2.data.listing import list_pictures
 from beit2.data.reading import read_image
+from common.data.pictures import BrokenPicture
 from common.errors import UsageError
-from common.pictures import BrokenPicture
 
 
 def pack(tar, folder, names):

@@ -1,6 +1,6 @@
 """CLIP on image-caption pairs: dual encoder (CLIP-ViT + RoBERTa) and CLIPModel, on the `transformers` Trainer."""
 
-from common.torchvision_repair import repair_torchvision
+from common.data.torchvision_repair import repair_torchvision
 
 repair_torchvision()  # before anything imports torchvision: transformers does, for its image processors
 

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint_file, folder_lock, result_file, run_folder
+from common import checkpoint_file
+from common.checkpoint import digests
 from common.distributed import World, broadcast_object
 from common.errors import UsageError
+from common.run import folder_lock, result_file, run_folder
 
 STAGING = ".checkpoint.saving"  # in the output folder; run_folder.tidy removes what a killed run left there
 CHECKPOINTS = "checkpoint-[0-9]*"
@@ -41,7 +43,7 @@ def publish(output_dir: Path, step: int, facts: Mapping[str, Any], keep: int | N
     if folder.exists():  # of this step: damaged, or of a run that was resumed from before it
         os.replace(folder, output_dir / STAGING / f"earlier-{step}")
     os.replace(staged, folder)
-    checkpoint_file.sync(output_dir)
+    digests.sync(output_dir)
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
     checkpoint_file.keep_newest(output_dir, keep or 0, CHECKPOINTS)
 
@@ -49,7 +51,7 @@ def publish(output_dir: Path, step: int, facts: Mapping[str, Any], keep: int | N
 def mark_complete(folder: Path, facts: Mapping[str, Any]) -> None:
     """Writes what the checkpoint is of, then seals the folder."""
     (folder / MARK).write_text(json.dumps(facts), encoding="utf-8")
-    checkpoint_file.seal(folder)
+    digests.seal(folder)
 
 
 def damage(folder: Path) -> str | None:
@@ -57,7 +59,7 @@ def damage(folder: Path) -> str | None:
     if not (folder / "trainer_state.json").is_file():
         return "not a training checkpoint (no trainer_state.json)"
     missing = [n for n in (MARK, "optimizer.pt", "scheduler.pt") if not (folder / n).is_file()]
-    return checkpoint_file.damage(folder) or (f"{missing[0]} is missing" if missing else None)
+    return digests.damage(folder) or (f"{missing[0]} is missing" if missing else None)
 
 
 def agree(

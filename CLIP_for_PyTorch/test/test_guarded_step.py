@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import run_clip
 from clip_pretraining.options.checks import OPTIMIZERS
 from clip_pretraining.training.trainer import ClipTrainer
-from common.result_file import read as read_result
+from common.run.result_file import read as read_result
 from common.update import MAX_SKIPPED
 
 

@@ -19,9 +19,9 @@ from clip_pretraining import resume
 from clip_pretraining.evaluation import encoder
 from clip_pretraining.options import arguments, legacy
 from clip_pretraining.training.trainer import ClipTrainer
-from common import preemption
 from common.errors import PREEMPTED
-from common.result_file import read as read_result
+from common.run import preemption
+from common.run.result_file import read as read_result
 
 # the options of test/train_clip_full_1p.sh in the reference, as typed there
 README = (

@@ -14,7 +14,7 @@ from ci import pages
 from clip_pretraining.options import arguments, legacy
 from common.distributed import World
 from common.errors import UsageError
-from common.result_file import read as read_result
+from common.run.result_file import read as read_result
 
 TEST = Path(__file__).parent
 

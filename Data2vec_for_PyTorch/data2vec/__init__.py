@@ -1,6 +1,6 @@
 """data2vec: self-supervised pretraining on text (and images) by predicting a teacher's latent representations."""
 
-from common.torchvision_repair import repair_torchvision
+from common.data.torchvision_repair import repair_torchvision
 
 repair_torchvision()  # before anything imports torchvision or timm
 

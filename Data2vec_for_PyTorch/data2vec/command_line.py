@@ -12,8 +12,8 @@ import torch
 from omegaconf import DictConfig
 
 from common import device as devices
-from common.apex_options import BACKENDS, LEVELS, translate
 from common.checkpoint_file import CheckpointError, load
+from common.command_line.apex_options import BACKENDS, LEVELS, translate
 from common.errors import UsageError
 from data2vec.config import checkpoint_path, load_config
 

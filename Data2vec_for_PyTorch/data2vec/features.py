@@ -11,7 +11,8 @@ import torch
 from omegaconf import DictConfig
 
 from common import device as devices
-from common import distributed, pictures
+from common import distributed
+from common.data import pictures
 from common.distributed import World
 from common.errors import UsageError
 from data2vec.data.bpe import TextEncoding

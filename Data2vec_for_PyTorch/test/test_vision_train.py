@@ -212,7 +212,7 @@ def test_broken_pictures_are_listed_before_training(train_main, tmp_path, capsys
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_picture_stops_the_run_and_is_named(train_main, tmp_path, workers, capsys, monkeypatch):
     """One that the look before training, at 200 of them, has missed."""
-    from common import pictures
+    from common.data import pictures
 
     monkeypatch.setattr(pictures, "check", lambda paths: None)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG cut")

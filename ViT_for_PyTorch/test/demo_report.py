@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ci.yardsticks import pixels, report
-from common import result_file
+from common.run import result_file
 
 PROJECT = Path(__file__).resolve().parents[1]
 

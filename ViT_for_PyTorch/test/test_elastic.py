@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import result_file
+from common.run import result_file
 
 PROJECT = Path(__file__).resolve().parents[1]
 SAVE_EVERY, KILL_AFTER, LAST = 20, 24, 60

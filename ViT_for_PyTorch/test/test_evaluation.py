@@ -15,9 +15,9 @@ from timm.data import ImageNetInfo
 
 import run_vit
 import vit
-from common import result_file
 from common.distributed import World
 from common.errors import UsageError
+from common.run import result_file
 from vit.config.run_config import KnnConfig
 from vit.data import class_identity
 from vit.data.image_folder import scan

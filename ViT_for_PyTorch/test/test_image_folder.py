@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionImageFolder
 
-from common import pictures
+from common.data import pictures
+from common.data.pictures import to_rgb
 from common.errors import UsageError
-from common.pictures import to_rgb
 from vit import load_image
 from vit.data.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan
 

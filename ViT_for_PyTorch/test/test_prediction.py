@@ -13,8 +13,8 @@ from PIL import Image
 
 import run_vit
 import vit
-from common import result_file
 from common.errors import UsageError
+from common.run import result_file
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common import rank_table, result_file
+from common import rank_table
 from common.launch.world import LaunchError, nodes_of_table
+from common.run import result_file
 from vit import rank_range
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -15,8 +15,9 @@ from PIL import Image
 
 import run_vit
 import vit  # noqa: F401
-from common import checkpoint_file, result_file
+from common import checkpoint_file
 from common.errors import UsageError
+from common.run import result_file
 from vit import engine
 
 PROJECT = Path(__file__).resolve().parents[1]

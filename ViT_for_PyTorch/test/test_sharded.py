@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.checkpoint.metadata import Metadata
 
 import run_vit
 from ci.gates.forked_ranks import run
-from common import checkpoint_file, result_file, shards
+from common import checkpoint_file, shards
+from common.checkpoint import digests
+from common.run import result_file
+from common.shards.__main__ import main as one_file
 from vit.training import checkpoint
 
 SCRIPT = Path(run_vit.__file__)
@@ -100,7 +104,7 @@ def test_bf16_computes_near_fp32_from_fp32_masters(runs):
 
 def test_one_plain_file_is_the_checkpoint_of_ddp(runs, tmp_path, capsys):
     folder = runs / "fsdp" / "checkpoints" / f"checkpoint-{LAST}"
-    shards.main([str(folder), str(tmp_path / "model.pt")])
+    one_file([str(folder), str(tmp_path / "model.pt")])
     whole = checkpoint_file.load(tmp_path / "model.pt")
     ddp = checkpoint_file.load(runs / "ddp" / "checkpoints" / f"checkpoint-{LAST}.pt")
     best = checkpoint_file.load(runs / "fsdp" / "checkpoints" / "best.pt")
@@ -111,7 +115,7 @@ def test_one_plain_file_is_the_checkpoint_of_ddp(runs, tmp_path, capsys):
             if not key.endswith("qkv.bias"):
                 torch.testing.assert_close(whole[part][key], value, rtol=1e-4, atol=2e-5)
     with pytest.raises(SystemExit):
-        shards.main([str(folder), str(tmp_path / "model.pt")])
+        one_file([str(folder), str(tmp_path / "model.pt")])
     assert "exists: name a new file" in capsys.readouterr().err
 
 
@@ -147,7 +151,7 @@ def test_a_folder_with_foreign_code_is_refused_and_does_not_run_it(runs, tmp_pat
     (folder / ".metadata").write_bytes(pickle.dumps(RunsCode()))
     with pytest.raises(checkpoint_file.CheckpointError, match=".metadata"):
         shards.read_shards(folder)
-    (folder / checkpoint_file.SEAL).unlink()  # as of an earlier version, or by someone who can seal
+    (folder / digests.SEAL).unlink()  # as of an earlier version, or by someone who can seal
     (folder / ".metadata").write_bytes(pickle.dumps(RunsCode()))
     with pytest.raises(checkpoint_file.CheckpointError, match="wants to run builtins.print"):
         shards.read_shards(folder)
@@ -168,14 +172,14 @@ class EnumsByName(pickle.Pickler):
 
 class TakesAttribute:
     def __reduce__(self):
-        return (getattr, (shards.Metadata, "__init__"))
+        return (getattr, (Metadata, "__init__"))
 
 
 def test_an_index_of_an_early_python_3_11_is_read_and_no_attribute_but_of_enums(runs, tmp_path):
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(runs / "fsdp" / "checkpoints" / "checkpoint-6", folder)
     want = shards.read_shards(folder)["model"]
-    (folder / checkpoint_file.SEAL).unlink()
+    (folder / digests.SEAL).unlink()
     index = pickle.loads((folder / ".metadata").read_bytes())
     with open(folder / ".metadata", "wb") as file:
         EnumsByName(file).dump(index)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common import result_file
+from common.run import result_file
 
 PROJECT = Path(__file__).resolve().parents[1]
 TINY = ["model.name=vit_demo", "model.img_size=16", "data.num_workers=0", "optimizer.warmup_epochs=0"]

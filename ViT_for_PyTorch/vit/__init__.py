@@ -2,7 +2,7 @@
 
 import importlib
 
-from common.torchvision_repair import repair_torchvision
+from common.data.torchvision_repair import repair_torchvision
 
 repair_torchvision()  # before anything imports torchvision or timm
 

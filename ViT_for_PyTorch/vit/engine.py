@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import checkpoint_file, replay, shards
+from common import checkpoint_file, shards
 from common import device as devices
 from common.distributed import all_reduce_mean, gather_objects, process_group
-from common.preemption import until_asked
+from common.run import replay
+from common.run.preemption import until_asked
 from common.run_log import RunLog
 from common.update import gradients_stay_local
 from vit.config import run_config as configuration

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common import device as devices
-from common import pictures as picture_files
+from common.data import pictures as picture_files
 from common.distributed import World, gather_objects, process_group
 from common.errors import UsageError
-from common.result_file import keep_aside
+from common.run.result_file import keep_aside
 from vit.api import prediction_grid
 from vit.api.image_processor import ViTImageProcessor, load_image
 from vit.api.predictor import ImageClassificationPipeline, Prediction, pipeline

@@ -12,10 +12,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint_file, run_folder, shards
+from common import checkpoint_file, shards
 from common import device as devices
 from common.distributed import World, barrier, broadcast_object
 from common.errors import UsageError
+from common.run import run_folder
 from common.update import GuardedStep, LossScale, loss_scale
 from vit import cpu_patches, npu_patches
 from vit.config import run_config as configuration

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ci.faults.runs import NotHere, Runs, Trial, checkpoints, losses, one_line, states, wait_for_step
-from common import checkpoint_file
+from common.checkpoint import digests
 from common.errors import PREEMPTED
 
 FLIPS = 20  # bits a trial, one after the other, each of which has to be noticed
@@ -92,8 +92,8 @@ def flipped_bits(runs: Runs, draw: random.Random, whole: dict[int, float]) -> li
     for _ in range(FLIPS):
         path = draw.choice([path for path in checkpoints(output) if path.stat().st_size])
         place = flip(path, draw)
-        sealed = path.parent if (path.parent / checkpoint_file.SEAL).exists() else path
-        if checkpoint_file.damage(sealed) is None and path.name != "class_names.json":
+        sealed = path.parent if (path.parent / digests.SEAL).exists() else path
+        if digests.damage(sealed) is None and path.name != "class_names.json":
             missed.append(f"{path.name} at {place}")
         os.utime(path)  # a damage of its own: nothing is remembered of the file before
         flip(path, place=place)

@@ -27,11 +27,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from ci.training_cases import CASES, ROOT, TEXT_CONFIG
-from common import checkpoint_file, metrics_file, pictures, rank_table, replay, result_file
+from common import checkpoint_file, rank_table
 from common.checkpoint_file import CheckpointError
+from common.data import pictures
 from common.errors import UsageError
 from common.launch import flags, world
 from common.launch.world import LaunchError
+from common.run import metrics_file, replay, result_file
 
 MEMORY = 6 << 30  # beyond what the process has: no example is larger than a few kilobytes
 # what has broken parsers before: huge and negative numbers, nesting, quotes, other encodings, interpolations

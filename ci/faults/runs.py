@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from ci.training_cases import CASES, COUNTED, ROOT
-from common import result_file
+from common.run import result_file
 
 LIMIT_S = 600  # of anything here: it ends hangs, on a loaded machine too
 MARK = "FAULTS_TRIAL"

@@ -8,7 +8,7 @@
 All runs are deterministic (DETERMINISTIC=1). A card without stored curves (ci/baselines/losses/<device>/) is compared
 with the CPU's, up to rounding; one that has them must repeat them. The first precision's runs are profiled as well
 (--profile): what the host waits for, and where the time goes. MFU is over a data sheet's peak, or over a matrix product
-measured here (common/utilisation.py). The report is Markdown, on stdout and in ci/reports/; it
+measured here (common/run/utilisation.py). The report is Markdown, on stdout and in ci/reports/; it
 ends in words about what is wrong first. Exit code: 0 nothing is wrong, 1 something is, 2 a wrong command line.
 """
 
@@ -29,9 +29,9 @@ from ci.first_run.report import Run, page
 from ci.gates.losses import loss_files
 from ci.training_cases import CASES, COUNTED, ROOT, short_names
 from common import device as devices
-from common import result_file
 from common.device import DEVICES, PRECISIONS
 from common.errors import UsageError
+from common.run import result_file
 
 CURVES = ROOT / "ci" / "baselines" / "losses"
 REPORTS = ROOT / "ci" / "reports"

@@ -7,7 +7,7 @@ import pytest
 
 from ci.gates.forked_ranks import run
 from ci.training_cases import CASES, COUNTED, ROOT
-from common import result_file
+from common.run import result_file
 
 STEPS = 2
 

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from ci.namespace_servers import NotPermitted, Server, servers
-from common import rank_table, result_file
+from common import rank_table
 from common.errors import PREEMPTED
+from common.run import result_file
 
 ROOT = Path(__file__).resolve().parents[2]
 VIT = ["model.img_size=16", "data.num_workers=0", "--log_every=1", "do_eval=false"]

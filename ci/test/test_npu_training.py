@@ -14,8 +14,8 @@ import pytest
 from ci.gates import forked_ranks
 from ci.npu import fake as fake_npu
 from ci.training_cases import CASES, COUNTED, ROOT
-from common import result_file
 from common.profile import precision_compare
+from common.run import result_file
 
 pytestmark = pytest.mark.skipif(fake_npu.why_missing() is not None, reason=str(fake_npu.why_missing()))
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import folder_lock, result_file
 from common.errors import PREEMPTED
-from common.lost_ranks import is_about_others
+from common.network.lost_ranks import is_about_others
+from common.run import folder_lock, result_file
 
 _TAIL_BYTES = 200_000
 _OF_RANK = re.compile(r"^\[rank\d+\]:\s?", re.MULTILINE)  # torch puts it before each line of a traceback

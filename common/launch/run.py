@@ -24,11 +24,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import result_file
 from common.errors import PREEMPTED
 from common.launch import commands, outcome, processes, streams
 from common.launch.addresses import port_is_taken
 from common.launch.world import LaunchError
+from common.run import result_file
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLITE_S = 5.0  # from SIGTERM to SIGKILL, for ranks that know no preemption

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import rank_table
-from common.hosts import address_towards
 from common.launch.addresses import interface_of, is_own_address
+from common.network.hosts import address_towards
 from common.rank_table.servers import ip_address, is_host, parse_servers
 from common.rank_table.validation import RankTableError, warnings
 

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.hosts import address_towards
+from common.network.hosts import address_towards
 from common.rank_table.servers import ip_address, is_loopback
 from common.rank_table.validation import RankTableError
 

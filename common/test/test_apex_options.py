@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.apex_options import translate
+from common.command_line.apex_options import translate
 from common.errors import UsageError
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint_file, result_file
-from common.background_write import BackgroundWriter
+from common import checkpoint_file
+from common.checkpoint.background_write import BackgroundWriter
 from common.distributed import World
+from common.run import result_file
 from common.run_log import RunLog
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common import checkpoint_file
+from common.checkpoint import digests
 from common.checkpoint_file import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,7 +151,7 @@ def folder_of_files(folder: Path) -> Path:
     (folder / "deep").mkdir(parents=True)
     for name in ("weights.safetensors", "optimizer.pt", "deep/rng.pth"):
         (folder / name).write_bytes(random.Random(name).randbytes(300))
-    checkpoint_file.seal(folder)
+    digests.seal(folder)
     return folder
 
 
@@ -158,7 +159,7 @@ def test_a_sealed_folder_notices_what_is_damaged_missing_or_cut(tmp_path):
     for step in (4, 6):
         folder_of_files(tmp_path / f"checkpoint-{step}")
     folder = tmp_path / "checkpoint-6"
-    assert checkpoint_file.damage(folder) is None
+    assert digests.damage(folder) is None
     draw = random.Random(0)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         whole = path.read_bytes()
@@ -167,23 +168,23 @@ def test_a_sealed_folder_notices_what_is_damaged_missing_or_cut(tmp_path):
             flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
             path.write_bytes(flipped)
             os.utime(path, ns=(trial, trial))
-            assert checkpoint_file.damage(folder), path
+            assert digests.damage(folder), path
         path.write_bytes(whole[:-1])
-        assert checkpoint_file.damage(folder), path
+        assert digests.damage(folder), path
         path.unlink()
         with pytest.warns(UserWarning, match=f"checkpoint-6: .*{path.name}"):
             assert checkpoint_file.newest(tmp_path, "checkpoint-*").name == "checkpoint-4"
         path.write_bytes(whole)
-    assert checkpoint_file.damage(folder) is None
-    checkpoint_file.unseal(folder)
-    assert "cut short" in checkpoint_file.damage(folder)
+    assert digests.damage(folder) is None
+    digests.unseal(folder)
+    assert "cut short" in digests.damage(folder)
 
 
 def test_with_one_kept_there_is_always_a_whole_one(tmp_path):
     checkpoint_file.save({}, tmp_path / "checkpoint-10.pt")
     (tmp_path / "checkpoint-20.pt").write_bytes(b"PK\x03\x04 cut short")
     checkpoint_file.keep_newest(tmp_path, 1)
-    assert checkpoint_file.damage(tmp_path / "checkpoint-10.pt") is None  # not dropped for a damaged one
+    assert digests.damage(tmp_path / "checkpoint-10.pt") is None  # not dropped for a damaged one
     checkpoint_file.save({}, tmp_path / "checkpoint-15.pt")
     checkpoint_file.keep_newest(tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-15.pt", "checkpoint-20.pt"]

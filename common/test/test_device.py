@@ -80,7 +80,7 @@ def test_seeds_are_mixed_not_added():
 
 def test_torchvision_and_timm_work_after_the_repair():
     code = (
-        "from common.torchvision_repair import repair_torchvision\n"
+        "from common.data.torchvision_repair import repair_torchvision\n"
         "repaired = repair_torchvision()\n"
         "import torch, torchvision, timm\n"
         "from torchvision.transforms import v2\n"
@@ -98,7 +98,7 @@ def test_a_torchvision_whose_ops_load_is_left_alone():
         "import torch\n"
         "loaded = []\n"
         "torch.ops.load_library = loaded.append\n"  # as on a machine where the C++ ops do load
-        "from common.torchvision_repair import repair_torchvision\n"
+        "from common.data.torchvision_repair import repair_torchvision\n"
         "print(repair_torchvision(), len(loaded), hasattr(torch.ops.torchvision, 'nms'))"
     )
     assert run_python(code) == "False 1 False\n"

@@ -43,7 +43,8 @@ for meeting in range(3):
 def test_ranks_wait_for_a_late_one_in_no_collective_and_learn_when_one_is_gone(tmp_path):
     code = """
 import os, pathlib, time
-from common import distributed as d, lost_ranks
+from common import distributed as d
+from common.network import lost_ranks
 with d.process_group("cpu") as world:
     all_reduce, d.dist.all_reduce = d.dist.all_reduce, None
     began = time.monotonic()

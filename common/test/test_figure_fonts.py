@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
-from common import figure_fonts
+from common.run import figure_fonts
 
 RARE = "\u1d81"  # matplotlib brings a font that has it, beside its usual one
 

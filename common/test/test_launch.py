@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common import result_file
+from common.run import result_file
 
 COMMON = Path(__file__).resolve().parents[1]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common import folder_lock, result_file
 from common.errors import PREEMPTED
+from common.run import folder_lock, result_file
 
 PROGRAM = """
 import os, signal, sys, tempfile, time

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common import pictures
+from common.data import pictures
 from common.errors import UsageError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common import preemption, result_file
 from common.errors import PREEMPTED
+from common.run import preemption, result_file
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOP = """

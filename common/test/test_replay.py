@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from common import replay
 from common.distributed import World
 from common.errors import UsageError
+from common.run import replay
 from common.run_log import RunLog
 from common.update import GuardedStep, LossScale
 

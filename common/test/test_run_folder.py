@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common import checkpoint_file, folder_lock, result_file, run_folder
+from common import checkpoint_file
 from common.distributed import World
 from common.errors import UsageError
 from common.launch import outcome
+from common.run import folder_lock, result_file, run_folder
 from common.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +138,7 @@ def test_an_evaluation_beside_a_training_moves_nothing(tmp_path):
 TWO_HOSTS = """
 import os, sys
 from pathlib import Path
-from common import run_folder
+from common.run import run_folder
 from common.distributed import World, process_group
 from common.errors import UsageError
 from common.run_log import RunLog

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import result_file, utilisation
 from common.distributed import World
 from common.errors import UsageError, sentence
-from common.lost_ranks import RanksLost
+from common.network.lost_ranks import RanksLost
+from common.run import result_file, utilisation
 from common.run_log import RunLog
 from common.update import NonFiniteStep
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from beit2.data import kept_list
 from beit2.data.picture_list import PictureList
 from beit2.data.tars import Listed, list_tars, words_of
-from common import pictures
+from common.data import pictures
 from common.distributed import broadcast_object, rank
 from common.errors import UsageError
 

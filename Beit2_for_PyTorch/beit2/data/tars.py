@@ -17,9 +17,9 @@ import numpy as np
 
 from beit2.data import kept_list
 from beit2.data.picture_list import PictureList
-from common import pictures
+from common.data import pictures
+from common.data.whole_tar import Member
 from common.errors import UsageError
-from common.whole_tar import Member
 
 CACHE = ".beit2_tars"
 CACHED_FROM = 10_000  # pictures

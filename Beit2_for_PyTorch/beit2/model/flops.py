@@ -12,7 +12,7 @@ from beit2.model.masked_image_model import MaskedImageModel
 from beit2.model.teachers import CLIPTeacher, DINOTeacher
 from beit2.model.tokenizer import VQKD
 from beit2.model.vision_transformer import VisionTransformer
-from common.utilisation import transformer_flops
+from common.run.utilisation import transformer_flops
 
 
 def embedding_flops(encoder: Encoder) -> float:

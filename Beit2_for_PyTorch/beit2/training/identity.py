@@ -1,4 +1,4 @@
-"""What a run is of: kept in its checkpoints and compared when one is continued (common/run_folder.py)."""
+"""What a run is of: kept in its checkpoints and compared when one is continued (common/run/run_folder.py)."""
 
 from __future__ import annotations
 

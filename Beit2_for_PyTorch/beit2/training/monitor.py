@@ -23,7 +23,7 @@ from beit2.training.run import Done, Run, due
 from common import device as devices
 from common import distributed
 from common.errors import UsageError
-from common.preemption import Interrupted
+from common.run.preemption import Interrupted
 from common.run_log import RunLog
 
 MOST = 20_000  # pictures of a set that are looked at, evenly spread

@@ -15,7 +15,7 @@ from beit2.model.initialization import materialize
 from beit2.model.masked_image_model import MaskedImageModel
 from beit2.training import checkpoints
 from common import checkpoint_file, distributed, shards
-from common.background_write import BackgroundWriter
+from common.checkpoint.background_write import BackgroundWriter
 from common.checkpoint_file import CheckpointError
 from common.distributed import World
 from common.errors import UsageError

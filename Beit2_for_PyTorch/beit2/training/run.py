@@ -29,11 +29,11 @@ from beit2.training.optimizers import create_optimizer, lr_range, set_step
 from beit2.training.parallel import Replica
 from beit2.training.state import Scalars, TrainState
 from common import device as devices
-from common import replay
 from common.device import mix_seed
 from common.distributed import World
-from common.preemption import Interrupted
-from common.run_folder import agree_on, compare
+from common.run import replay
+from common.run.preemption import Interrupted
+from common.run.run_folder import agree_on, compare
 from common.run_log import RunLog
 from common.update import GuardedStep, LossScale, gradients_stay_local, loss_scale
 

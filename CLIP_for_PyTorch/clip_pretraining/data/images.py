@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import pictures
+from common.data import pictures
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 _JPEG_MAGIC = b"\xff\xd8\xff"

@@ -26,9 +26,9 @@ from clip_pretraining.data.left_out import drop_bad_captions
 from clip_pretraining.data.pairs import Pairs, Pictures, relative_to
 from clip_pretraining.data.picture_check import IMAGE_SUFFIXES, keep_json, kept_json
 from clip_pretraining.data.texts import GrowingTexts, Texts
+from common.data.pictures import is_litter
+from common.data.whole_tar import Member
 from common.errors import UsageError
-from common.pictures import is_litter
-from common.whole_tar import Member
 
 MAX_TARS = 1_000_000  # of one pattern
 MAX_CAPTION_BYTES = 1 << 20  # of one member: no caption is that long, whatever a header says

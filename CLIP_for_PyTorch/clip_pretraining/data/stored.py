@@ -2,7 +2,7 @@
 
 They lie in a folder of the cache, a .npy file each. Its name has a digest of what they were made from, so that another
 source, tokenizer or rule is another folder; and it gets that name when everything is on the disk, so that there is
-never half of one. It is sealed with digests (checkpoint_file.py): what a disk has changed since is built anew.
+never half of one. It is sealed with digests (common/checkpoint/digests.py): what a disk changes later is built anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from common import checkpoint_file, distributed
+from common import distributed
+from common.checkpoint import digests
 from common.distributed import World
 from common.errors import UsageError
 
@@ -89,7 +90,7 @@ def _one_after_another(turns: list[bool], work: Callable[[], None]) -> None:
 
 def is_whole(folder: Path) -> bool:
     """Whether every file is what it was when the folder got its name."""
-    return checkpoint_file.damage(folder) is None
+    return digests.damage(folder) is None
 
 
 def _mapped(folder: Path) -> Columns:
@@ -139,12 +140,12 @@ def _save(folder: Path, facts: Mapping[str, Any], columns: Columns) -> None:
     for name, values in columns.items():
         np.save(folder / f"{name}.npy", values)
     (folder / _MARK).write_text(json.dumps({"facts": facts}), encoding="utf-8")
-    checkpoint_file.seal(folder)
+    digests.seal(folder)
 
 
 def _say_why(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
     """A line where there is an index, but not of this; removes those whose sources are no more what they were."""
-    if folder.is_dir() and (problem := checkpoint_file.damage(folder)):  # else another run was faster by a moment
+    if folder.is_dir() and (problem := digests.damage(folder)):  # else another run was faster by a moment
         print(f"note: {folder} is damaged ({problem}): built anew", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
     for other in folder.parent.glob(f"{glob.escape(kind)}_*"):

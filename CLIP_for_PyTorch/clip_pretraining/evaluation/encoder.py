@@ -19,7 +19,7 @@ from clip_pretraining.model.loading import ImageSettings, encode_images, encode_
 from common import distributed
 from common.device import autocast, pins_memory
 from common.distributed import World
-from common.preemption import stop_if_asked, until_asked
+from common.run.preemption import stop_if_asked, until_asked
 
 
 @dataclass(frozen=True)

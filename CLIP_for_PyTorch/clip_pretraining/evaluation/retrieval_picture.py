@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from clip_pretraining.data.pairs import ImageSource, Pairs
-from common.figure_fonts import fonts_for
+from common.run.figure_fonts import fonts_for
 
 QUERIES, ANSWERS = 6, 5
 RULE = "captions at equal distances in the split's order; green: the right picture"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from clip_pretraining.model import patch_dropout
-from common.utilisation import transformer_flops
+from common.run.utilisation import transformer_flops
 
 
 def step_flops(model: PreTrainedModel, pairs: int, text_tokens: int) -> float:

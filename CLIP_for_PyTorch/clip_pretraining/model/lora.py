@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): low-rank additions to the frozen linear layers of the towers (common/adapters.py).
+"""LoRA (arXiv:2106.09685): low-rank additions to the frozen linear layers of the towers (common/model/adapters.py).
 
 Checkpoints have these parts; every folder for users has the merged, plain layers, and needs no peft.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from common import adapters
 from common.errors import UsageError
+from common.model import adapters
 
 LAYERS = "q_proj|k_proj|v_proj|out_proj|fc1|fc2|query|key|value|dense"  # CLIP's and RoBERTa's
 _WHOLE = ("visual_projection.", "text_projection.", "logit_scale", "logit_bias")  # trained beside the additions

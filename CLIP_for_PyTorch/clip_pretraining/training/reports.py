@@ -12,8 +12,8 @@ from clip_pretraining.evaluation import retrieval_picture
 from clip_pretraining.options.arguments import ClipTrainingArguments
 from clip_pretraining.training.pipeline import Setup
 from clip_pretraining.training.trainer import ClipTrainer
-from common import replay
 from common.distributed import World
+from common.run import replay
 from common.run_log import RunLog
 
 

@@ -1,4 +1,4 @@
-"""--fsdp: the model spread over the ranks (FSDP2, common/shards.py).
+"""--fsdp: the model spread over the ranks (FSDP2, common/shards/).
 
 Each layer of the towers is gathered for its own computation, in fp32 under autocast as with DDP. Checkpoints and
 folders are those of a model that is not sharded: rank 0 writes whole tensors, any number of ranks goes on from them.

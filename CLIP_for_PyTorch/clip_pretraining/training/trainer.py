@@ -27,10 +27,11 @@ from clip_pretraining.training.guarded_optimizer import GuardedOptimizer, scale_
 from clip_pretraining.training.log_callback import UNFINISHED, Names
 from clip_pretraining.training.sharding import whole
 from clip_pretraining.training.weight_average import WeightAverage
-from common import adapters, checkpoint_file, distributed
+from common import checkpoint_file, distributed
 from common.device import pins_memory, seeded
 from common.distributed import World
-from common.preemption import Interrupted
+from common.model import adapters
+from common.run.preemption import Interrupted
 from common.run_log import RunLog
 from common.update import gradients_stay_local
 

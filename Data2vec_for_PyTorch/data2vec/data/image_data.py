@@ -17,10 +17,10 @@ from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
 
-from common import pictures
+from common.data import pictures
 from common.device import mix_seed, to_device
 from common.errors import UsageError
-from common.run_folder import listing_identity
+from common.run.run_folder import listing_identity
 from data2vec.data.batching import batch_by_size
 from data2vec.data.block_masking import block_mask
 from data2vec.data.epochs import BrokenSample, SplitBatches

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from common.device import to_device
 from common.errors import UsageError
-from common.run_folder import listing_identity
+from common.run.run_folder import listing_identity
 from data2vec.data.batching import batch_by_size
 from data2vec.data.bpe import TextEncoding
 from data2vec.data.epochs import SplitBatches

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from common.utilisation import transformer_flops
+from common.run.utilisation import transformer_flops
 from data2vec.model.multi.model import Data2VecMulti
 from data2vec.model.text_model import Data2VecText
 from data2vec.model.vision_model import Data2VecVision

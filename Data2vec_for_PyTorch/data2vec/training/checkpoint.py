@@ -11,7 +11,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from common import checkpoint_file
-from common.background_write import BackgroundWriter
+from common.checkpoint import digests
+from common.checkpoint.background_write import BackgroundWriter
 from common.checkpoint_file import CheckpointError
 from data2vec.training.update import TrainState
 from data2vec.weights.pretrained import load_weights
@@ -200,7 +201,7 @@ def _keep_newest_intervals(folder: Path, count: int) -> None:
     numbered = {
         int(m[1]): p
         for p in folder.glob("checkpoint_*.pt")
-        if (m := re.fullmatch(r".*_\d+_(\d+)\.pt", p.name)) and checkpoint_file.damage(p) is None
+        if (m := re.fullmatch(r".*_\d+_(\d+)\.pt", p.name)) and digests.damage(p) is None
     }
     for updates in sorted(numbered)[:-count]:
         numbered[updates].unlink(missing_ok=True)

@@ -12,10 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from common import distributed, replay
+from common import distributed
 from common.distributed import World
 from common.errors import Preempted, UsageError
-from common.result_file import keep_aside
+from common.run import replay
+from common.run.result_file import keep_aside
 from common.run_log import RunLog
 from data2vec.data.epochs import SplitBatches
 from data2vec.modality import flops_of

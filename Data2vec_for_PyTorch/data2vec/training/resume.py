@@ -10,10 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from common import checkpoint_file, distributed, run_folder
+from common import checkpoint_file, distributed
 from common.checkpoint_file import CheckpointError
 from common.distributed import World
 from common.errors import UsageError
+from common.run import run_folder
 from data2vec.config.keys import Key, options_of
 from data2vec.data.epochs import SplitBatches
 from data2vec.training.checkpoint import load_training_state

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from common import device as devices
 from common import distributed
 from common.distributed import World
-from common.preemption import asked, until_asked
+from common.run.preemption import asked, until_asked
 from common.run_log import RunLog
 from data2vec.data.epochs import EpochBatches
 from data2vec.data.sentence_data import SentenceBatch, Sentences

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from common import device as devices
 from common import distributed
 from common.distributed import World
-from common.preemption import asked, until_asked
+from common.run.preemption import asked, until_asked
 from common.update import GuardedStep
 from data2vec.config import adam_betas
 from data2vec.model.ema import ema_decay_at, ema_step

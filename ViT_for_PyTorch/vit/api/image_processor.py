@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.pictures import to_rgb, upright
+from common.data.pictures import to_rgb, upright
 from vit.data.augment import MEAN, RESIZE_FOR_224, STD, EvalTransform, normalise
 from vit.data.image_folder import BrokenImage, read_image
 from vit.model.vision_transformer import ViTConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common import pictures
-from common.figure_fonts import fonts_for
+from common.data import pictures
+from common.run.figure_fonts import fonts_for
 
 COLUMNS = 6
 MOST = 36  # pictures; more cannot be read at a glance

@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 
-from common import apex_options
+from common.command_line import apex_options
 from common.device import DEVICES, PRECISIONS
 from common.errors import UsageError
 from vit.config import run_config as configuration

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from common.command_line.ranges import Range, at_least_one, below_one, count, fraction, not_negative, positive, share
 from common.errors import UsageError
-from common.options import Range, at_least_one, below_one, count, fraction, not_negative, positive, share
 
 RANGES = {
     "model.img_size": Range(1, 16384, whole=True),

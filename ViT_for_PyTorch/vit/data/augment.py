@@ -22,8 +22,8 @@ from timm.data import IMAGENET_DEFAULT_STD as STD
 from timm.data import auto_augment as timm_auto_augment
 from torch import Tensor
 
-from common.pictures import to_rgb
-from common.posterize_repair import repair_posterize
+from common.data.pictures import to_rgb
+from common.data.posterize_repair import repair_posterize
 from vit.model.vision_transformer import ViTConfig
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import pictures
+from common.data import pictures
 from common.errors import UsageError
 
 BrokenImage = pictures.BrokenPicture

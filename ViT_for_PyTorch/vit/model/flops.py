@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from common.utilisation import transformer_flops
+from common.run.utilisation import transformer_flops
 from vit.model.vision_transformer import ClassifyingViT
 
 

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021): low-rank additions to the frozen linear layers of the blocks (common/adapters.py).
+"""LoRA (Hu et al., 2021): low-rank additions to the frozen linear layers of the blocks (common/model/adapters.py).
 
 The checkpoints to go on from have these parts; `best.pt` and whatever reads weights have the merged, plain layers.
 """
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from common import adapters
 from common.errors import UsageError
+from common.model import adapters
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")  # of a block: attention's two, the MLP's two
 

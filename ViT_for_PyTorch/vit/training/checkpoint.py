@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import adapters, checkpoint_file, shards
+from common import checkpoint_file, shards
 from common.errors import UsageError
+from common.model import adapters
 from common.update import LossScale
 from vit.model import lora
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_reduce_sum
-from common.figure_fonts import fonts_for
+from common.run.figure_fonts import fonts_for
 from vit.training.evaluate import Score
 
 MOST_CLASSES = 4096  # a matrix of more does not fit beside a model

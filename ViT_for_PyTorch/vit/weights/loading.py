@@ -11,8 +11,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common import adapters, checkpoint_file, shards
+from common import checkpoint_file, shards
 from common.distributed import rank
+from common.model import adapters
 from vit import mindspore_checkpoint
 from vit.model import lora
 from vit.model.vision_transformer import PRESETS, reset_head

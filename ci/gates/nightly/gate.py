@@ -31,8 +31,8 @@ from ci.gates.nightly import report as perf_report
 from ci.gates.nightly import series as perf_series
 from ci.training_cases import run_script, sentences, short_names
 from common import device as devices
-from common import result_file
 from common.errors import UsageError, print_usage_errors
+from common.run import result_file
 
 ROOT = revisions.ROOT
 REPORTS = ROOT / "ci" / "reports" / "perf_run"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.hosts import address_towards
+from common.network.hosts import address_towards
 
 PROBE_S = 5.0  # how long a host may take to answer; a route that is down is often silent
 ALL_THERE = "all ranks are still there: one of them hangs, or is later than the time-out"

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint_file, folder_lock, result_file
+from common.checkpoint import digests
 from common.distributed import World, broadcast_object, gather_objects
 from common.errors import UsageError
+from common.run import folder_lock, result_file
 
 # half-written files and folders of checkpoint_file, shards, result_file and the projects; nothing else is ever removed
 _LEFTOVER = re.compile(r"\.(.+\.[a-z0-9_]{8}\.tmp|.+\.(log|txt|json|jsonl)\.tmp|.+\.(writing|saving))|\.complete\.json")
@@ -121,7 +122,7 @@ def agree_on(path: Path | None, world: World) -> Path | None:
 
 def _end_of(path: Path) -> bytes | None:
     """The last bytes of a checkpoint file or of a folder's seal, which hold its digest; None where it is not there."""
-    seal = path / checkpoint_file.SEAL
+    seal = path / digests.SEAL
     if path.is_dir() and not seal.exists():
         return b""  # of an earlier version
     try:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import options
+from common.command_line import ranges
 from common.errors import UsageError
 
-RANGES = {name: value for name, value in vars(options).items() if isinstance(value, options.Range)}
+RANGES = {name: value for name, value in vars(ranges).items() if isinstance(value, ranges.Range)}
 
 
 @pytest.mark.parametrize(

@@ -4,27 +4,22 @@
 
 A sharded checkpoint is a folder that `torch.distributed.checkpoint` (DCP) writes: a file a rank, an index, and
 `progress.pt` with what is no tensor; `seal.json` has the digests of all of them. DCP unpickles its index and its plain
-values without limits; here both go through an unpickler that knows tensors and plain values only.
+values without limits; here both go through an unpickler that knows tensors and plain values only (safe_reader.py).
 """
 
 from __future__ import annotations
 
-import argparse
-import io
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -37,29 +32,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import checkpoint_file, distributed
+from common.checkpoint import digests
 from common.checkpoint_file import CheckpointError
 from common.distributed import World
 from common.errors import UsageError
+from common.shards import safe_reader
 
 PROGRESS = "progress.pt"  # written last: a folder without it is not whole
 _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# what DCP's index consists of; anything else in it is refused
-_INDEX_NAMES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "pathlib": {"Path", "PosixPath"},
-}
 
 
 def shard(
@@ -130,17 +110,17 @@ def save_shards(
     if rank == 0:
         checkpoint_file.save(progress, writing / PROGRESS)
     own = sorted(path.name for path in writing.glob(f"__{rank}_*"))
-    digests: dict[str, list] = {}
-    for part in distributed.gather_objects(checkpoint_file.digests_of(writing, own)):
-        digests |= part
-    missing = sorted(name for name in digests if not (writing / name).is_file())
+    found: dict[str, list] = {}
+    for part in distributed.gather_objects(digests.digests_of(writing, own)):
+        found |= part
+    missing = sorted(name for name in found if not (writing / name).is_file())
     if any(distributed.gather_objects(bool(missing) and rank == 0)):
         raise CheckpointError(
             f"{folder}: shards are missing in it: the hosts do not share this folder, which --parallel fsdp needs"
         )
     if rank == 0:
-        digests |= checkpoint_file.digests_of(writing, [PROGRESS, ".metadata"])
-        checkpoint_file.seal(writing, files=digests)
+        found |= digests.digests_of(writing, [PROGRESS, ".metadata"])
+        digests.seal(writing, files=found)
         _put_in_place(writing, folder)
     distributed.barrier()
 
@@ -152,7 +132,7 @@ def _put_in_place(writing: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(writing, folder)
-    checkpoint_file.sync(folder.parent)
+    digests.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -161,7 +141,7 @@ def damage(folder: Path) -> str | None:
     missing = [name for name in (PROGRESS, ".metadata") if not (folder / name).is_file()]
     if missing:
         return f"not a whole sharded checkpoint (it has no {missing[0]})"
-    return checkpoint_file.damage(folder) if (folder / checkpoint_file.SEAL).exists() else None
+    return digests.damage(folder) if (folder / digests.SEAL).exists() else None
 
 
 def load_progress(folder: Path) -> Any:
@@ -179,7 +159,7 @@ def load_shards(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module
     """
     parts = _parts(optimizer, model, others)
     try:
-        dcp.load(parts, storage_reader=_reader(folder), planner=_Planner())
+        dcp.load(parts, storage_reader=safe_reader.reader(folder), planner=safe_reader.Planner())
     except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: the checkpoint of another model, or damaged ({reason})") from error
@@ -197,7 +177,7 @@ def read_shards(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if problem := damage(folder):
         raise CheckpointError(f"{folder}: {problem}")
-    reader = _reader(folder)
+    reader = safe_reader.reader(folder)
     metadata = reader.read_metadata()
     entries = {
         name: entry
@@ -211,7 +191,7 @@ def read_shards(folder: str | Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():  # that it is done by one process, which is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
+            dcp.load(flat, storage_reader=reader, planner=safe_reader.Planner(), no_dist=True)
     except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: not a readable sharded checkpoint ({reason})") from error
@@ -274,71 +254,3 @@ def _parts(optimizer: torch.optim.Optimizer, model: nn.Module, others: dict[str,
     model_state, optimizer_state = get_state_dict(model, optimizer)
     rest = {name: get_model_state_dict(other) for name, other in others.items()}
     return {"model": model_state, "optimizer": optimizer_state, **rest}
-
-
-def _enum_member(kind: Any, name: str) -> Enum:
-    """What `builtins.getattr` may do in an index: the first Pythons 3.11 pickle an enum's member by it."""
-    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
-        return kind[name]
-    raise pickle.UnpicklingError(f"its index wants {name!r} of {kind!r}")
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if name in _INDEX_NAMES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its index wants to run {module}.{name}")
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader with a safe unpickler for the index."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def _reader(folder: str | Path) -> _Reader:
-    """The reader of a folder whose index is found good; DCP itself would go on without one."""
-    reader = _Reader(folder)
-    try:
-        reader.read_metadata()
-    except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder}: not a readable sharded checkpoint ({error})") from error
-    return reader
-
-
-class _Planner(dcp.DefaultLoadPlanner):
-    """DCP's planner for plain values only."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # checked first, since DCP's own method then loads the same bytes without limits
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="sharding", description="Makes one plain file of a sharded checkpoint.")
-    parser.add_argument("folder", type=Path, help="the checkpoint, e.g. output/checkpoints/checkpoint-1200")
-    parser.add_argument("file", type=Path, help="torch file with the weights under 'model' (and 'ema'), by name")
-    options = parser.parse_args(argv)
-    if options.file.exists():
-        parser.error(f"{options.file} exists: name a new file")
-    try:
-        parts = read_shards(options.folder)
-    except CheckpointError as error:
-        parser.error(str(error))
-    weights = {name: part for name, part in parts.items() if name != "optimizer"}
-    checkpoint_file.save(weights, options.file)
-    print(f"{options.file}: {len(parts['model'])} tensors of {options.folder}; the optimizer's state stays there")
-
-
-if __name__ == "__main__":
-    main()

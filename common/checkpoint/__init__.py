@@ -1,0 +1,1 @@
+"""Parts of writing a checkpoint: in the background, and digests that say whether it is whole."""

@@ -1,0 +1,1 @@
+"""Options that several projects have: ranges of numbers, apex.amp's."""

@@ -1,0 +1,1 @@
+"""Hosts as ranks see them: an address towards one, and which of them are gone."""
