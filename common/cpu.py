@@ -30,13 +30,14 @@ def has_bf16_instructions() -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """x [..., in] -> bf16 [..., out]. Keeps x in bf16 and the weight as it is for the backward pass, and no fp32 copy
-    of either; autograd of the plain formula would keep both."""
+    """x [..., in] -> bf16 [..., out]. Keeps x in bf16 and the weight as it is for the backward pass, each only where a
+    gradient needs it, and no fp32 copy of either; autograd of the plain formula would keep both."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rounded = x.bfloat16()
-        ctx.save_for_backward(rounded, weight)
+        need_x, need_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rounded if need_weight else None, weight if need_x else None)
         ctx.types = x.dtype, bias.dtype if bias is not None else None
         bias = None if bias is None else bias.bfloat16().float()
         return F.linear(rounded.float(), weight.bfloat16().float(), bias).bfloat16()

@@ -1,6 +1,7 @@
 """LoRA: what is trained, what a checkpoint holds, and that the merged weights are a plain model of the same answers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 import run_vit
 import vit
+from ci.gates.forked_ranks import run
 from common import checkpoint_file
 from common.errors import UsageError
 from vit.model import lora
@@ -36,11 +38,15 @@ def base(tmp_path_factory):
     return vit.save_pretrained(model, tmp_path_factory.mktemp("base") / "m")
 
 
+def words(pictures, base, output, *more: str) -> list[str]:
+    given = ["--run_mode", "finetune", "--train_dataset_dir", f"{pictures}/train", "--eval_dataset_dir"]
+    given += [f"{pictures}/val", "--load_checkpoint", str(base), "--output_dir", str(output), "--device", "cpu"]
+    given += ["--batch_size", "4", "--num_workers", "0", "--epochs", "2", "optimizer.base_lr=0.1"]
+    return [*given, "model.name=auto", "optimizer.warmup_epochs=0", *LORA, *more]
+
+
 def train(pictures, base, output, *more: str) -> None:
-    words = ["--run_mode", "finetune", "--train_dataset_dir", f"{pictures}/train", "--eval_dataset_dir"]
-    words += [f"{pictures}/val", "--load_checkpoint", str(base), "--output_dir", str(output), "--device", "cpu"]
-    words += ["--batch_size", "4", "--num_workers", "0", "--epochs", "2", "optimizer.base_lr=0.1"]
-    run_vit.main([*words, "model.name=auto", "optimizer.warmup_epochs=0", *LORA, *more])
+    run_vit.main(words(pictures, base, output, *more))
 
 
 def test_only_the_additions_and_the_head_are_trained_and_the_merged_weights_are_plain(pictures, base, tmp_path):
@@ -85,6 +91,36 @@ def test_a_run_with_lora_is_resumed_and_its_settings_are_part_of_it(pictures, ba
     train(pictures, base, tmp_path / "parts", "--resume_training")
     whole, parts = (checkpoint_file.load(tmp_path / n / "checkpoints" / "checkpoint-8.pt") for n in ("whole", "parts"))
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def test_several_ranks_ddp_and_fsdp_end_with_the_weights_of_one(pictures, base, tmp_path):
+    # the ranks' own draws are off, so that any number of ranks sees the same samples
+    more = ["data.mixup=0", "data.cutmix=0", "model.drop_path=0", "optimizer.ema_decay=0.5", "--batch_size"]
+
+    def options(name: str, batch: int, *rest: str) -> list[str]:
+        return words(pictures, base, tmp_path / name, *more, str(batch), *rest)
+
+    done = run(
+        Path(run_vit.__file__),
+        ["vit.engine", "peft"],
+        (1, options("one", 4)),
+        (2, options("ddp", 2)),
+        (2, options("fsdp", 2, "--parallel", "fsdp", "--save_every", "4")),
+        (1, options("fsdp, then one", 4, "--resume_training", f"{tmp_path}/fsdp/checkpoints/checkpoint-4")),
+        (2, options("bf16", 2, "--parallel", "fsdp", "--precision", "bf16", "--max_steps", "2")),
+    )
+    assert done.returncode == 0, done.stdout
+    expected = weights.read_state_dict(tmp_path / "one" / "checkpoints" / "checkpoint-8.pt")
+    assert expected.keys() == weights.read_state_dict(base).keys()
+    for name in ("ddp", "fsdp", "fsdp, then one"):
+        folder = tmp_path / name / "checkpoints"
+        state = weights.read_state_dict(folder / ("checkpoint-8" if name == "fsdp" else "checkpoint-8.pt"))
+        best = checkpoint_file.load(folder / "best.pt")
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=2e-5, msg=f"{name}: {key}")
+            assert best["model"][key].shape == value.shape
+    step = weights.read_state_dict(tmp_path / "bf16" / "checkpoints" / "checkpoint-2")
+    assert step.keys() == expected.keys() and all(value.dtype == torch.float32 for value in step.values())
 
 
 def test_a_layer_that_is_not_there_is_named(tmp_path):

@@ -20,9 +20,14 @@ def inject(model: nn.Module, layers: str, rank: int, alpha: float, option: str) 
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise UsageError(f"{option} needs peft ({error}): pip install peft -c ../constraints.txt") from None
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), model, adapter_name=_NAME)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            # under autocast peft's cast to fp32 is undone at once: the input would be kept twice for the backward pass
+            layer.cast_input_dtype_enabled = False
 
 
 def has_adapters(state: dict[str, Tensor]) -> bool:

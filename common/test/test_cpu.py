@@ -54,3 +54,15 @@ def test_fp32_fp16_and_native_bf16_are_left_alone(monkeypatch):
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
             assert isinstance(cpu_kernels.cpu_kernels(), contextlib.nullcontext)
+
+
+@pytest.mark.parametrize("trained", ["input", "weight"])
+def test_an_emulated_product_keeps_what_a_gradient_needs_and_nothing_else(monkeypatch, trained):
+    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
+    x, weight = torch.randn(40, 64), torch.randn(32, 64)
+    kept = []
+    {"input": x, "weight": weight}[trained].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda shape: None):
+        with torch.autocast("cpu", torch.bfloat16), cpu_kernels.cpu_kernels():
+            F.linear(x, weight)
+    assert kept == [weight.shape if trained == "input" else x.shape]

@@ -67,6 +67,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def build_ema(model: nn.Module, decay: float) -> ModelEmaV3 | None:
     """An exponential moving average of the weights, or None for decay 0.
 
-    Call `ema.update(model)` after each optimizer step; evaluate and save `ema.module`.
+    Call `ema.update(model)` after each optimizer step; evaluate and save `ema.module`. Frozen weights are the model's
+    own tensors, not a second copy.
     """
-    return ModelEmaV3(model, decay=decay) if decay > 0 else None
+    if decay <= 0:
+        return None
+    average = ModelEmaV3(model, decay=decay)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            owner, _, kind = name.rpartition(".")
+            average.module.get_submodule(owner).register_parameter(kind, parameter)
+    return average
