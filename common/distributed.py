@@ -23,11 +23,10 @@ import torch.distributed.nn.functional  # noqa: F401  # else DDP imports it late
 from common import device as devices
 from common import npu
 from common.cpu import keep_freed_memory
-from common.network import lost_ranks
+from common.network import lost_ranks, torchrun
 
 # Backend by device. The pair for npu lets CPU tensors (counters, objects, checkpoints' metadata) use gloo beside hccl.
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
-
 
 # Groups that have been torn down, kept until Python exits. A DDP module that outlives the `with` block would otherwise
 # own the last reference, and gloo's destructor, called with Python's lock held, can wait for ever.
@@ -67,14 +66,14 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         devices.UsageError: absent device, or torchrun's variables missing or contradictory.
         RanksLost: in place of torch's error, when a collective failed; it says which ranks and hosts are gone.
     """
-    rank, size, local_rank, local_size = _ranks_from_environment()
+    rank, size, local_rank, local_size = torchrun.ranks()
     device = devices.resolve(device_name, local_rank)
     if os.environ.get("DETERMINISTIC") == "1":  # --deterministic of test/*.sh
         devices.deterministic(device)
     if device.type == "cpu":
         keep_freed_memory()
     world = World(device, rank, size, local_rank, local_size)
-    train_timeout_s = _timeout_of_user() or train_timeout_s
+    train_timeout_s = torchrun.timeout_of_user() or train_timeout_s
     if "RANK" not in os.environ:
         yield world
         return
@@ -145,40 +144,11 @@ def _end_collective_threads() -> None:
         time.sleep(0.2)
 
 
-def _timeout_of_user() -> int | None:
-    text = os.environ.get("COLLECTIVE_TIMEOUT_S") or None
-    if text is not None and not (text.isdecimal() and int(text) > 0):
-        raise devices.UsageError(f"COLLECTIVE_TIMEOUT_S={text}: must be a whole number of seconds above 0")
-    return text and int(text)
-
-
 def _watch_ranks(rank: int) -> lost_ranks.Watch:
     watch, place = lost_ranks.open_door(rank)
     places = gather_objects(place)
     watch.places = places if None not in places else ()
     return watch
-
-
-def _ranks_from_environment() -> tuple[int, int, int, int]:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "RANK" not in os.environ:
-        if os.environ.get("RANK_SIZE", "1") != "1" and "RANK_ID" in os.environ:
-            # else each rank would train a copy of its own, and overwrite the others' files
-            raise devices.UsageError(
-                f"RANK_ID={os.environ['RANK_ID']} RANK_SIZE={os.environ['RANK_SIZE']} are set but torch's RANK is not: "
-                "start through bash test/*.sh, which translates them, or with torchrun"
-            )
-        return 0, 1, int(os.environ.get("LOCAL_RANK", 0)), 1
-    missing = [name for name in (*names[:3], "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise devices.UsageError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
-    try:
-        rank, size, local_rank, local_size = (int(os.environ.get(name, 1)) for name in names)
-    except ValueError as error:
-        raise devices.UsageError(f"{', '.join(names)} must be integers: {error}") from None
-    if not 0 <= rank < size:
-        raise devices.UsageError(f"RANK={rank} is not below WORLD_SIZE={size}: start with torchrun")
-    return rank, size, local_rank, local_size
 
 
 def _set_timeout(timeout: timedelta) -> None:

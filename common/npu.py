@@ -1,20 +1,14 @@
-"""Every torch_npu name that more than one project needs, each guarded and explained.
+"""What a card of Ascend is and does otherwise: its generation, settings of the process, limits of its collectives.
 
-On a machine without torch_npu nothing here is called. What only one project needs lives in its `npu_patches.py`.
+On a machine without torch_npu nothing here is called. Layers for it are in model/npu_layers.py.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from common import patches as device_patches
 
 
 def is_npu(device: torch.device) -> bool:
@@ -48,11 +42,6 @@ def take_overflow(device: torch.device) -> bool:
     return found
 
 
-def chosen(patches: Mapping[str, Callable]) -> dict[str, Callable]:
-    """The patches that NPU_PATCHES_OFF=NAME,NAME does not name."""
-    return device_patches.chosen(patches, "NPU_PATCHES_OFF")
-
-
 def set_up() -> None:
     """Process-wide torch_npu settings, made once when an npu device is resolved.
 
@@ -83,89 +72,3 @@ def group_timeouts(to_meet: int, collective: int) -> tuple[int, int]:
     """
     connect, execute = (int(os.environ.get(f"HCCL_{n}_TIMEOUT") or d) for n, d in (("CONNECT", 120), ("EXEC", 1836)))
     return max(to_meet, connect + 60, execute + 60), execute
-
-
-def exact_gelu(x: Tensor) -> Tensor:
-    """x Phi(x), which `torch.nn.functional.gelu` is on every other device.
-
-    torch_npu's kernel of that name computes the tanh form whatever `approximate` says (its documentation, page of
-    npu_gelu), up to 5e-4 away: not the models that were published. torch_npu 2.1 and newer.
-    """
-    return torch.ops.npu.npu_gelu(x, approximate="none")
-
-
-class ExactGELU(nn.Module):
-    """`exact_gelu` as a module; a copy of the model that has been moved to the host works there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return exact_gelu(x) if is_npu(x.device) else nn.functional.gelu(x)
-
-
-def use_exact_gelu(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.GELU,)) -> int:
-    """Puts `ExactGELU` where a model has a GELU of these kinds (those set to the tanh form stay); returns how many."""
-    return replace_modules(
-        model, ExactGELU, lambda m: isinstance(m, kinds) and getattr(m, "approximate", "none") == "none"
-    )
-
-
-def replace_modules(model: nn.Module, make: Callable[[], nn.Module], is_meant: Callable[[nn.Module], bool]) -> int:
-    """Replaces every module inside `model` that is meant by a new one; returns how many."""
-    places = [(m, name) for m in model.modules() for name, child in m.named_children() if is_meant(child)]
-    for module, name in places:
-        setattr(module, name, make())
-    return len(places)
-
-
-def fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    hidden: Tensor | None = None,
-    bias: Tensor | None = None,
-    p: float = 0.0,
-) -> Tensor:
-    """softmax(scale * q k^T + bias) v with dropout `p`, by torch_npu's fused kernel.
-
-    For what torch_npu does not fuse by itself: `scaled_dot_product_attention` with a float mask. The kernel has its own
-    conventions: it adds `pse` before it scales, so the bias goes in divided by the scale; and its mask is True where a
-    key is hidden, the inverse of torch's. The keywords are the same in torch_npu 2.1 to 2.14.
-
-    Args:
-        q: fp16 or bf16 [B, H, Q, D]; k, v: [B, H, T, D].
-        hidden: bool [B or 1, H or 1, Q, T].
-        bias: [B or 1, H, Q, T]. It gets no gradient.
-
-    Raises:
-        ValueError: a bias that is to be trained: the kernel leaves its gradient unwritten (CANN's documentation of
-            aclnnFlashAttentionScoreGrad, dpseOut).
-    """
-    if bias is not None:
-        if bias.requires_grad and torch.is_grad_enabled():
-            raise ValueError("npu_fusion_attention has no gradient for a bias: use scaled_dot_product_attention")
-        bias = (bias / scale).to(q.dtype)
-    return torch.ops.npu.npu_fusion_attention(
-        q, k, v, q.shape[1], "BNSD", pse=bias, atten_mask=hidden, scale=scale, keep_prob=1.0 - p
-    )[0]
-
-
-def open_profiler(folder: Path, steps: int) -> Any | None:
-    """torch_npu's own profiler, which sees the kernels on the card; None where there is none.
-
-    It has `start`, `step` and `stop`, and after so many steps writes a folder `<host>_<pid>_<time>_ascend_pt` into
-    `folder`. `torch.profiler` would see the host's side only.
-    """
-    try:
-        import torch_npu
-    except ImportError:
-        return None
-    if not hasattr(torch_npu, "profiler"):
-        return None
-    # Level1 adds what each kernel took, by kind, to Level0's timeline
-    config = torch_npu.profiler._ExperimentalConfig(profiler_level=torch_npu.profiler.ProfilerLevel.Level1)
-    return torch_npu.profiler.profile(
-        schedule=torch_npu.profiler.schedule(wait=0, active=steps, repeat=1),
-        on_trace_ready=torch_npu.profiler.tensorboard_trace_handler(str(folder)),
-        profile_memory=True,
-        experimental_config=config,
-    )

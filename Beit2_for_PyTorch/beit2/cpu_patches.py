@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from beit2.model.blocks import Attention, Block, attend_plainly
 from beit2.model.encoder import Encoder
 from common.cpu import use_cpu_kernels
-from common.patches import chosen
+from common.model.patches import chosen
 
 
 def use_plain_attention(model: nn.Module) -> None:

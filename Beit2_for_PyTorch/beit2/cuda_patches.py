@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit2.model.blocks import Attention, attend
-from common.patches import chosen
+from common.model.patches import chosen
 
 
 def align_attention_bias(model: nn.Module) -> None:

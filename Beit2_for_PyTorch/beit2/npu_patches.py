@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from beit2.model.blocks import Attention, attend_plainly
 from common import npu
+from common.model import npu_layers
+from common.model.patches import chosen
 
 
 def use_fused_attention(model: nn.Module) -> None:
@@ -28,7 +30,7 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
     trainable = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if trainable or q.dtype not in (torch.float16, torch.bfloat16):
         return attend_plainly(q, k, v, bias, scale, dropout)
-    return npu.fused_attention(q, k, v, scale, bias=bias, p=dropout)
+    return npu_layers.fused_attention(q, k, v, scale, bias=bias, p=dropout)
 
 
 class _RecomputedAttention(torch.autograd.Function):
@@ -38,7 +40,7 @@ class _RecomputedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)
         ctx.scale = scale
-        return npu.fused_attention(q, k, v, scale, bias=bias)
+        return npu_layers.fused_attention(q, k, v, scale, bias=bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,7 +64,7 @@ def fused_attend_recomputed(
     return fused_attend(q, k, v, bias, scale, dropout)
 
 
-PATCHES = {"exact_gelu": npu.use_exact_gelu, "fused_attention": use_fused_attention}
+PATCHES = {"exact_gelu": npu_layers.use_exact_gelu, "fused_attention": use_fused_attention}
 
 
 def apply(model: nn.Module, tokenizer: nn.Module | None, device: torch.device, recompute: bool = False) -> None:
@@ -72,7 +74,7 @@ def apply(model: nn.Module, tokenizer: nn.Module | None, device: torch.device, r
     """
     if not npu.is_npu(device):
         return
-    patches = npu.chosen(PATCHES)
+    patches = chosen(PATCHES, "NPU_PATCHES_OFF")
     for patch in patches.values():
         for module in {model, tokenizer} - {None}:
             patch(module)

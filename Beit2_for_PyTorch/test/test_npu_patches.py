@@ -9,7 +9,7 @@ import beit2
 from beit2 import npu_patches
 from beit2.model.blocks import Attention, attend_plainly
 from beit2.model.masked_image_model import masked_rows
-from common import npu
+from common.model import npu_layers
 
 NPU = types.SimpleNamespace(type="npu")  # torch knows the name only where torch_npu is
 SCHEMA = (
@@ -58,7 +58,7 @@ def test_a_bias_that_is_trained_keeps_its_gradient(npu_kernel):
         npu_patches.fused_attend(q, q, q, bias, 0.25).float().square().sum().backward()
     assert bias.grad.isfinite().all() and bias.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="no gradient for a bias"):
-        npu.fused_attention(q, q, q, 0.25, bias=bias)
+        npu_layers.fused_attention(q, q, q, 0.25, bias=bias)
 
 
 def test_recomputed_attention_has_the_gradients_of_the_plain_one(npu_kernel):
@@ -85,7 +85,7 @@ def test_patches_are_for_npus_and_can_be_left_out(monkeypatch):
 
     def patched(kind):
         if kind == "gelu":
-            return {isinstance(m, npu.ExactGELU) for m in model.modules()} == {True, False}
+            return {isinstance(m, npu_layers.ExactGELU) for m in model.modules()} == {True, False}
         return {m.attend is npu_patches.fused_attend for m in attentions} == {True}
 
     npu_patches.apply(model, tokenizer, torch.device("cpu"))

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUActivation, QuickGELUActivation
 
 from common import npu
+from common.model import npu_layers
+from common.model.patches import chosen
 
 # Of the reference's patches, what became of each:
 # - NpuLinear, npu_bmmV2, npu_confusion_transpose, FRACTAL_NZ weights: gone. They worked around layout conversions of
@@ -30,12 +32,12 @@ class FusedQuickGELU(nn.Module):
 
 def use_fused_quick_gelu(model: PreTrainedModel) -> int:
     """CLIP's activation in one kernel; returns how many were replaced. torch_npu 2.1 and newer."""
-    return npu.replace_modules(model, FusedQuickGELU, lambda m: isinstance(m, QuickGELUActivation))
+    return npu_layers.replace_modules(model, FusedQuickGELU, lambda m: isinstance(m, QuickGELUActivation))
 
 
 def use_exact_gelu(model: PreTrainedModel) -> int:
-    """RoBERTa's activation; torch_npu's gelu is the tanh form whatever is asked for (common/npu.py)."""
-    return npu.use_exact_gelu(model, (nn.GELU, GELUActivation))
+    """RoBERTa's activation; torch_npu's gelu is the tanh form whatever is asked for (npu_layers.py)."""
+    return npu_layers.use_exact_gelu(model, (nn.GELU, GELUActivation))
 
 
 PATCHES = {"exact_gelu": use_exact_gelu, "quick_gelu": use_fused_quick_gelu}
@@ -43,4 +45,4 @@ PATCHES = {"exact_gelu": use_exact_gelu, "quick_gelu": use_fused_quick_gelu}
 
 def apply(model: PreTrainedModel, device: torch.device) -> int:
     """Prepares a model on its device and returns how many modules were replaced; none on cuda and cpu."""
-    return sum(patch(model) for patch in npu.chosen(PATCHES).values()) if npu.is_npu(device) else 0
+    return sum(patch(model) for patch in chosen(PATCHES, "NPU_PATCHES_OFF").values()) if npu.is_npu(device) else 0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.cpu import use_cpu_kernels
-from common.patches import chosen
+from common.model.patches import chosen
 from data2vec import cpu_dropout
 from data2vec.model.encoder import EncoderLayer
 from data2vec.model.multi.block import Block

@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common import npu
+from common.model import npu_layers
+from common.model.patches import chosen
 from data2vec.config.keys import PICTURES
 from data2vec.model.attention import attention
 
@@ -52,18 +54,18 @@ def fused_attention(
         hidden = ~key_mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)  # [B, 1, Q, T]
     if bias is not None:
         bias = bias.expand(len(q), -1, -1, -1).contiguous()  # [B, H, Q, T]
-    return npu.fused_attention(q, k, v, q.shape[-1] ** -0.5, hidden, bias, p)
+    return npu_layers.fused_attention(q, k, v, q.shape[-1] ** -0.5, hidden, bias, p)
 
 
 CONFIG_PATCHES = {"length_buckets": use_length_buckets}
-MODEL_PATCHES = {"exact_gelu": npu.use_exact_gelu, "fused_attention": use_fused_attention}
+MODEL_PATCHES = {"exact_gelu": npu_layers.use_exact_gelu, "fused_attention": use_fused_attention}
 
 
 def apply_to_config(config: DictConfig, device: torch.device) -> list[str]:
     """Changes the configuration for an npu; notes on what was changed. Nothing elsewhere."""
     if not npu.is_npu(device):
         return []
-    patches = npu.chosen(CONFIG_PATCHES | MODEL_PATCHES)
+    patches = chosen(CONFIG_PATCHES | MODEL_PATCHES, "NPU_PATCHES_OFF")
     notes = [patches[name](config) for name in CONFIG_PATCHES if name in patches]
     return [note for note in notes if note]
 
@@ -71,7 +73,7 @@ def apply_to_config(config: DictConfig, device: torch.device) -> list[str]:
 def apply_to_model(model: nn.Module, device: torch.device) -> None:
     """Prepares a model on its device, before it has a teacher. Nothing is changed on cuda and cpu."""
     if npu.is_npu(device):
-        patches = npu.chosen(CONFIG_PATCHES | MODEL_PATCHES)
+        patches = chosen(CONFIG_PATCHES | MODEL_PATCHES, "NPU_PATCHES_OFF")
         for name in MODEL_PATCHES:
             if name in patches:
                 patches[name](model)

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from common.cpu import cpu_kernels
-from common.patches import chosen
+from common.model.patches import chosen
 
 
 class _SkippingBlock(Block):

@@ -12,6 +12,8 @@ from timm.layers import use_fused_attn
 from torch import nn
 
 from common import npu
+from common.model import npu_layers
+from common.model.patches import chosen
 
 
 def require_fused_attention(model: nn.Module) -> None:
@@ -25,11 +27,11 @@ def require_fused_attention(model: nn.Module) -> None:
             raise RuntimeError(f"{name} does not use fused attention (timm: {use_fused_attn()}): unset TIMM_FUSED_ATTN")
 
 
-PATCHES = {"exact_gelu": npu.use_exact_gelu, "require_fused_attention": require_fused_attention}
+PATCHES = {"exact_gelu": npu_layers.use_exact_gelu, "require_fused_attention": require_fused_attention}
 
 
 def apply(model: nn.Module, device: torch.device) -> None:
     """Prepares a model on its device; nothing is changed on cuda and cpu."""
     if npu.is_npu(device):
-        for patch in npu.chosen(PATCHES).values():
+        for patch in chosen(PATCHES, "NPU_PATCHES_OFF").values():
             patch(model)

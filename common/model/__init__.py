@@ -1,1 +1,1 @@
-"""What is done to a whole model whatever it computes: compiled blocks, LoRA's additions."""
+"""What is done to a whole model whatever it computes: compiled blocks, LoRA's additions, patches for a device."""

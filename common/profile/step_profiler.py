@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,7 +111,7 @@ class StepProfiler:
         self.folder = _unused(self.output_dir)
         self.folder.mkdir(parents=True)
         steps = self.last - self.first + 1
-        npu_session = npu.open_profiler(self.folder, steps) if npu.is_npu(self.world.device) else None
+        npu_session = npu_profiler(self.folder, steps) if npu.is_npu(self.world.device) else None
         self._session = npu_session or torch.profiler.profile(
             activities=_activities(self.world.device), profile_memory=True, acc_events=True
         )
@@ -136,3 +137,25 @@ def _unused(output_dir: Path) -> Path:
 def _activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
     kinds = torch.profiler.ProfilerActivity
     return [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
+
+
+def npu_profiler(folder: Path, steps: int) -> Any | None:
+    """torch_npu's own profiler, which sees the kernels on the card; None where there is none.
+
+    It has `start`, `step` and `stop`, and after so many steps writes a folder `<host>_<pid>_<time>_ascend_pt` into
+    `folder`. `torch.profiler` would see the host's side only.
+    """
+    try:
+        import torch_npu
+    except ImportError:
+        return None
+    if not hasattr(torch_npu, "profiler"):
+        return None
+    # Level1 adds what each kernel took, by kind, to Level0's timeline
+    config = torch_npu.profiler._ExperimentalConfig(profiler_level=torch_npu.profiler.ProfilerLevel.Level1)
+    return torch_npu.profiler.profile(
+        schedule=torch_npu.profiler.schedule(wait=0, active=steps, repeat=1),
+        on_trace_ready=torch_npu.profiler.tensorboard_trace_handler(str(folder)),
+        profile_memory=True,
+        experimental_config=config,
+    )

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from common import npu
 from common.distributed import World
 from common.errors import UsageError
+from common.profile import step_profiler
 from common.profile import summary as profile_summary
 from common.profile.step_profiler import StepProfiler
 from common.profile.summary import Cost, Window
@@ -111,7 +112,7 @@ def test_torch_npu_s_profiler_hears_of_every_step(tmp_path, monkeypatch, steps, 
             return lambda: heard.append(name)
 
     monkeypatch.setattr(npu, "is_npu", lambda device: True)
-    monkeypatch.setattr(npu, "open_profiler", lambda folder, count: Session() if count == 3 else None)
+    monkeypatch.setattr(step_profiler, "npu_profiler", lambda folder, count: Session() if count == 3 else None)
     profiler = StepProfiler(tmp_path, "Net", World(), total_steps=None)
     for _ in range(steps):
         profiler.step()

@@ -28,7 +28,7 @@ from ci.npu.contract import contract  # noqa: E402
 from ci.npu.contract.signatures import problem  # noqa: E402
 from ci.npu.contract.uses import repository_uses  # noqa: E402
 from common import device as devices  # noqa: E402
-from common import npu  # noqa: E402
+from common.profile import step_profiler  # noqa: E402
 from common.update import loss_scale  # noqa: E402
 
 NPU = torch.device("npu", 0)
@@ -98,7 +98,7 @@ def test_mixed_precision_is_torch_s_own(fake):
 
 
 def test_the_profiler_opens_for_three_steps(tmp_path):
-    session = npu.open_profiler(tmp_path, 3)
+    session = step_profiler.npu_profiler(tmp_path, 3)
     assert type(session).__module__.startswith("torch_npu.profiler")
     actions = [session.schedule(step).name for step in range(4)]
     assert actions == ["RECORD", "RECORD", "RECORD_AND_SAVE", "NONE"]

@@ -15,7 +15,7 @@ from beit2 import npu_patches as beit2_patches
 from beit2.model.blocks import attend
 from clip_pretraining import npu_patches as clip_patches
 from clip_pretraining.model.layers import full_attention_mask
-from common import npu
+from common.model import npu_layers
 from data2vec import npu_patches as data2vec_patches
 from data2vec.model.attention import attention
 from vit import npu_patches as vit_patches
@@ -59,7 +59,7 @@ def test_torch_s_gelu_is_another_function_on_the_device():
     assert (F.gelu(x.to(NPU)).cpu() - F.gelu(x)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("function", [npu.exact_gelu, npu.ExactGELU()])
+@pytest.mark.parametrize("function", [npu_layers.exact_gelu, npu_layers.ExactGELU()])
 def test_exact_gelu(function):
     assert_equal(function, F.gelu, [torch.randn(40, 5) * 3], atol=1e-6, rtol=1e-5)
 
@@ -67,7 +67,7 @@ def test_exact_gelu(function):
 def test_exact_gelu_in_a_model():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Sequential(nn.GELU()), nn.GELU(approximate="tanh"))
     patched = copy.deepcopy(model).to(NPU)
-    assert npu.use_exact_gelu(patched) == 2
+    assert npu_layers.use_exact_gelu(patched) == 2
     assert isinstance(patched[3], nn.GELU)
     assert_equal(patched, model, [torch.randn(3, 4)], atol=1e-6, rtol=1e-5)
 
@@ -145,7 +145,7 @@ def test_beit2_attention(samples):
 def test_attention_with_dropout_keeps_the_mean():
     q, k, v = (x.to(NPU, torch.bfloat16) for x in heads())
     v = torch.ones_like(v)
-    out = torch.stack([npu.fused_attention(q, k, v, 0.35, p=0.5).float().mean() for _ in range(200)])
+    out = torch.stack([npu_layers.fused_attention(q, k, v, 0.35, p=0.5).float().mean() for _ in range(200)])
     assert out.mean().item() == pytest.approx(1.0, abs=0.05) and out.std().item() > 0.01
 
 
@@ -154,7 +154,7 @@ def test_the_backward_pass_drops_what_the_forward_pass_dropped(events):
     q, k, v = (x.to(NPU) for x in heads())
     v.requires_grad_()
     events.clear()
-    out = npu.fused_attention(q, k, v, 0.35, p=0.5)
+    out = npu_layers.fused_attention(q, k, v, 0.35, p=0.5)
     (out * torch.ones_like(out)).sum().backward()
     assert events == []
     torch.testing.assert_close((v.grad * v).sum().cpu(), out.sum().cpu())
@@ -211,8 +211,8 @@ def mutated(function, old: str, new: str):
 
 
 def test_a_wrong_keyword_is_seen(monkeypatch):
-    wrong = mutated(npu.fused_attention, "atten_mask=hidden", "attn_mask=hidden")
-    monkeypatch.setattr(npu, "fused_attention", wrong)
+    wrong = mutated(npu_layers.fused_attention, "atten_mask=hidden", "attn_mask=hidden")
+    monkeypatch.setattr(npu_layers, "fused_attention", wrong)
     with pytest.raises(RuntimeError, match="Unknown keyword argument 'attn_mask' for operator 'npu::npu_fusion_attent"):
         check_data2vec_attention(data2vec_patches.fused_attention)
 
@@ -224,6 +224,6 @@ def test_an_inverted_mask_is_seen():
 
 
 def test_a_bias_that_is_not_divided_by_the_scale_is_seen(monkeypatch):
-    monkeypatch.setattr(npu, "fused_attention", mutated(npu.fused_attention, "bias / scale", "bias"))
+    monkeypatch.setattr(npu_layers, "fused_attention", mutated(npu_layers.fused_attention, "bias / scale", "bias"))
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         test_beit2_attention(1)
