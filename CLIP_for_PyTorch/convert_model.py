@@ -11,6 +11,7 @@ from __future__ import annotations
 import common.requirements
 
 import argparse
+import shutil
 from pathlib import Path
 
 from clip_pretraining.data.tokenization import load_tokenizer
@@ -59,8 +60,12 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer, settings = read(options.model_name_or_path, options.activation)
     try:
         loads = WRITERS[options.to](model.eval(), tokenizer, settings, folder)
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder}: {error.strerror or error}") from None
+    except BaseException as error:
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)  # it was new or empty: no half of a model stays
+        if isinstance(error, OSError):
+            raise UsageError(f"--output_dir {folder}: {error.strerror or error}") from None
+        raise
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {model.config.model_type}, {parameters / 1e6:.1f} M parameters, {settings.size} pixels")
     print(f"load it with {loads}")

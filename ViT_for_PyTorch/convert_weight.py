@@ -114,7 +114,7 @@ def _export(args: argparse.Namespace) -> str:
         config.num_classes = len(state["head.weight"])
     model = build(config)
     weights.load_weights(model, source, head="required")
-    export.WRITERS[args.to](model, args.output, load_class_names(source))
+    export.write(args.to, model, args.output, load_class_names(source))
     return f"{source} -> {args.output}: {config.num_classes} classes, pictures of {config.image_size} pixels"
 
 

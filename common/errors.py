@@ -97,7 +97,7 @@ def print_usage_errors(main):
                 _leave(0)
             return result
         except UsageError as error:
-            print(f"error: {error.message}", file=sys.stderr, flush=True)
+            _tell(error.message)
             raise
         except Preempted as stop:
             if main.__module__ == "__main__":
@@ -107,10 +107,16 @@ def print_usage_errors(main):
             line = sentence(error)
             if line is None:
                 raise
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            _tell(line)
             raise RunFailed(line) from error
 
     return wrapped
+
+
+def _tell(message: str) -> None:
+    """In one write, which other ranks' lines cannot come between; under PYTHONUNBUFFERED `print` makes two of one."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
 
 
 def _is_the_program(main: Callable) -> bool:

@@ -104,6 +104,7 @@ def test_a_part_of_the_patches_is_seen_in_training_alone():
     "options, words",
     [
         (["--keep_patches", "0"], "--keep_patches 0.0: must be above 0"),
+        (["--replay", ""], "--replay is empty"),
         (["--keep_patches", "0.5", "--freeze_vision_model", "True"], "it is frozen"),
         (["--ema_decay", "1"], "--ema_decay 1.0: must be"),
         (["--lora_alpha", "8"], "give that too"),

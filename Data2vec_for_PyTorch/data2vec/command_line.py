@@ -138,6 +138,8 @@ def _options(argv: list[str] | None, description: str, config_dir: str = TEXT_CO
         "--accept_changes", default="", metavar="NAMES", help="go on from a checkpoint in spite of these differences"
     )
     options = parser.parse_intermixed_args(argv)
+    if options.replay == "":
+        raise UsageError("--replay is empty: give the replay.json of a run that stopped, or leave it out")
     if options.amp_backend == "apex":
         raise UsageError("--amp_backend apex: the loss is scaled by fairseq's rules, which apex has not; leave it out")
     flags = [f"{key}={getattr(options, flag)}" for flag, key in FLAGS.items() if getattr(options, flag) is not None]

@@ -94,6 +94,21 @@ def test_an_output_below_a_file_is_one_sentence(tmp_path, to, capsys):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    "to, last_step", [("timm", "vit.weights.hub_files.json.dumps"), ("onnx", "onnx.checker.check_model")]
+)
+def test_what_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch, to, last_step):
+    saved(tmp_path / "m")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "out")
+
+    monkeypatch.setattr(last_step, full)
+    with pytest.raises((OSError, SystemExit)):
+        convert(to, tmp_path / "m", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 def test_a_model_that_is_not_the_files_is_told_in_one_line(tmp_path, capsys):
     saved(tmp_path / "m", depth=3)
     with pytest.raises(SystemExit):

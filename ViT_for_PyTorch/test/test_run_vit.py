@@ -369,6 +369,8 @@ def test_predictions_carry_the_class_names_of_the_training_folder(pictures, tmp_
         (["model.num_classes=7"], "model.num_classes=7, but"),
         (["--config", "gone.yaml"], "--config gone.yaml: no such file"),
         (["--amp_backend", "apex"], "apex has no release for this torch"),
+        (["--replay", ""], "--replay is empty"),
+        (["--load_checkpoint", ""], "--load_checkpoint is empty .a variable of the shell"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_training(pictures, tmp_path, options, message):

@@ -101,7 +101,7 @@ def open_log(run: Run, resumed_from: Path | None) -> RunLog:
 
 def replay_step(run: Run, source: Path | None) -> dict[str, Any]:
     """The step of a replay.json once more, on the weights of the checkpoint `source` or those a run begins with."""
-    config, recorded = run.config, replay.read(run.config.replay)
+    config, recorded = run.config, replay.read(run.config.replay, run.total_steps)
     step = recorded.step - 1
     batches = training_batches(run.data.training, config.accumulate, step)
     with RunLog(

@@ -53,11 +53,11 @@ class _Seen:
     handles: list = field(default_factory=list)
 
 
-def read(path: str | Path, place: Sequence[str] = ()) -> Recorded:
+def read(path: str | Path, total_steps: int, place: Sequence[str] = ()) -> Recorded:
     """A run's replay.json, with the names in `place`.
 
     Raises:
-        UsageError: it cannot be read, is no such file, or is of a run on another number of ranks.
+        UsageError: it cannot be read, is no such file, or is of a run on another number of ranks, or of a longer one.
     """
     path = Path(path)
     try:
@@ -77,6 +77,11 @@ def read(path: str | Path, place: Sequence[str] = ()) -> Recorded:
         raise UsageError(
             f"--replay {path}: of a run on {found.world_size} ranks, this one has {distributed.world_size()}: its "
             "batches are only the same on as many"
+        )
+    if found.step > total_steps:
+        raise UsageError(
+            f"--replay {path}: of step {found.step}, this run ends after {total_steps}: give the data, epochs and "
+            "batch size of the run that stopped"
         )
     return found
 

@@ -140,6 +140,12 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, content, words):
         checkpoint_file.load(tmp_path / "w.pt")
 
 
+def test_another_programs_file_is_called_what_it_is(tmp_path):
+    (tmp_path / "vit.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    with pytest.raises(CheckpointError, match="vit.onnx: an ONNX model.*give the PyTorch checkpoint"):
+        checkpoint_file.load(tmp_path / "vit.onnx")
+
+
 def test_a_foreign_file_and_a_half_folder_are_passed_over(tmp_path):
     checkpoint_file.save({"model": 1, "optimizer": 2}, tmp_path / "checkpoint-10.pt")
     checkpoint_file.save({"model": 1}, tmp_path / "checkpoint-20.pt")  # weights alone

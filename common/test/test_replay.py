@@ -26,15 +26,16 @@ GOOD = {"step": 2, "ranks": {"0": ["a", "b"]}, "world_size": 1, "place": {"epoch
         ({"ranks": {"0": [1]}}, "a sample's name is no text"),
         ({"place": {}}, "'epoch'"),
         ({"world_size": 2}, "of a run on 2 ranks, this one has 1"),
+        ({"step": 6}, "of step 6, this run ends after 5"),
     ],
 )
 def test_another_file_is_refused_by_name(tmp_path, change, words):
     path = tmp_path / "replay.json"
     path.write_text(json.dumps(GOOD | change))
     with pytest.raises(UsageError, match=f"--replay {path}: .*{words}"):
-        replay.read(path, place=["epoch"])
+        replay.read(path, 5, place=["epoch"])
     with pytest.raises(UsageError, match="No such file"):
-        replay.read(tmp_path / "other.json")
+        replay.read(tmp_path / "other.json", 5)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,6 @@ def test_the_innermost_first_layer_is_named_and_nothing_is_updated(tmp_path, bia
         return loss
 
     with RunLog(tmp_path, World(), "Net_replay", 2, evaluation=True) as log:
-        found = replay.run(replay.read(tmp_path / "replay.json"), log, model, step, attempt)["Replay"]
+        found = replay.run(replay.read(tmp_path / "replay.json", 5), log, model, step, attempt)["Replay"]
     assert re.match(words, found) and f"Replay = {found}" in (tmp_path / "Net_replay_bs2_1p_acc.log").read_text()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -253,7 +253,7 @@ def accumulate_gradients(
 
 def replay_step(run: Run, dataset: Dataset, loss_of: LossFunction, collate_fn: Callable | None = None) -> dict:
     """--replay: the recorded step once more on the weights that the run would go on from; its result file."""
-    options, recorded = run.options, replay.read(run.options.replay)
+    options, recorded = run.options, replay.read(run.options.replay, run.last)
     step = recorded.step - 1
     batches = run_batches(dataset, options, run.world, run.steps, step, step + 1, collate_fn)
 

@@ -56,6 +56,8 @@ def check(model: ModelArguments, data: DataArguments, training: ClipTrainingArgu
     """Raises UsageError on the first option that cannot be meant."""
     for options in (data, training):
         check_ranges(options)
+    if training.replay == "":
+        raise UsageError("--replay is empty: give the replay.json of a run that stopped, or leave it out")
     _check_task(training)
     _check_data(data, training)
     _check_training(training)

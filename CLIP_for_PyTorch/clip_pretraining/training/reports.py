@@ -57,7 +57,7 @@ def train(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> None:
 
 def replay_step(trainer: ClipTrainer, log: RunLog, checkpoint: Path | None) -> dict[str, Any]:
     """--replay: the recorded step once more on the weights of the checkpoint, or those a run begins with."""
-    recorded = replay.read(trainer.args.replay)
+    recorded = replay.read(trainer.args.replay, log.total_steps)
     log.info(f"weights: {checkpoint or 'those that a run begins with'}; {trainer.args.precision}")
     attempt = partial(trainer.gradients_of, recorded.step, checkpoint)
     return replay.run(recorded, log, trainer.model, trainer.create_optimizer().guard, attempt)

@@ -86,7 +86,8 @@ def replay_update(
     network: str, run: Run, data: SplitBatches, options: argparse.Namespace, notes: list[str | None]
 ) -> None:
     """--replay: the recorded update once more on the weights that the run would go on from."""
-    recorded, state = replay.read(options.replay, place=("epoch", "iterations")), run.state
+    limit, state = update_limit(run.config, options), run.state
+    recorded = replay.read(options.replay, limit, place=("epoch", "iterations"))
     state.num_updates = recorded.step - 1
     state.epoch, state.iterations = recorded.place["epoch"], recorded.place["iterations"]
     loader = data.train_batches(state.epoch, state.iterations).loader(run.config.dataset.num_workers)

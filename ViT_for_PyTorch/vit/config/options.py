@@ -92,6 +92,11 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     given = {option: getattr(options, option) for option in OPTIONS}
     if given["device"] is None and options.device_target:
         given["device"] = DEVICE_TARGETS[options.device_target.lower()]
+    for name, value in given.items():
+        if value == "":
+            raise UsageError(
+                f"--{name} is empty (a variable of the shell that is not set?): give a value or leave it out"
+            )
     if given["resume_training"] in ("true", "True"):
         given["resume_training"] = "auto"
     elif given["resume_training"] in ("false", "False"):

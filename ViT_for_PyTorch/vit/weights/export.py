@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -121,7 +123,6 @@ def write_onnx(model: ClassifyingViT, path: Path, class_names: Sequence[str] | N
     entries = {"vit_config": dict(model.config), "class_names": list(class_names) if class_names else None}
     onnx_model = program.model
     onnx_model.metadata_props.update({key: json.dumps(value, ensure_ascii=False) for key, value in entries.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
     large = sum(tensor.nbytes for tensor in model.state_dict().values()) > ONE_FILE_BYTES
     program.save(path, external_data=large)
     onnx.checker.check_model(str(path))
@@ -132,3 +133,20 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 WRITERS = {"timm": write_timm, "huggingface": write_hugging_face, "onnx": write_onnx}
+
+
+def write(kind: str, model: ClassifyingViT, path: Path, class_names: Sequence[str] | None) -> None:
+    """The file or folder `path`, of a kind of WRITERS: whole, or nothing at all where writing fails.
+
+    Raises:
+        UsageError: something of that name is there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        WRITERS[kind](model, Path(folder) / path.name, class_names)
+        made = sorted(Path(folder).iterdir(), key=lambda item: item.name == path.name)  # what was asked for is last
+        for target in [path.parent / item.name for item in made]:
+            if target.exists():
+                raise UsageError(f"{target} exists and is not overwritten; move it away or choose another name")
+        for item in made:
+            os.replace(item, path.parent / item.name)
