@@ -27,16 +27,6 @@ import torch
 from common.checkpoint import digests
 from common.checkpoint.digests import Digesting
 
-# files of other programs that a user may take for weights, by the end of their name
-_FOREIGN = {
-    ".onnx": "an ONNX model, which is for inference elsewhere",
-    ".h5": "a file of Keras",
-    ".keras": "a file of Keras",
-    ".npz": "arrays of numpy, as JAX programs keep them",
-    ".msgpack": "a file of Flax",
-    ".gguf": "a file of llama.cpp",
-    ".pdparams": "a file of Paddle",
-}
 # asked once: it can only be asked by setting it, for all threads, and checkpoints are written by one
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -100,10 +90,6 @@ def load(path: str | Path, map_location: Any = "cpu", allow: Sequence[type] = ()
     path = Path(path)
     if problem := digests.damage_of_file(path):
         raise CheckpointError(f"{path}: {problem}")
-    if path.suffix in _FOREIGN:
-        raise CheckpointError(
-            f"{path}: {_FOREIGN[path.suffix]}, and is not read here; give the PyTorch checkpoint of the same weights"
-        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *allow]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=ResourceWarning)

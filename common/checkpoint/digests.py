@@ -26,6 +26,16 @@ _MARK = b"\nsha256:"
 _TRAILER = len(_MARK) + 64
 _CHUNK = 1 << 22
 _found_good: set[tuple] = set()  # files as they were when their digest was checked
+# files of other programs that a user may take for weights, by the end of their name
+_OF_OTHERS = {
+    ".onnx": "an ONNX model, which is for inference elsewhere",
+    ".h5": "a file of Keras",
+    ".keras": "a file of Keras",
+    ".npz": "arrays of numpy, as JAX programs keep them",
+    ".msgpack": "a file of Flax",
+    ".gguf": "a file of llama.cpp",
+    ".pdparams": "a file of Paddle",
+}
 
 
 class Digesting:
@@ -62,7 +72,8 @@ def damage(path: str | Path) -> str | None:
 
 
 def no_weights(path: str | Path) -> str | None:
-    """What a file is that was saved in place of weights (a web page, an error in XML, a Git LFS pointer, nothing)."""
+    """What a file is that was saved in place of weights (a web page, an error in XML, a Git LFS pointer, nothing), or
+    by its name another program's."""
     with open(path, "rb") as file:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not start:
@@ -73,6 +84,8 @@ def no_weights(path: str | Path) -> str | None:
         return f"{kind}, not weights: the server answered with a page or an error; it begins with {text!r}"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not weights: fetch the file itself with git lfs pull"
+    if kind := _OF_OTHERS.get(Path(path).suffix):
+        return f"{kind}, which is not read here; give the PyTorch checkpoint of the same weights"
     return None
 
 
