@@ -138,3 +138,16 @@ def test_a_model_of_timms_own_build_is_loaded_trained_saved_and_read_back(tmp_pa
     torch.testing.assert_close(again(IMAGES), theirs(IMAGES))
     groups = vit.layer_decay_groups(ours, 0.1, 0.5)
     assert sum(len(group["params"]) for group in groups) == len(list(ours.parameters()))
+
+
+@pytest.mark.parametrize("name, classes", [("test_vit", 0), ("test_vit3", 5)])
+def test_a_folder_that_timm_wrote_is_read_also_without_a_classifier(tmp_path, capsys, name, classes):
+    theirs = timm.create_model(name, img_size=32, num_classes=classes).eval()
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
+    ours = vit.ViTModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours(IMAGES), theirs.forward_head(theirs.forward_features(IMAGES), pre_logits=True))
+    assert capsys.readouterr().err == ""
+    classifier = AutoModel.from_pretrained(tmp_path)
+    if classes:
+        torch.testing.assert_close(classifier(IMAGES), theirs(IMAGES))
+    assert ("has no classifier" in capsys.readouterr().err) == (classes == 0)

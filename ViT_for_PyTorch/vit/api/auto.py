@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,12 @@ class ViTForImageClassification(ClassifyingViT):
             ValueError, CheckpointError, DownloadError: each says what is wrong and what to do.
         """
         model = cls.from_config(config or AutoConfig.from_pretrained(name_or_path))
-        load_weights(model, weights_of(name_or_path))
+        missing, _ = load_weights(model, weights_of(name_or_path))
+        if "head.weight" in missing and not issubclass(cls, ViTModel):
+            print(
+                f"note: {name_or_path} has no classifier: the model's knows nothing; ViTModel gives features",
+                file=sys.stderr,
+            )
         return model
 
     def save_pretrained(self, folder: str | Path, class_names: Sequence[str] | None = None) -> Path:

@@ -12,6 +12,8 @@ from torch import nn
 
 from vit.model.vision_transformer import POOLINGS, ViTConfig, build
 
+_OF_ANY = ("img_size", "in_chans", "num_classes", "global_pool")  # arguments that change no block
+
 
 def is_known(name: str) -> bool:
     """Whether timm has a model of this name; the tag after the dot, e.g. ".augreg_in21k", is optional."""
@@ -46,8 +48,8 @@ def config_of_architecture(
         plain = _plain_fields(model)
         if plain is not None and _shapes(build(ViTConfig(**fields, **plain))) == _shapes(model):
             fields |= plain
-        elif arguments:
-            raise ValueError(f"timm's {name} with {arguments} is not supported here, only as timm has it by name")
+        elif other := {key: value for key, value in (arguments or {}).items() if key not in _OF_ANY}:
+            raise ValueError(f"timm's {name} with {other} is not supported here, only as timm has it by name")
         else:
             fields["architecture"] = name
     return ViTConfig(**{**fields, **changes})

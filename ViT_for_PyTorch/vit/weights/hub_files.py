@@ -137,7 +137,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def _of_timm(content: dict[str, Any]) -> dict[str, Any]:
-    changes = {key: content[key] for key in ("num_classes", "global_pool") if key in content}
+    changes = {key: content[key] for key in ("num_classes", "global_pool") if content.get(key)}  # DINO's has 0 classes
     arguments = content.get("model_args")
     return dict(config_of_architecture(content["architecture"], content.get("pretrained_cfg"), arguments, **changes))
 
