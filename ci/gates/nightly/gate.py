@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from ci.gates import machine, revisions
-from ci.gates.nightly import report as perf_report
 from ci.gates.nightly import series as perf_series
+from ci.gates.nightly.history import plot_history
 from ci.training_cases import run_script, sentences, short_names
 from common import device as devices
 from common.errors import UsageError, print_usage_errors
@@ -179,7 +179,7 @@ def write_report(results: list[Result], device: str, baselines: Path, folder: Pa
         case = {"project": result.project, "size": f"{result.ranks}p", "precision": result.key.get("precision", "")}
         history += [{**case, "commit": n["commit"], "speed": n["fps"], "machine": host["device"]} for n in nights]
     if history:
-        perf_report.plot_history(history, folder / "history.png", "samples a second, by night")
+        plot_history(history, folder / "history.png", "samples a second, by night")
         text += "\n![speed by night](history.png)\n"
     numbers = [{**vars(result), "judged": vars(result.judged)} for result in results]
     (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")

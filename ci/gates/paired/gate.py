@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ci.gates import revisions
-from ci.gates.nightly import report as perf_report
+from ci.gates.paired import report as perf_report
 from ci.gates.paired.verdict import FAIL, INCONCLUSIVE, PASS, Interval, Rounds, slowdown, verdict, why_untrusted
 from ci.training_cases import CASES, COUNTED, FULL, SIZES, TIMED, Case, short_names
 from common.errors import UsageError, print_usage_errors
@@ -248,7 +248,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=Plan.rounds, help="starts before the first verdict, 2 or more")
     parser.add_argument("--max_rounds", type=int, default=Plan.max_rounds)
     parser.add_argument("--block_s", type=float, default=Plan.block_s, help="seconds of a block of steps")
-    parser.add_argument("--reports", type=Path, default=REPORTS, help="folder of the report and the history")
+    parser.add_argument("--reports", type=Path, default=REPORTS, help="folder of the report")
     options = parser.parse_args(argv)
     if options.rounds < 2 or options.max_rounds < options.rounds or options.pairs < 1:
         raise UsageError("--rounds: at least 2, --max_rounds: not below it, --pairs: at least 1")
