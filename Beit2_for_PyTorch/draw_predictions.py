@@ -15,11 +15,12 @@ import torch
 from beit2 import pretraining_options as setup
 from beit2.image_data import Normalizer, collate
 from beit2.options import mean_and_std
-from beit2.prediction_figure import check_figure, draw, prediction_rows
+from beit2.prediction_figure import ROWS, check_figure, prediction_rows
 from beit2.training.checkpoints import load_model
 from beit2.weights.files import read_checkpoint
 from common import device as devices
 from common.errors import print_usage_errors
+from common.run.figures import picture_rows
 
 
 @print_usage_errors
@@ -52,9 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     batch = collate([dataset[(0, index)] for index in list(apart)[: options.count]])
     normalizer = Normalizer(*mean_and_std(trained), torch.device("cpu"))
     normalized, visual = normalizer.views(batch)
-    draw(
-        prediction_rows(model, tokenizer, normalizer.unit(batch.views), normalized, visual, batch.mask), options.output
-    )
+    rows = prediction_rows(model, tokenizer, normalizer.unit(batch.views), normalized, visual, batch.mask)
+    picture_rows(rows, ROWS, options.output)
     print(f"drawn: {options.output}")
 
 

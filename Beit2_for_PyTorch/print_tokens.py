@@ -16,8 +16,9 @@ from beit2.data.labelled import CentreCrop
 from beit2.data.normalizer import Normalizer
 from beit2.data.reading import read_image
 from beit2.model.tokenizer_file import PUBLISHED, tokenizer_of
-from beit2.prediction_figure import check_figure, draw, token_pictures
+from beit2.prediction_figure import check_figure, token_pictures
 from common.errors import UsageError, print_usage_errors
+from common.run.figures import picture_rows
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             print(" ".join(f"{token:{cell}d}" for token in row))
     if options.figure is not None:
         rows = [batch.numpy() / 255, token_pictures(tokenizer, tokens, unit.shape[-2:])]
-        draw(rows, options.figure, ("picture", "tokens"))
+        picture_rows(rows, ("picture", "tokens"), options.figure)
         print(f"drawn: {options.figure}")
 
 

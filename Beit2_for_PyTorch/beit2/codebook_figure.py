@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from common.distributed import World
+from common.run import figures
 
 NAME = "codebook_use.png"
 
@@ -36,16 +37,10 @@ def draw_codebook_use(folder: Path, codes: int, steps: int, world: World) -> Non
     curves = codebook_use(folder, codes, steps) if world.is_main else {}
     if not curves:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = figures.new((6, 4))
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker=".", label=name)
     axes.axhline(codes, color="grey", linestyle=":", label="in the codebook")
     axes.set(xlabel="epoch", ylabel="codes", ylim=(0, 1.05 * codes))
     axes.legend()
-    figure.savefig(folder / NAME, dpi=110)
-    pyplot.close(figure)
+    figures.save(figure, folder / NAME)

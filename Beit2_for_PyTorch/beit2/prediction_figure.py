@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,24 +68,3 @@ def check_figure(path: Path, option: str) -> None:
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in known:
         raise UsageError(f"{option} {path}: name a picture, such as a .png (known: {' '.join(sorted(known))})")
-
-
-def draw(rows: list[np.ndarray], path: Path, titles: Sequence[str] = ROWS) -> None:
-    """Writes the rows, each of pictures in [0, 1] with a title, as one figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    count = len(rows[0])
-    figure, axes = pyplot.subplots(
-        len(rows), count, figsize=(max(1.6 * count, 2.4), 1.65 * len(rows)), layout="constrained", squeeze=False
-    )
-    for row, title, line in zip(rows, titles, axes, strict=True):
-        for picture, cell in zip(row, line, strict=True):
-            cell.imshow(picture)
-            cell.set(xticks=[], yticks=[])
-        line[0].set_ylabel(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

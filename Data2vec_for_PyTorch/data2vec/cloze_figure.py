@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.run import figures
 from data2vec.data.image_data import MaskedImages, Normalize
 from data2vec.data.multi.batch import MultiBatch
 
@@ -74,24 +75,8 @@ def fill_masked(forward: Callable, model: nn.Module, batch: Any, pool: PatchPool
 
 def draw(images: Tensor, mask: Tensor, filled: list[Tensor], path: Path) -> None:
     """Four rows: pictures, masked, filled by the untrained model and by the trained one; as of `fill_masked`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     side = round(mask.shape[1] ** 0.5)
     hidden = F.interpolate(mask.view(-1, 1, side, side).float(), images.shape[-2:]).bool()
     rows = [images, images.masked_fill(hidden, 128), *filled]
-    figure, axes = pyplot.subplots(
-        len(rows), len(images), figsize=(1.5 * len(images), 6.4), layout="constrained", squeeze=False
-    )
-    for pictures, title, line in zip(
-        rows, ("picture", "masked", "untrained fills", "trained fills"), axes, strict=True
-    ):
-        for picture, cell in zip(pictures, line, strict=True):
-            cell.imshow(picture.permute(1, 2, 0).numpy())
-            cell.set(xticks=[], yticks=[])
-        line[0].set_ylabel(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    pictures = [list(row.permute(0, 2, 3, 1).numpy()) for row in rows]
+    figures.picture_rows(pictures, ("picture", "masked", "untrained fills", "trained fills"), path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from common.run import figures
 from data2vec.classifiers import LogisticRegression
 from data2vec.data.dictionary import MASK
 from data2vec.data.pretraining_data import PretrainingData
@@ -68,23 +69,13 @@ def filled_blocks(model, data: PretrainingData, known: Expectations, spelled: li
 
 def draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]], path: Path) -> None:
     """Blocks of text with hidden tokens in colour (expected over true), and below the words with their neighbours."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = 2 * len(blocks) + len(alike) + 4
-    figure, axis = pyplot.subplots(figsize=(13, 0.27 * rows))
+    figure, axis = figures.new((13, 0.27 * rows), layout=None)
     axis.set(xlim=(0, max(map(len, blocks)) if blocks else 1), ylim=(rows, 0))
     axis.axis("off")
     font = {"family": "monospace", "fontsize": 9}
-    axis.text(
-        0,
-        0.6,
-        "hidden tokens: expected, of the 100 commonest (green: right), over true; _ is a space",
-        fontsize=10,
-        weight="bold",
-    )
+    title = "hidden tokens: expected, of the 100 commonest (green: right), over true; _ is a space"
+    axis.text(0, 0.6, title, fontsize=10, weight="bold")
     for y, block in enumerate(blocks):
         for x, (true, expected) in enumerate(block):
             if expected:
@@ -96,6 +87,4 @@ def draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]]
     axis.text(0, top, "tokens whose targets are nearest to those of the commonest words", fontsize=10, weight="bold")
     for y, (word, neighbours) in enumerate(alike):
         axis.text(0, top + 1 + y, f"{word:<10} {'  '.join(neighbours)}", **font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
+    figures.save(figure, path, bbox_inches="tight")

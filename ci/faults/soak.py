@@ -13,6 +13,7 @@ import psutil
 
 from ci.faults.runs import LIMIT_S, Runs, left_of, wait_for_step
 from common.errors import PREEMPTED
+from common.run import figures
 
 ALLOWED = {"memory_mib": 1.05, "files": 1.0, "threads": 1.0}  # the last third's median by the middle third's
 SLACK = {"memory_mib": 16.0, "files": 1.0, "threads": 1.0}  # processes that begin and end beside the ranks
@@ -70,19 +71,12 @@ def growth(samples: list[Sample]) -> list[str]:
 
 
 def draw(samples: list[Sample], title: str, picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     seconds, *series = zip(*map(astuple, samples), strict=True)
-    figure, axes = pyplot.subplots(3, sharex=True, figsize=(7, 6), layout="constrained")
+    figure, axes = figures.new((7, 6), 3, sharex=True)
     for axis, values, name in zip(axes, series, ("memory, MiB", "open files", "threads"), strict=True):
         axis.plot([second / 60 for second in seconds], values)
         axis.set_ylabel(name)
         axis.set_ylim(bottom=0)
     axes[0].set_title(title)
     axes[-1].set_xlabel("minutes")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=100)
-    pyplot.close(figure)
+    figures.save(figure, picture)

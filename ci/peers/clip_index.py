@@ -39,6 +39,7 @@ from clip_pretraining.data.tokenization import openai_tokenizer  # noqa: E402
 from clip_pretraining.options.arguments import DataArguments  # noqa: E402
 from clip_pretraining.training import sources  # noqa: E402
 from common.distributed import World  # noqa: E402
+from common.run import figures  # noqa: E402
 
 WORDS = "a the small large red blue old new dog cat car house river on near under with of two three in light".split()
 LINKS = 20_000  # to one file: file systems have limits
@@ -162,18 +163,13 @@ def epoch(folder: Path, pictures: int, as_lists: bool) -> list[tuple[int, float]
 
 
 def draw_figure(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    figure, axis = figures.new((6, 3))
     for name, curve in curves.items():
         rows = np.array(curve)
         axis.plot(rows[:, 0] / 1000, rows[:, 1] - rows[0, 1], label=name)
     axis.set(xlabel="thousand pictures read", ylabel="private memory of a worker,\nMiB above its start")
     axis.legend()
-    figure.savefig(path, dpi=100)
+    figures.save(figure, path)
 
 
 def main() -> None:

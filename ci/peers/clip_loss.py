@@ -21,6 +21,7 @@ import torch
 
 from ci.peers.paired_timing import write_result
 from clip_pretraining.model import loss as losses
+from common.run import figures
 
 SMALLEST, TIMED, WHOLE_UP_TO = 2048, 4096, 16384
 MIB = 1 << 20
@@ -86,12 +87,7 @@ def seconds(pairs: int, dimension: int, rounds: int) -> dict[str, Any]:
 
 
 def draw_figure(curves: dict[str, dict[int, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    figure, axis = figures.new((6, 3.4))
     for name, curve in curves.items():
         axis.loglog(list(curve), list(curve.values()), "o:" if "extrapolated" in name else "o-", label=name)
     axis.set(xlabel="pairs of the global batch", ylabel="MiB a rank, above its features")
@@ -100,7 +96,7 @@ def draw_figure(curves: dict[str, dict[int, float]], path: Path) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    figures.save(figure, path)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.run import figures
+
 
 class MetricsFile:
     """A file that lines are appended to. What a crash cut short or glued together is mended when it is opened."""
@@ -130,14 +132,9 @@ def read_losses(metrics: Path) -> dict[int, float]:
 
 def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:
     """Draws the loss over steps, with a running mean when there are enough points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = [step for step, _ in losses]
     values = [loss for _, loss in losses]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = figures.new((7, 4))
     axes.plot(
         steps, values, color="tab:blue", alpha=0.4 if len(values) > 20 else 1.0, marker="." if len(values) == 1 else ""
     )
@@ -148,5 +145,4 @@ def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:
         axes.legend()
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figures.save(figure, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from clip_pretraining.data.pairs import ImageSource, Pairs
-from common.run.figure_fonts import fonts_for
+from common.run.figures import fonts_for, new, save
 
 QUERIES, ANSWERS = 6, 5
 RULE = "captions at equal distances in the split's order; green: the right picture"
@@ -22,23 +22,15 @@ def draw(image: torch.Tensor, text: torch.Tensor, pairs: Pairs, pictures: ImageS
         image, text: features [I, d] and [T, d], L2-normalised, of the pictures and captions of `pairs`.
         pictures: uint8 [3, S, S] by position.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     count, answers = min(QUERIES, len(pairs)), min(ANSWERS, len(image))
     queries = [(2 * place + 1) * len(pairs) // (2 * count) for place in range(count)]
     with fonts_for(pairs.captions[query][:90] for query in queries):
-        figure, axes = pyplot.subplots(
-            count, 1 + answers, figsize=(1.7 * (1 + answers), 2.2 * count), layout="constrained", squeeze=False
-        )
+        figure, axes = new((1.7 * (1 + answers), 2.2 * count), count, 1 + answers, squeeze=False)
         figure.get_layout_engine().set(h_pad=0.18)
         figure.suptitle(f"{len(image)} pictures, {len(pairs)} captions; {RULE}", fontsize=9)
         for query, row in zip(queries, axes, strict=True):
             _row(row, query, text[query] @ image.T, pairs, pictures)
-        figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+        save(figure, path)
 
 
 def _row(row, query: int, scores: torch.Tensor, pairs: Pairs, pictures: ImageSource) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.data import pictures
-from common.run.figure_fonts import fonts_for
+from common.run.figures import fonts_for, new, save
 
 COLUMNS = 6
 MOST = 36  # pictures; more cannot be read at a glance
@@ -23,26 +23,17 @@ def draw(predictions: Mapping[str, Sequence[Mapping[str, float | str]]], labels:
         predictions: {file: [{"label": ..., "score": 0..1}, ...], best first}.
         labels: all class names.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = dict(list(predictions.items())[:MOST])
     titles = [name for file in map(Path, shown) for name in (file.stem, file.parent.name)]
     with fonts_for(map(_words, titles + [str(entry["label"]) for found in shown.values() for entry in found])):
-        figure = _grid(pyplot, shown, labels)
-        figure.savefig(target, dpi=100)
-    pyplot.close(figure)
+        save(_grid(shown, labels), target)
 
 
-def _grid(pyplot, shown: Mapping[str, Sequence[Mapping[str, float | str]]], labels: Sequence[str]):
+def _grid(shown: Mapping[str, Sequence[Mapping[str, float | str]]], labels: Sequence[str]):
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure, axes = pyplot.subplots(
-        2 * rows, columns, figsize=(2.3 * columns, 2.9 * rows), layout="constrained", squeeze=False,
-        height_ratios=[3, 1.2] * rows,
-    )  # fmt: skip
+    size = (2.3 * columns, 2.9 * rows)
+    figure, axes = new(size, 2 * rows, columns, squeeze=False, height_ratios=[3, 1.2] * rows)
     for axis in axes.flat:
         axis.set_axis_off()
     for index, (file, found) in enumerate(shown.items()):

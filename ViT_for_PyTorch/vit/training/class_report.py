@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_reduce_sum
-from common.run.figure_fonts import fonts_for
+from common.run.figures import fonts_for, new, save
 from vit.training.evaluate import Score
 
 MOST_CLASSES = 4096  # a matrix of more does not fit beside a model
@@ -122,22 +122,15 @@ def _table(rows: Sequence[dict[str, Any]], tally: ClassTally) -> str:
 
 def _draw(names: Sequence[str], matrix: Tensor, target: Path) -> None:
     """Shares of each class's pictures, rows what it is, columns what it was called."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     with fonts_for(names if len(names) <= NAMED else ()):
-        figure = _confusion(pyplot, names, matrix)
-        figure.savefig(target, dpi=100)
-    pyplot.close(figure)
+        save(_confusion(names, matrix), target)
 
 
-def _confusion(pyplot, names: Sequence[str], matrix: Tensor):
+def _confusion(names: Sequence[str], matrix: Tensor):
     shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).cpu()
     classes = len(names)
     side = min(3 + 0.3 * classes, 14)
-    figure, axis = pyplot.subplots(figsize=(side, side), layout="constrained")
+    figure, axis = new((side, side))
     image = axis.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=axis, shrink=0.7, label="share of the class's pictures")
     axis.set(xlabel="called", ylabel="is")

@@ -35,6 +35,7 @@ from ci.gates.losses.loss_files import Curve
 from ci.gates.paired.verdict import FAIL, INCONCLUSIVE, PASS
 from ci.training_cases import CASES, COUNTED, Case, short_names
 from common.errors import UsageError, print_usage_errors
+from common.run import figures
 
 MODES = ("refactor", "resume", "cross-device")
 EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
@@ -251,14 +252,7 @@ def describe(a: Curve, b: Curve, gap: Gap) -> str:
 
 def plot(a: Curve, b: Curve, gap: Gap, title: str, path: Path) -> None:
     """Both curves over the steps, and under them their relative gap with its running mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (upper, lower) = pyplot.subplots(
-        2, 1, figsize=(9, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
-    )
+    figure, (upper, lower) = figures.new((9, 6), 2, 1, sharex=True, height_ratios=(2, 1))
     many = len(gap.steps) > 200
     upper.plot(gap.steps, gap.a, color="#2b6cb0", linewidth=0.9 if many else 1.6, label=f"A: {a.name}")
     upper.plot(gap.steps, gap.b, color="#dd6b20", linewidth=0.9 if many else 1.4, alpha=0.8, label=f"B: {b.name}")
@@ -279,9 +273,7 @@ def plot(a: Curve, b: Curve, gap: Gap, title: str, path: Path) -> None:
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, path)
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:

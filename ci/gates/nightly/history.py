@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.run import figures
+
 KEPT_RUNS = 60  # in the plot
 
 
@@ -14,16 +16,11 @@ def plot_history(history: list[dict], path: Path, unit: str) -> Path:
         history: {"project", "size", "precision", "commit", "speed", "machine"} of every run.
         unit: of the speeds, in words.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = list(dict.fromkeys((line["project"], line["size"], line["precision"]) for line in history))
     columns = min(2, len(cases))
     lines_of_panels = -(-len(cases) // columns)
     size = (4.4 * columns, 0.5 + 2.3 * lines_of_panels)
-    figure, grid = pyplot.subplots(lines_of_panels, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, grid = figures.new(size, lines_of_panels, columns, squeeze=False)
     for axes, case in zip(grid.flat, cases, strict=False):
         lines = [line for line in history if (line["project"], line["size"], line["precision"]) == case][-KEPT_RUNS:]
         speeds = [line["speed"] for line in lines]
@@ -40,6 +37,5 @@ def plot_history(history: list[dict], path: Path, unit: str) -> Path:
         axes.set_visible(False)
     figure.supylabel(unit, fontsize=9)
     figure.suptitle(f"Speed by run: {history[0]['machine']}", fontsize=9)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, path)
     return path

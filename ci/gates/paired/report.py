@@ -13,6 +13,7 @@ import torch
 
 from ci.gates.machine import machine
 from ci.gates.paired.verdict import FAIL, INCONCLUSIVE, PASS, Interval, Rounds, slowdown
+from common.run import figures
 
 COLOURS = {PASS: "#2a7f3f", FAIL: "#c0392b", INCONCLUSIVE: "#b7791f"}
 GREY = "#8a8f98"
@@ -69,13 +70,8 @@ def write(run: Run, rows: list[Row], folder: Path) -> Path:
 
 def plot_ratios(run: Run, rows: list[Row], path: Path) -> Path:
     """Each project's slowdown with its interval, every start's pairs as dots, and above it the base against itself."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = [row for row in rows if row.itself]
-    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.95 * len(shown)), layout="constrained")
+    figure, axes = figures.new((8, 1.4 + 0.95 * len(shown)))
     axes.axvspan(-run.threshold, run.threshold, color="#eef1f4", zorder=0)
     axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
     axes.axvline(run.threshold, color=COLOURS[FAIL], linewidth=0.9, linestyle="--", zorder=1)
@@ -101,8 +97,7 @@ def plot_ratios(run: Run, rows: list[Row], path: Path) -> Path:
     title = f"{run.head[:10]}{'+' * run.head.endswith('+')} against {run.base[:10]} on {run.device}"
     axes.set_title(title + (f", with {run.planted:g} % planted" if run.planted else ""), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, path)
     return path
 
 

@@ -1,10 +1,17 @@
-"""Fonts that have the script of what a figure says: matplotlib's own has no Chinese, Japanese or Korean character."""
+"""Figures as files, drawn without a display, in fonts that have the script of what they say.
+
+matplotlib's own font has no Chinese, Japanese or Korean character.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 # of Linux distributions, Windows and macOS; the first that is installed and has most of what is missing
 WIDE_FONTS = (
@@ -12,6 +19,38 @@ WIDE_FONTS = (
     "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC",
     "Hiragino Sans GB", "Arial Unicode MS",
 )  # fmt: skip
+
+
+def new(size: tuple[float, float], *grid: int, layout: Any = "constrained", **options: Any) -> tuple[Any, Any]:
+    """(figure, axes) without a window.
+
+    Args:
+        size: in inches.
+        grid: rows and columns of axes.
+        options: of `Figure.subplots`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout=layout)
+    return figure, figure.subplots(*grid, **options)
+
+
+def save(figure: Any, path: Path, **options: Any) -> None:
+    """Writes it, and its folder where there is none; `options` are `Figure.savefig`'s."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, **{"dpi": 110} | options)
+
+
+def picture_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path: Path) -> None:
+    """Writes rows of pictures [H, W, 3], each row with its title, as one figure."""
+    size = (max(1.6 * len(rows[0]), 2.4), 1.65 * len(rows))
+    figure, axes = new(size, len(rows), len(rows[0]), squeeze=False)
+    for row, title, line in zip(rows, titles, axes, strict=True):
+        for picture, cell in zip(row, line, strict=True):
+            cell.imshow(picture)
+            cell.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title)
+    save(figure, path)
 
 
 @contextlib.contextmanager

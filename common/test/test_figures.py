@@ -9,13 +9,13 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
-from common.run import figure_fonts
+from common.run import figures
 
 RARE = "\u1d81"  # matplotlib brings a font that has it, beside its usual one
 
 
 def drawn(text: str) -> np.ndarray:
-    with figure_fonts.fonts_for([text]):
+    with figures.fonts_for([text]):
         figure = pyplot.figure(figsize=(1, 1))
         figure.text(0.2, 0.3, text, fontsize=40)
         figure.canvas.draw()
@@ -27,10 +27,10 @@ def drawn(text: str) -> np.ndarray:
 def test_a_font_that_has_the_script_is_taken_and_one_that_is_missing_is_told(monkeypatch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monkeypatch.setattr(figure_fonts, "WIDE_FONTS", ())
+        monkeypatch.setattr(figures, "WIDE_FONTS", ())
         box = drawn(RARE)
         assert f"no font here has {RARE}: boxes in the picture" in capsys.readouterr().out
-        monkeypatch.setattr(figure_fonts, "WIDE_FONTS", ("Not Installed", "STIXGeneral"))
+        monkeypatch.setattr(figures, "WIDE_FONTS", ("Not Installed", "STIXGeneral"))
         assert not np.array_equal(drawn(RARE), box)
         assert capsys.readouterr().out == ""
         drawn("plain words")
