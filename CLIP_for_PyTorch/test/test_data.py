@@ -22,6 +22,10 @@ from clip_pretraining.data.picture_check import check_images, tell_unreadable
 from common.errors import UsageError
 
 
+def read_split(data_dir, split, cache_dir=None):
+    return coco.read_captions(*coco.find_split(data_dir, split, cache_dir), split)
+
+
 def message(error) -> str:
     return error.value.message
 
@@ -41,18 +45,18 @@ def test_pairs_that_share_a_picture_or_a_caption_are_kept_apart():
 
 
 def test_the_zips_are_unpacked_once_beside_themselves(coco_zips):
-    train = coco.read_split(coco_zips, "train")
+    train = read_split(coco_zips, "train")
     assert (len(train.images), len(train)) == (24, 48)
     assert train.image_of_caption.tolist() == np.repeat(np.arange(24), 2).tolist()
     assert train.captions[0] == draw(0)[1] and train.images[0].read() == draw(0)[0]
     (coco_zips / "train2017.zip").write_bytes(b"not needed any more")
-    assert len(coco.read_split(coco_zips, "train")) == 48
+    assert len(read_split(coco_zips, "train")) == 48
     assert not [p for p in coco_zips.iterdir() if p.name.startswith(".")]
 
 
 def test_a_read_only_folder_is_unpacked_to_the_cache(coco_zips, tmp_path):
     cache = tmp_path / "cache"
-    pairs = coco.read_split(coco_zips, "val", cache)
+    pairs = read_split(coco_zips, "val", cache)
     assert pairs.images[0].path.startswith(str(cache)) and not (coco_zips / "val2017").exists()
 
 
@@ -62,7 +66,7 @@ def test_unpacked_folders_are_read_as_they_are(nested, tmp_path):
     for name in ("train2017", "val2017", "annotations_trainval2017"):
         target = tmp_path / "data" / name if nested and name.startswith("annotations") else tmp_path / "data"
         zipfile.ZipFile(tmp_path / "zips" / f"{name}.zip").extractall(target)
-    assert len(coco.read_split(tmp_path / "data", "val")) == 12
+    assert len(read_split(tmp_path / "data", "val")) == 12
 
 
 def test_captions_in_any_order_and_pictures_without_any(tmp_path):
@@ -103,13 +107,13 @@ def test_broken_zips_leave_nothing_behind(coco_zips):
     whole = packed.read_bytes()
     packed.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError) as error:
-        coco.read_split(coco_zips, "train")
+        read_split(coco_zips, "train")
     assert "train2017.zip: truncated or damaged" in message(error)
 
     middle = whole.index(b"JFIF") + 300
     packed.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])  # one picture's CRC is wrong
     with pytest.raises(UsageError, match="truncated or damaged"):
-        coco.read_split(coco_zips, "train")
+        read_split(coco_zips, "train")
 
     annotations = coco_zips / "annotations_trainval2017.zip"  # compressed, as cocodataset.org's
     good_annotations = annotations.read_bytes()
@@ -124,19 +128,19 @@ def test_broken_zips_leave_nothing_behind(coco_zips):
     packed.write_bytes(whole)
     rewrite(packed, lambda name, data: (name.replace("000000000003", "../../escaped"), data))
     with pytest.raises(UsageError, match="written outside"):
-        coco.read_split(coco_zips, "train")
+        read_split(coco_zips, "train")
     assert not (coco_zips / "train2017").exists() and not list(coco_zips.parent.rglob("escaped*"))
 
     packed.write_bytes(whole)
     annotations.write_bytes(good_annotations)
-    assert len(coco.read_split(coco_zips, "train")) == 48
+    assert len(read_split(coco_zips, "train")) == 48
 
 
 @pytest.mark.parametrize("missing", ["val2017.zip", "annotations_trainval2017.zip"])
 def test_a_missing_zip_is_named(coco_zips, missing):
     (coco_zips / missing).unlink()
     with pytest.raises(UsageError) as error:
-        coco.read_split(coco_zips, "val")
+        read_split(coco_zips, "val")
     assert missing in message(error)
 
 
@@ -144,25 +148,25 @@ def test_a_missing_zip_is_named(coco_zips, missing):
     "text, reason", [("{", "not valid JSON"), ('{"images": []}', "annotations"), ("[]", "captions")]
 )
 def test_a_bad_annotation_file_is_named(coco_zips, text, reason):
-    coco.read_split(coco_zips, "val")
+    read_split(coco_zips, "val")
     file = coco_zips / "annotations/captions_val2017.json"
     file.write_text(text)
     with pytest.raises(UsageError) as error:
-        coco.read_split(coco_zips, "val")
+        read_split(coco_zips, "val")
     assert str(file) in message(error) and reason in message(error)
     file.unlink()
     (coco_zips / "annotations_trainval2017.zip").rename(coco_zips / "elsewhere.zip")
     with pytest.raises(UsageError, match="missing"):
-        coco.read_split(coco_zips, "val")
+        read_split(coco_zips, "val")
 
 
 def test_annotations_of_the_test_split_may_lie_there_first(coco_zips):
     """image_info_test2017.zip unpacks to annotations/, too."""
     (coco_zips / "annotations").mkdir()
     (coco_zips / "annotations/image_info_test2017.json").write_text("{}")
-    assert len(coco.read_split(coco_zips, "val")) == 16
+    assert len(read_split(coco_zips, "val")) == 16
     assert (coco_zips / "annotations/image_info_test2017.json").read_text() == "{}"
-    assert len(coco.read_split(coco_zips, "train")) == 48
+    assert len(read_split(coco_zips, "train")) == 48
 
 
 def many_pictures(folder: Path, count: int) -> Pairs:

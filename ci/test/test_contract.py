@@ -203,24 +203,6 @@ def test_make_targets_named_in_documents_exist(document):
 
 
 @each_project
-def test_no_project_imports_another(project):
-    others = {*PROJECTS.values()} - {PROJECTS[project]}
-    for path in (ROOT / project).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & others, f"{path} imports another project"
-
-
-def test_common_imports_no_project():
-    for path in (ROOT / "common").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {*PROJECTS.values()}, path
-
-
-@each_project
 def test_goldens_stay_small(project):
     golden = ROOT / project / "test" / "golden"
     assert sum(path.stat().st_size for path in golden.rglob("*") if path.is_file()) < 3 << 20  # bytes

@@ -27,20 +27,6 @@ from common.errors import UsageError
 ANNOTATIONS = "annotations_trainval2017"
 
 
-def read_split(
-    data_dir: str | Path, split: str, cache_dir: str | Path | None = None, limit: float = left_out.LIMIT
-) -> Pairs:
-    """The pairs of "train" or "val": one per annotation, in the order of the json, each picture listed once.
-
-    Args:
-        limit: the largest share of captions that may say nothing.
-
-    Raises:
-        UsageError: something is missing, truncated or not what COCO publishes. The message names the file.
-    """
-    return read_captions(*find_split(data_dir, split, cache_dir), split, limit)
-
-
 def find_split(data_dir: str | Path, split: str, cache_dir: str | Path | None = None) -> tuple[Path, Path]:
     """The captions file of "train" or "val" and the folder of its pictures, unpacked when need be.
 
