@@ -1,7 +1,9 @@
 """Fixtures: the goldens written by fairseq (commit 3f6ba43f), and small models and corpora made from them."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(Path(__file__).parent))  # small_runs.py
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +40,18 @@ def tiny(tmp_path, project) -> Path:
     folder.mkdir()
     shutil.copy(project / "test" / "tiny.yaml", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(sample_data, tmp_path_factory) -> Path:
+    """Class folders with a few of the sample pictures, linked: 21 to train on, 9 to validate."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 7), ("val", 3)):
+        for name in ("flags", "objects", "symbols"):
+            (root / split / name).mkdir(parents=True)
+            for file in sorted((sample_data / "images" / split / name).iterdir())[:count]:
+                os.symlink(file, root / split / name / file.name)
+    return root
 
 
 @pytest.fixture(scope="session")

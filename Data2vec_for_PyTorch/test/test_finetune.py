@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import last, lines
 
 from common import checkpoint_file
 
@@ -36,15 +37,6 @@ def options(bpe):
         return [*base, "task.label_column=kind", *files, *small, *more]
 
     return of
-
-
-def lines(folder, kind):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
-
-
-def last(folder):
-    return checkpoint_file.load(folder / "checkpoints/checkpoint_last.pt")
 
 
 def test_it_learns_and_predicts_what_it_measured(project, options, other_dict, tmp_path, capsys):

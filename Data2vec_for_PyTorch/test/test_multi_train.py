@@ -1,65 +1,27 @@
 """data2vec 2.0 as users start it: train.py on text and pictures, and what reads its checkpoints."""
 
+import functools
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_runs import TEST, assert_same, last, lines, words
 
-from common import checkpoint_file
-
-TEST = Path(__file__).parent
 STILL = [f"model.{name}=0" for name in ("encoder_dropout", "attention_dropout", "post_mlp_drop")]
 STILL += [f"model.modalities.text.{name}=0" for name in ("dropout", "mask_noise_std", "decoder.input_dropout")]
 
 
-@pytest.fixture(scope="module")
-def pictures(sample_data, tmp_path_factory) -> Path:
-    """Class folders with a few of the sample pictures, linked."""
-    root = tmp_path_factory.mktemp("pictures")
-    for split, count in (("train", 7), ("val", 3)):
-        for name in ("flags", "objects", "symbols"):
-            (root / split / name).mkdir(parents=True)
-            for file in sorted((sample_data / "images" / split / name).iterdir())[:count]:
-                os.symlink(file, root / split / name / file.name)
-    return root
-
-
 @pytest.fixture
 def text(golden):
-    def options(output, *more):
-        base = ["--config-dir", str(TEST), "--config-name", "tiny_multi", f"task.data={golden / 'bin'}"]
-        return [*base, "--device", "cpu", "--output_dir", str(output), *more]
-
-    return options
+    return functools.partial(words, TEST, "tiny_multi", golden / "bin")
 
 
 @pytest.fixture
 def vision(pictures):
-    def options(output, *more):
-        base = ["--config-dir", str(TEST), "--config-name", "tiny_multi_vision", f"task.data={pictures}"]
-        return [*base, "--device", "cpu", "--output_dir", str(output), *more]
-
-    return options
-
-
-def last(folder):
-    return checkpoint_file.load(folder / "checkpoints" / "checkpoint_last.pt")
-
-
-def assert_same(a, b, where=""):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    else:
-        assert a == b, where
+    return functools.partial(words, TEST, "tiny_multi_vision", pictures)
 
 
 @pytest.mark.parametrize("kind", ["text", "vision"])
@@ -75,13 +37,11 @@ def test_it_learns_and_goes_on_bit_for_bit(project, request, tmp_path, kind):
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
     for key in ("model", "last_optimizer_state", "optimizer_history"):
         assert_same(whole[key], parts[key], key)
-    lines = (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines if '"kind": "train"' in line]
+    losses = [line["loss"] for line in lines(tmp_path / "whole", "train")]
     assert losses[-1] < 0.9 * losses[0]
     path = f"common_eval.path={tmp_path}/whole/checkpoints/checkpoint_last.pt"
     validate.main(options(tmp_path / "eval", path))
-    valid = [(tmp_path / f / "metrics.jsonl").read_text().splitlines() for f in ("whole", "eval")]
-    valid = [[json.loads(x)["loss"] for x in part if '"kind": "val' in x][-1] for part in valid]
+    valid = [lines(tmp_path / folder, "val", "valid")[-1]["loss"] for folder in ("whole", "eval")]
     assert valid[0] == pytest.approx(valid[1], rel=1e-6)
 
 

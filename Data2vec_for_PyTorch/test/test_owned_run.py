@@ -1,6 +1,5 @@
 """A run that is stopped, damaged or continued as another one: what its folder and its checkpoints say and do."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from small_runs import last, lines, words
 
 from common import checkpoint_file
 from data2vec import IndexedDataset
@@ -18,14 +18,9 @@ from data2vec.data.indexed_dataset import write_corpus
 @pytest.fixture
 def options(project, golden):
     def of(output, *more, data=golden / "bin"):
-        base = ["--config-dir", str(project / "test"), "--config-name", "tiny", f"task.data={data}"]
-        return [*base, "--device", "cpu", "--output_dir", str(output), *more]
+        return words(project / "test", "tiny", data, output, *more)
 
     return of
-
-
-def last(folder):
-    return checkpoint_file.load(folder / "checkpoints/checkpoint_last.pt")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -58,8 +53,7 @@ def test_a_stopped_run_saves_and_goes_on_bit_for_bit(project, options, tmp_path,
     for name, value in last(tmp_path / "whole")["model"].items():
         if name != "encoder._ema":
             assert torch.equal(value, last(tmp_path / "parts")["model"][name]), name
-    lines = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    steps = [line["step"] for line in lines(tmp_path / "parts", "train")]
     assert steps == sorted(set(steps))
 
 

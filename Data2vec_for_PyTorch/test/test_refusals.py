@@ -5,19 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import last, words
 
 PROJECT = Path(__file__).resolve().parents[1]
 
 
 def run(train_main, tiny, corpus, output, *arguments):
-    train_main(
-        ["--config-dir", str(tiny), "--config-name", "tiny", f"task.data={corpus}", "--output_dir", str(output)]
-        + ["--device", "cpu", *arguments]
-    )
-
-
-def last(output):
-    return torch.load(output / "checkpoints" / "checkpoint_last.pt", weights_only=True)
+    train_main(words(tiny, "tiny", corpus, output, *arguments))
 
 
 def refusal(train_main, tiny, corpus, tmp_path, capsys, *arguments):

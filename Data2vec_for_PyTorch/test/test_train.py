@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import assert_same, last, lines, words
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -18,10 +19,7 @@ TINY = (PROJECT / "test" / "tiny.yaml").read_text()
 
 
 def run(train_main, tiny, corpus, output, *arguments):
-    train_main(
-        ["--config-dir", str(tiny), "--config-name", "tiny", f"task.data={corpus}", "--output_dir", str(output)]
-        + ["--device", "cpu", *arguments]
-    )
+    train_main(words(tiny, "tiny", corpus, output, *arguments))
 
 
 def fairseq_lines(text):
@@ -61,22 +59,6 @@ def test_twelve_updates_as_fairseq_logs_them(
     check_profile(tmp_path / "out", "10 to 12", "aten::_fused_adamw_")
 
 
-def last(output):
-    return torch.load(output / "checkpoints" / "checkpoint_last.pt", weights_only=True)
-
-
-def assert_same(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    else:
-        assert a == b, where
-
-
 LONGER = ["model.transformer.dropout=0.1", "model.transformer.attention_dropout=0.1"]
 LONGER += ["optimization.max_update=26", "dataset.disable_validation=true"]
 
@@ -100,8 +82,7 @@ def test_resume_equals_continuation(train_main, tiny, corpus, tmp_path, uninterr
     for key in ("model", "last_optimizer_state", "optimizer_history"):
         assert_same(whole[key], parts[key], key)
     assert whole["extra_state"]["train_iterator"] == parts["extra_state"]["train_iterator"]
-    steps = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in steps if s["kind"] == "train"][-1] == 26
+    assert lines(tmp_path / "parts", "train")[-1]["step"] == 26
     own, expected = (checkpoint["extra_state"]["meters"]["epoch"] for checkpoint in (parts, whole))
     assert own["updates"] == 26 - 19
     for key in ("loss", "sample_size", "sentences", "gnorm", "clipped", "ema_decay"):
@@ -343,8 +324,7 @@ def test_a_rank_without_a_batch_is_no_collapse(tiny, corpus, tmp_path):
     ]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if step["kind"] == "train"]
+    steps = lines(tmp_path, "train")
     assert len(steps) == 3 and all(step["target_std"] > 0.1 and step["pred_std"] > 1e-3 for step in steps)
 
 

@@ -1,7 +1,6 @@
 """train.py, validate.py and probe.py on pictures: a run, resume, ranks' shares, refusals."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -10,40 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import TEST, assert_same, last, lines, words
 
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def pictures(sample_data, tmp_path_factory) -> Path:
-    """Class folders with a few of the sample pictures, linked: 21 to train on, 9 to validate."""
-    root = tmp_path_factory.mktemp("pictures")
-    for split, count in (("train", 7), ("val", 3)):
-        for name in ("flags", "objects", "symbols"):
-            (root / split / name).mkdir(parents=True)
-            for file in sorted((sample_data / "images" / split / name).iterdir())[:count]:
-                os.symlink(file, root / split / name / file.name)
-    return root
-
-
 def run(main, pictures, output, *arguments):
-    command = ["--config-dir", str(PROJECT / "test"), "--config-name", "tiny_vision", f"task.data={pictures}"]
-    return main([*command, "--output_dir", str(output), "--device", "cpu", *arguments])
-
-
-def last(output):
-    return torch.load(output / "checkpoints" / "checkpoint_last.pt", weights_only=True)
-
-
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    else:
-        assert a == b
+    return main(words(TEST, "tiny_vision", pictures, output, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +27,10 @@ def whole(train_main, pictures, tmp_path_factory):
 
 
 def test_a_run_and_what_it_leaves(whole):
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
+    train = lines(whole, "train")
     assert [line["step"] for line in train] == list(range(1, 10))
     assert train[-1]["loss"] < train[0]["loss"] and all(line["target_std"] > 0.1 for line in train)
-    assert any(line["kind"] == "val" for line in lines)
+    assert lines(whole, "val")
     results = (whole / "Data2vec_for_PyTorch_bs4_1p_acc.log").read_text()
     for key in ("Status = OK", "ImagesPerSecond", "UpdatesPerSecond", "ValidBestLoss", "\nTrainingTime"):
         assert key in results
