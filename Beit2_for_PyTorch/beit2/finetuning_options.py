@@ -12,6 +12,7 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from beit2 import options as common_options
 from beit2.data.labelled import CentreCrop, CropAndFlip, LabelledImages, TimmTransform, find_classes
 from beit2.model.convert import convert_pretrained
 from beit2.model.names import FINETUNING_MODELS, create_model
@@ -22,14 +23,13 @@ from beit2.options import (
     add_optimizer_options,
     add_run_options,
     add_schedule_options,
-    adopt,
     given_patch_size,
     mean_and_std,
     parse,
 )
 from beit2.training.optimizers import layer_decay, parameter_groups
 from beit2.weights.download import local_file
-from beit2.weights.files import read_checkpoint, read_state_dict
+from beit2.weights.files import read_state_dict
 from common.data.posterize_repair import repair_posterize
 from common.errors import UsageError
 
@@ -165,34 +165,15 @@ def build_test_set(
 
 
 # what shapes the model and its pictures: an evaluation takes it from the checkpoint
-_OF_THE_CHECKPOINT = (
-    "model",
-    "input_size",
-    "patch_size",
-    "crop_pct",
-    "imagenet_default_mean_and_std",
-    "qkv_bias",
-    "rel_pos_bias",
-    "abs_pos_emb",
-    "layer_scale_init_value",
-    "use_mean_pooling",
-)
+_OF_THE_CHECKPOINT = """model input_size patch_size crop_pct imagenet_default_mean_and_std qkv_bias rel_pos_bias
+    abs_pos_emb layer_scale_init_value use_mean_pooling"""
 
 
 def checkpoint_to_evaluate(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """--resume's (or --finetune's) file and content; options the command line leaves open become the checkpoint's.
-
-    Raises:
-        UsageError: none given, or not readable.
-    """
-    location = options.resume or options.finetune
-    if not location or location == "auto":
-        raise UsageError("--eval needs --resume CHECKPOINT, and --eval_data_path DIR")
-    path = local_file(location)
-    checkpoint = read_checkpoint(path)
-    adopt(options, checkpoint.get("args"), _OF_THE_CHECKPOINT)
+    """--resume's (or --finetune's), see `options.checkpoint_to_evaluate`."""
+    location, advice = options.resume or options.finetune, "--eval needs --resume CHECKPOINT, and --eval_data_path DIR"
     options.finetune = ""
-    return path, checkpoint
+    return common_options.checkpoint_to_evaluate(options, location, _OF_THE_CHECKPOINT, advice)
 
 
 def weights_to_evaluate(options: argparse.Namespace, checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:

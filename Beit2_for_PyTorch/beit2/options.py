@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from timm.data.constants import (
 )
 
 from beit2.training.schedule import cosine_schedule
+from beit2.weights.download import local_file
+from beit2.weights.files import read_checkpoint
 from common import device as devices
 from common.command_line.apex_options import BACKENDS, LEVELS, translate
 from common.errors import UsageError
@@ -170,11 +173,22 @@ def _given(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]
         return sorted(vars(bare.parse_args(argv)))
 
 
-def adopt(options: argparse.Namespace, trained: argparse.Namespace | None, names: Sequence[str]) -> None:
-    """Sets those of `names` that the command line does not give to what a checkpoint was trained with."""
-    for name in names:
-        if name not in options.given and hasattr(trained, name):
-            setattr(options, name, getattr(trained, name))
+def checkpoint_to_evaluate(
+    options: argparse.Namespace, location: str, names: str, advice: str
+) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's file and content; those of `names` that the command line leaves open become the checkpoint's.
+
+    Raises:
+        UsageError: none given (with `advice`), or not readable.
+    """
+    if not location or location == "auto":
+        raise UsageError(advice)
+    path = local_file(location)
+    checkpoint = read_checkpoint(path)
+    for name in names.split():
+        if name not in options.given and hasattr(checkpoint.get("args"), name):
+            setattr(options, name, getattr(checkpoint["args"], name))
+    return path, checkpoint
 
 
 def given_patch_size(options: argparse.Namespace) -> dict[str, int]:

@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from beit2 import options as common_options
 from beit2.data.labelled import CentreCrop, CropAndFlip, LabelledImages, find_classes
 from beit2.data.reading import check_images
 from beit2.model.names import FINETUNING_MODELS, create_model
 from beit2.model.vision_transformer import VisionTransformer
-from beit2.options import add_optimizer_options, add_run_options, adopt, given_patch_size, parse, truth
+from beit2.options import add_optimizer_options, add_run_options, given_patch_size, parse, truth
 from beit2.weights.download import local_file
-from beit2.weights.files import read_checkpoint, read_state_dict
+from beit2.weights.files import read_state_dict
 from common.errors import UsageError
 
 
@@ -115,28 +116,11 @@ def build_test_set(options: argparse.Namespace, names: list[str] | None) -> tupl
 
 
 # what shapes the encoder and its pictures: an evaluation takes it from the checkpoint
-_OF_THE_CHECKPOINT = (
-    "model",
-    "input_size",
-    "patch_size",
-    "imagenet_default_mean_and_std",
-    "rel_pos_bias",
-    "abs_pos_emb",
-    "layer_scale_init_value",
-    "pretrained_weights",
-    "checkpoint_key",
-)
+_OF_THE_CHECKPOINT = """model input_size patch_size imagenet_default_mean_and_std rel_pos_bias abs_pos_emb
+    layer_scale_init_value pretrained_weights checkpoint_key"""
 
 
 def checkpoint_to_evaluate(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """--resume's file and content; options that the command line leaves open become the checkpoint's.
-
-    Raises:
-        UsageError: none given, or not readable.
-    """
-    if not options.resume or options.resume == "auto":
-        raise UsageError("--eval needs --resume CHECKPOINT of a probe, and --eval_data_path DIR")
-    path = local_file(options.resume)
-    checkpoint = read_checkpoint(path)
-    adopt(options, checkpoint.get("args"), _OF_THE_CHECKPOINT)
-    return path, checkpoint
+    """--resume's, see `options.checkpoint_to_evaluate`."""
+    advice = "--eval needs --resume CHECKPOINT of a probe, and --eval_data_path DIR"
+    return common_options.checkpoint_to_evaluate(options, options.resume, _OF_THE_CHECKPOINT, advice)

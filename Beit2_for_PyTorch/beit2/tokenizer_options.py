@@ -17,7 +17,6 @@ from beit2.model.names import TOKENIZERS, create_tokenizer
 from beit2.model.teachers import build_teacher, load_teacher
 from beit2.model.tokenizer import PROCESS_TYPES, VQKD
 from beit2.weights.download import local_file
-from beit2.weights.files import read_checkpoint
 from common.errors import UsageError
 
 
@@ -88,29 +87,13 @@ def build_test_set(opts: argparse.Namespace) -> LabelledImages | None:
 
 
 # what shapes the tokenizer and its pictures: an evaluation takes it from the checkpoint
-_OF_THE_CHECKPOINT = (
-    "model",
-    "input_size",
-    "patch_size",
-    "codebook_n_emd",
-    "codebook_emd_dim",
-    "process_type",
-    "teacher_model_type",
-)
+_OF_THE_CHECKPOINT = "model input_size patch_size codebook_n_emd codebook_emd_dim process_type teacher_model_type"
 
 
 def checkpoint_to_evaluate(opts: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """--resume's file and content; options that the command line leaves open become the checkpoint's.
-
-    Raises:
-        UsageError: none given, or not readable.
-    """
-    if not opts.resume or opts.resume == "auto":
-        raise UsageError("--eval and --calculate_codebook_usage need --resume FILE")
-    path = local_file(opts.resume)
-    checkpoint = read_checkpoint(path)
-    options.adopt(opts, checkpoint.get("args"), _OF_THE_CHECKPOINT)
-    return path, checkpoint
+    """--resume's, see `options.checkpoint_to_evaluate`."""
+    advice = "--eval and --calculate_codebook_usage need --resume FILE"
+    return options.checkpoint_to_evaluate(opts, opts.resume, _OF_THE_CHECKPOINT, advice)
 
 
 def find_teacher(opts: argparse.Namespace, checkpoint: dict[str, Any] | None = None, path: Path | None = None):

@@ -91,14 +91,14 @@ def test_a_resumed_run_is_the_same_run(project, golden, options, tmp_path, capsy
     for file in other.glob("train.*"):
         file.unlink()
     write_corpus(other / "train", [whole[i].numpy()[::-1] for i in range(len(whole))], np.uint16)
-    for change, words in (
+    for change, said in (
         (["task.mask_prob=0.5"], "settings.task.mask_prob was 0.35, is now 0.5"),
         (["--seed", "2"], "settings.common.seed was 1, is now 2"),
         (["--precision", "bf16"], "precision was 'fp32', is now 'bf16'"),
         (["optimizer.weight_decay=0.1"], "settings.optimizer.weight_decay was 0.01, is now 0.1"),
         (["model.transformer.dropout=0.3"], "settings.model.transformer.dropout was 0.0, is now 0.3"),
     ):
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(SystemExit, match=said):
             train.main(options(tmp_path / "run", "--max_steps", "3", *change))
     with pytest.raises(SystemExit, match="data.digest was"):
         train.main(options(tmp_path / "run", "--max_steps", "3", data=other))
