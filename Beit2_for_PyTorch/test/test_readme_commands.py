@@ -22,7 +22,7 @@ from beit2 import finetuning_options, pretraining_options, probe_options, tokeni
 from beit2.model import names
 from beit2.model.teachers import build_teacher
 from beit2.weights.files import read_checkpoint
-from ci import pages
+from ci.test import pages
 
 PROJECT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {  # a line -> why it is not run here

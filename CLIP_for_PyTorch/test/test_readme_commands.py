@@ -13,7 +13,7 @@ from clip_sample import draw, write_coco_zips, write_shard
 import convert_model
 import run_clip
 import save_clip_roberta
-from ci import pages
+from ci.test import pages
 from clip_pretraining.options import arguments, legacy
 from common.distributed import World
 

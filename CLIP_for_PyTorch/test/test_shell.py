@@ -10,7 +10,7 @@ import pytest
 from clip_sample import draw, write_coco_zips, write_shard
 
 import run_clip
-from ci import pages
+from ci.test import pages
 from clip_pretraining.options import arguments, legacy
 from common.distributed import World
 from common.errors import UsageError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ci import pages
+from ci.test import pages
 from common import checkpoint_file
 from data2vec import command_line
 

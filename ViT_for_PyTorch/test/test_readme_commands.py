@@ -21,7 +21,7 @@ from PIL import Image
 import convert_weight
 import run_vit
 import vit
-from ci import pages
+from ci.test import pages
 from common import rank_table
 from vit.config import options
 from vit.model import timm_models, vision_transformer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import pages
+from ci.test import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = sorted(

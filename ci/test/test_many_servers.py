@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ci.namespace_servers import NotPermitted, Server, servers
+from ci.test.namespace_servers import NotPermitted, Server, servers
 from common import rank_table
 from common.errors import PREEMPTED
 from common.run import result_file

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import pages
+from ci.test import pages
 from ci.training_cases import ROOT
 
 MAKE_TARGETS = set(re.findall(r"^([a-z_-]+):", (ROOT / "Makefile").read_text(), re.M))

@@ -1,7 +1,6 @@
 """Says what is wrong with this host, line by line, and the command that mends it: `make doctor`.
 
     python -m common.doctor [--device auto|npu|cuda|cpu]
-    python -m common.doctor --table                          the known-good sets as Markdown, for a README
 
 Prints the versions of Python, torch, torchvision, torch_npu, CANN, driver and firmware and the cards with their
 health, generation and links, the size of /dev/shm and NVIDIA's driver, compares them with known_good_sets.json,
@@ -309,27 +308,11 @@ def probe(facts: Facts, test: str, device: str, variables: list[dict[str, str]])
     return results
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """The sets as a Markdown table; "-" where a source names no version."""
-    names = ("python", "torch", "torchvision", "torch_npu", "cann", "driver", "firmware")
-    rows = ["| set | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for entry in table["sets"]:
-        least = {"cann": f"{entry['cann_at_least']} or newer"} if "cann_at_least" in entry else {}
-        values = [{**entry, **least}.get(name, "-") for name in names]
-        cells = [", ".join(value) if isinstance(value, list) else value for value in values]
-        rows.append(f"| {entry['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto", help="what is to work")
-    parser.add_argument("--table", action="store_true", help="print the known-good sets as Markdown and stop")
     options = parser.parse_args(argv)
     table = json.loads(TABLE.read_text())
-    if options.table:
-        print(markdown(table))
-        return 0
     wanted = next(entry for entry in table["sets"] if entry.get("supported"))
     facts = gather()
     tests, found = run_tests(facts, wanted, options.device)

@@ -293,13 +293,6 @@ def test_a_failing_all_reduce_is_wrong(monkeypatch):
     assert "all-reduce of 2 ranks on npu: RuntimeError: EI0006" in lines[1].text
 
 
-def test_the_table_is_printed_for_a_readme(capsys):
-    assert doctor.main(["--table"]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[2].startswith("| this repository | 3.10, 3.11, 3.12 | 2.13.0 | 0.28.0 | 2.13.0 | 9.1.0 or newer | - |")
-    assert len(rows) == 2 + len(TABLE["sets"])
-
-
 @pytest.mark.skipif(fake_npu.why_missing() is not None, reason=str(fake_npu.why_missing()))
 def test_a_simulated_npu_is_good_and_called_so():
     done = run_doctor("--device", "npu", **fake_npu.environment())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ci.namespace_servers import NotPermitted, servers
+from ci.test.namespace_servers import NotPermitted, servers
 from common import rank_table
 from common.launch import world as launch_world
 from common.launch.world import LaunchError, Node, nodes_of_hostfile, nodes_of_table, own_node, own_rank

@@ -28,7 +28,6 @@ import torch
 
 from ci.gates import machine, revisions
 from ci.gates.nightly import series as perf_series
-from ci.gates.nightly.history import plot_history
 from ci.training_cases import run_script, sentences, short_names
 from common import device as devices
 from common.errors import UsageError, print_usage_errors
@@ -168,19 +167,11 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_report(results: list[Result], device: str, baselines: Path, folder: Path) -> Path:
-    """summary.md, results.json, and history.png where there are nights to draw."""
+def write_report(results: list[Result], device: str, folder: Path) -> Path:
+    """summary.md and results.json."""
     folder.mkdir(parents=True, exist_ok=True)
     host = {k: v for k, v in machine.environment(device).items() if v}
     text = f"# Speed on {device}\n\n{', '.join(f'{k} {v}' for k, v in host.items())}\n\n{table(results)}\n"
-    history = []
-    for result in results:
-        nights = perf_series.nights_of(baselines / f"{result.case}.json", result.key) if result.case else []
-        case = {"project": result.project, "size": f"{result.ranks}p", "precision": result.key.get("precision", "")}
-        history += [{**case, "commit": n["commit"], "speed": n["fps"], "machine": host["device"]} for n in nights]
-    if history:
-        plot_history(history, folder / "history.png", "samples a second, by night")
-        text += "\n![speed by night](history.png)\n"
     numbers = [{**vars(result), "judged": vars(result.judged)} for result in results]
     (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     path = folder / "summary.md"
@@ -253,6 +244,6 @@ def main(argv: list[str] | None = None) -> int:
             judge(result, baselines, options.update)
             print(f"{result.verdict} {project} {ranks}p: {result.reason or f'{result.fps:.2f} samples/s'}", flush=True)
             results.append(result)
-    path = write_report(results, device, baselines, options.reports)
+    path = write_report(results, device, options.reports)
     print(f"\n{table(results)}\n\nreport: {path}")
     return exit_code(results, device)

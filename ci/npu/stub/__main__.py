@@ -34,7 +34,7 @@ def main() -> int:
         "STUB_NPU_DEVICES": "2",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
     }
-    tests = Path(__file__).with_name("test_npu_stub.py")
+    tests = Path(__file__).with_name("test") / "test_npu_stub.py"
     return subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests), *sys.argv[1:]], env=environment).returncode
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 for folder in ("Beit2_for_PyTorch", "CLIP_for_PyTorch", "Data2vec_for_PyTorch", "ViT_for_PyTorch", ""):
     sys.path.insert(0, str(ROOT / folder))
 
