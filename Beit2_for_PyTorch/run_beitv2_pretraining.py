@@ -89,7 +89,10 @@ def train(options: argparse.Namespace, world: World) -> dict:
         if monitor and not scores:  # a run that was finished before
             scores = monitor.report(run, log, None)
         accuracy = means.get("mlm_acc", means.get("mlm_acc_1"))
-        return log.finish(accuracy=None if accuracy is None else round(100 * accuracy, 3), **scores)
+        if accuracy is not None:
+            of = "masked tokens told right in training, %"
+            scores = scores | {"accuracy": round(100 * accuracy, 3), "AccuracyIs": of}
+        return log.finish(**scores)
 
 
 def end_epoch(run: Run, means: dict) -> None:

@@ -26,7 +26,7 @@ from beit2.data.normalizer import Normalizer
 from beit2.data.reading import check_images
 from beit2.model.flops import classification_flops
 from beit2.options import mean_and_std, pick_precision, schedules
-from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log, plain_options
+from beit2.training.checkpoints import HELD_OUT, append_epoch_log, load_model, open_evaluation_log, plain_options
 from beit2.training.identity import run_identity
 from beit2.training.parallel import Replica
 from beit2.training.run import Done, Run, new_run, replay_step, training_steps
@@ -101,7 +101,8 @@ def finish(log: RunLog, results: dict[str, float], best: float) -> dict:
     """The result file, with accuracies where there was a test set."""
     if "acc1" not in results:
         return log.finish()
-    return log.finish(accuracy=round(results["acc1"], 3), BestAccuracy=round(max(best, results["acc1"]), 3))
+    best = round(max(best, results["acc1"]), 3)
+    return log.finish(accuracy=round(results["acc1"], 3), AccuracyIs=HELD_OUT, BestAccuracy=best)
 
 
 def pictures_on_device(pictures: Tensor, normalizer: Normalizer) -> Tensor:
@@ -169,7 +170,7 @@ def evaluate_alone(options: argparse.Namespace, world: World) -> dict:
         log.info(f"{which} of {path} on {len(test)} pictures of {len(names)} classes")
         results = evaluate(model, test, options, normalizer, world)
         log.record(0, "eval", **results)
-        return log.finish(accuracy=round(results["acc1"], 3), loss=results["loss"])
+        return log.finish(accuracy=round(results["acc1"], 3), loss=results["loss"], AccuracyIs=HELD_OUT)
 
 
 def end_epoch(

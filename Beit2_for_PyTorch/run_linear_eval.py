@@ -24,7 +24,7 @@ from beit2.data.normalizer import Normalizer
 from beit2.model.flops import probe_flops
 from beit2.model.vision_transformer import VisionTransformer
 from beit2.options import mean_and_std, pick_precision
-from beit2.training.checkpoints import append_epoch_log, load_model, open_evaluation_log
+from beit2.training.checkpoints import HELD_OUT, append_epoch_log, load_model, open_evaluation_log
 from beit2.training.identity import run_identity, tensors_digest
 from beit2.training.parallel import Replica
 from beit2.training.run import Run, due, new_run, replay_step, training_steps
@@ -105,7 +105,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
             with run.evaluating(log, None, kept):
                 results = evaluate(encoder, probe, test, options, normalizer, world, precision)
         best = max(best, results["acc1"])  # of a run that was stopped inside an epoch
-        return log.finish(accuracy=round(best, 3), **results)
+        return log.finish(accuracy=round(best, 3), AccuracyIs=f"{HELD_OUT}, of the best epoch", **results)
 
 
 def probe_loss(
@@ -148,7 +148,7 @@ def evaluate_alone(options: argparse.Namespace, world: World) -> dict:
     with open_evaluation_log(options, world) as log:
         results = evaluate(encoder, probe, test, options, normalizer, world, precision)
         log.record(0, "eval", **results)
-        return log.finish(accuracy=round(results["acc1"], 3), **results)
+        return log.finish(accuracy=round(results["acc1"], 3), AccuracyIs=HELD_OUT, **results)
 
 
 @torch.no_grad()

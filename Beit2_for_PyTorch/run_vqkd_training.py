@@ -104,8 +104,11 @@ def begin_epoch(run: Run, log: RunLog, tokenizer: VQKD) -> None:
 
 def finish(log: RunLog, results: dict[str, float], loss: float | None = None) -> dict:
     """The result file; its accuracy is the mean cosine similarity of reconstruction and teacher, in percent."""
-    similarity = 100 * (1 - results["rec_loss"]) if "rec_loss" in results else None
-    return log.finish(None if similarity is None else round(similarity, 3), loss, **results)
+    known: dict = dict(results)
+    if "rec_loss" in results:
+        known["accuracy"] = round(100 * (1 - results["rec_loss"]), 3)
+        known["AccuracyIs"] = "cosine of rebuilt and teacher's features, held-out pictures, %"
+    return log.finish(loss=loss, **known)
 
 
 def distillation_loss(

@@ -12,6 +12,7 @@ import common.requirements
 import csv
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,8 +81,10 @@ def main(argv: list[str] | None = None) -> None:
                 output = Path(options.output_dir) / "predictions.csv"
                 write(output, batches.data, rows, logits)
                 log.info(f"{len(rows)} predictions: {output}")
-            accuracy = round(100 * values[main_metric(config)], 3) if values else None
-            log.finish(accuracy=accuracy, loss=values.get("loss"), Predictions=len(rows))
+            known: dict[str, Any] = {"loss": values.get("loss"), "Predictions": len(rows)}
+            if main := main_metric(config) if values else None:
+                known |= {"accuracy": round(100 * values[main], 3), "AccuracyIs": f"{main} of the table's rows, x 100"}
+            log.finish(**known)
 
 
 def write(path: Path, data: Sentences, rows: np.ndarray, logits: torch.Tensor) -> None:

@@ -28,7 +28,8 @@ from common.errors import Preempted, UsageError, name_place
 from common.profile.precision_dump import PrecisionDump
 from common.profile.step_profiler import StepProfiler
 from common.run import folder_lock, run_folder, utilisation
-from common.run.metrics_file import MetricsFile, TensorBoard, plot_loss, read_losses
+from common.run.boards import Boards
+from common.run.metrics_file import MetricsFile, plot_loss, read_losses
 from common.run.preemption import Watch
 from common.run.result_file import ResultFile, keep_aside
 from common.run.throughput import Scalar, SteadyClock, Window
@@ -137,7 +138,7 @@ class RunLog:
                 keep_aside(self.folder)
         self.result.begin(self.resume)
         self._metrics = MetricsFile(metrics)
-        self._tensorboard = TensorBoard(self.tensorboard_dir)
+        self._boards = Boards(self.tensorboard_dir, self.folder, self.result.case_name)
 
     def _check_hosts(self) -> None:
         absent = ", ".join(run_folder.hosts_without(self.folder, self.world))
@@ -169,7 +170,7 @@ class RunLog:
                 (self.folder / "replay.json").write_text(json.dumps(replay, indent=1) + "\n", encoding="utf-8")
         except OSError as full:  # the first cause is the one to be told
             print(f"note: {self.folder}: {full.strerror}: the end of the run is not recorded", file=sys.stderr)
-        for file in (self._metrics, self._tensorboard):
+        for file in (self._metrics, self._boards):
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 file.close()
 
@@ -179,7 +180,7 @@ class RunLog:
         Args:
             accuracy: the run's quality in percent (or in the project's own unit); absent from the file when None.
             loss: the final loss; by default the mean over the last logged window.
-            **extra: further `Key = value` lines of the result file.
+            **extra: further `Key = value` lines of the result file; `AccuracyIs` says what the accuracy is.
 
         Returns:
             What the result file says.
@@ -312,7 +313,7 @@ class RunLog:
         values = {k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in scalars.items()}
         self._write_metrics({"kind": kind, "step": step, **values, "cpu_s": round(time.process_time(), 1)})
         if self.world.is_main:
-            self._tensorboard.write(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
+            self._boards.write(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
         self.info(f"[{kind}] step {step} " + " ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
     def info(self, message: str) -> None:
@@ -360,7 +361,7 @@ class RunLog:
         self._write_metrics(line)
         if self.world.is_main:
             scalars = {key: value for key, value in line.items() if key not in ("kind", "step")}
-            self._tensorboard.write("train", window.step, scalars)
+            self._boards.write("train", window.step, scalars)
         self.info(self._console_line(line))
 
     def _console_line(self, line: dict[str, Any]) -> str:
@@ -382,7 +383,7 @@ class RunLog:
         self._losses = {known: loss for known, loss in self._losses.items() if known < step}
         if self.world.is_main:
             self._metrics.continue_at(step)
-            self._tensorboard.continue_at(step)
+            self._boards.continue_at(step)
 
     def _write_losses(self) -> None:
         if not self._has_trained:  # an evaluation in a training's folder leaves its losses alone

@@ -250,5 +250,6 @@ def finish(run: Run, log: RunLog, score: Score | None) -> dict[str, Any]:
     keys: dict[str, Any] = {"BadImages": len(bad_files(run))}
     if score is not None:
         log.info(f"evaluation: {score}")
-        keys |= {"Top5Accuracy": score.top5_percent, "BestAccuracy": run.state.best_top1, "EvalCount": score.count}
+        keys |= {"AccuracyIs": "top-1 of held-out pictures, %", "Top5Accuracy": score.top5_percent}
+        keys |= {"BestAccuracy": run.state.best_top1, "EvalCount": score.count}
     return log.finish(accuracy=score.top1_percent if score else None, **keys)

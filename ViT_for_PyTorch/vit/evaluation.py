@@ -64,7 +64,8 @@ def evaluate(config: Config, method: str = "eval") -> dict[str, Any]:
                 keys |= {"MeanClassAccuracy": tally.mean_class_accuracy}
                 if world.is_main:
                     log.info(class_report.write(Path(config.output_dir), method, names, tally, score))
-            return log.finish(accuracy=score.top1_percent, loss=score.loss, **keys)
+            of = "top-1 of held-out pictures, %"
+            return log.finish(accuracy=score.top1_percent, loss=score.loss, AccuracyIs=of, **keys)
 
 
 Scored = tuple[Score, ClassTally | None, list[str]]  # with the class names

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard's events, whole after a crash and continued at a step; the losses' list and plot."""
+"""metrics.jsonl, whole after a crash and continued at a step; the losses' list and plot."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,42 +66,6 @@ class MetricsFile:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-
-class TensorBoard:
-    """TensorBoard's event file of a run."""
-
-    def __init__(self, folder: Path):
-        from torch.utils.tensorboard import SummaryWriter  # half a second of imports, on the main rank only
-
-        self.folder, self._writer = folder, SummaryWriter(str(folder))
-        # a full disk ends the writer's thread: the next `write` says so, and the thread's traceback nothing more
-        self._hook, threading.excepthook = threading.excepthook, self._pass_on
-
-    def write(self, kind: str, step: int, scalars: dict[str, float]) -> None:
-        """OSError, naming the folder, where the disk is full or the folder was deleted."""
-        try:
-            for key, value in scalars.items():
-                self._writer.add_scalar(f"{kind}/{key}", value, step)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.folder)) from error
-
-    def continue_at(self, step: int) -> None:
-        """Readers drop what earlier files have of `step` and later ones."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-        self._writer.file_writer.add_event(start)
-
-    def close(self) -> None:
-        try:
-            self._writer.close()
-        finally:
-            threading.excepthook = self._hook
-
-    def _pass_on(self, problem: threading.ExceptHookArgs) -> None:
-        if not issubclass(problem.exc_type, OSError):
-            self._hook(problem)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

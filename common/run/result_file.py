@@ -99,8 +99,10 @@ class ResultFile:
         if "ActualFPS" in self._last:
             print(f"Final Performance {fps_unit} : {self._last['ActualFPS']}")
         if "TrainAccuracy" in self._last:
-            print(f"Final Train Accuracy : {self._last['TrainAccuracy']}")
+            print(f"Final Train Accuracy : {self._last['TrainAccuracy']}")  # ModelZoo's words, of whatever it is
         print(f"E2E Training Duration sec : {self._last['E2ETrainingTime']}", flush=True)
+        if "AccuracyIs" in self._last:
+            print(f"Accuracy is : {self._last['AccuracyIs']}", flush=True)
 
 
 def replace(path: Path, values: dict[str, Any]) -> None:

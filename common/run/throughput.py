@@ -26,12 +26,13 @@ class SteadyClock:
         self._samples = 0
         self._flops = 0.0
         self._paused = 0.0
-        self._begin: tuple[float, int, int, float, float] | None = None  # time, steps, samples, FLOPs, paused seconds
+        # time, steps, samples, FLOPs, paused seconds: at the start, after a step, after the steps to be skipped
+        self._marks: list[tuple[float, int, int, float, float]] = []
 
     @property
     def is_steady(self) -> bool:
         """Whether the window begins after all the steps to be skipped."""
-        return self._begin is not None and self._begin[1] >= self._skip
+        return bool(self._marks) and self._window_begin()[1] >= self._skip
 
     def start(self) -> None:
         self._mark()
@@ -40,7 +41,7 @@ class SteadyClock:
         self._steps += 1
         self._samples += samples
         self._flops += flops
-        # A very short run keeps the mark after its first step, so that it still has a number to show.
+        # A run that ends here or sooner is measured from the mark before, so that it still has a number to show.
         if self._steps == self._skip or (self._steps == 1 and self._skip > 1):
             self._mark()
 
@@ -70,13 +71,19 @@ class SteadyClock:
 
     def _mark(self) -> None:
         devices.synchronize(self._device)
-        self._begin = (time.perf_counter(), self._steps, self._samples, self._flops, self._paused)
+        self._marks.append((time.perf_counter(), self._steps, self._samples, self._flops, self._paused))
+
+    def _window_begin(self) -> tuple[float, int, int, float, float]:
+        """The newest mark with steps behind it."""
+        return next((mark for mark in reversed(self._marks) if mark[1] < self._steps), self._marks[-1])
 
     def _since_mark(self) -> tuple[float, float, float, float]:
         """Steps, samples, floating-point operations, seconds."""
         devices.synchronize(self._device)
         now = (time.perf_counter(), self._steps, self._samples, self._flops, self._paused)
-        seconds, steps, samples, flops, paused = (b - a for a, b in zip(self._begin or now, now, strict=True))
+        seconds, steps, samples, flops, paused = (
+            b - a for a, b in zip(self._window_begin() if self._marks else now, now, strict=True)
+        )
         return steps, samples, flops, max(seconds - paused, 1e-9)
 
 

@@ -132,11 +132,53 @@ def test_only_the_main_rank_writes(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_shorter_than_the_warm_up_says_so(tmp_path):
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_a_run_that_ends_with_the_warm_up_has_an_fps_and_says_what_it_is(tmp_path, steps):
     with RunLog(tmp_path, World(), "Net", batch_size=4) as log:
-        for step in (1, 2):
+        for step in range(1, steps + 1):
             log.step(step, samples=4, loss=1.0, lr=0.1)
-        assert "warm-up steps are counted" in log.finish()["FPSNote"]
+        values = log.finish()
+    assert values["ActualFPS"] > 0 and values["StepTimeMs"] > 0
+    assert "warm-up steps are counted" in values["FPSNote"]
+
+
+def test_the_block_says_what_the_accuracy_is(tmp_path, capsys):
+    with RunLog(tmp_path, World(), "Net", batch_size=4) as log:
+        log.step(1, samples=4, loss=1.0, lr=0.1)
+        log.finish(accuracy=50.0, AccuracyIs="top-1 of held-out pictures, %")
+    assert capsys.readouterr().out.splitlines()[-1] == "Accuracy is : top-1 of held-out pictures, %"
+
+
+WANDB = """
+import json
+class Error(Exception): pass
+class Run:
+    def log(self, values): print("logged", json.dumps(values))
+    def finish(self): print("finished")
+def init(project, dir, name):
+    if project == "closed": raise Error("not logged in")
+    print("init", project, dir, name)
+    return Run()
+"""
+
+
+def test_wandb_gets_the_scalars_where_its_variable_names_a_project(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wandb.py").write_text(WANDB)  # in the place of the real one
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    train(tmp_path / "out", range(1, 6), 5)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("init", "logged", "finished"))]
+    assert said[0] == f"init mine {tmp_path / 'out'} Net_bs4_1p_acc" and said[-1] == "finished"
+    logged = json.loads(said[1].removeprefix("logged "))
+    assert logged["step"] == 5 and logged["train/loss"] == 7.0 and logged["train/lr"] == 0.5
+    monkeypatch.setenv("WANDB_PROJECT", "closed")
+    with pytest.raises(UsageError, match="WANDB_PROJECT=closed: not logged in: use WANDB_MODE=offline"):
+        train(tmp_path / "out2", range(1, 6), 5)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UsageError, match="wandb is not installed: pip install wandb"):
+        train(tmp_path / "out3", range(1, 6), 5)
+    assert result_file.read(tmp_path / "out3/Net_bs4_1p_acc.log")["Status"] == "FAILED"
 
 
 def test_a_crash_in_the_middle_of_a_line_costs_that_line_alone(tmp_path):

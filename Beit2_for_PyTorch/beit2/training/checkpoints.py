@@ -24,6 +24,7 @@ from common.update import LossScale
 NETWORK = "Beit2_for_PyTorch"
 LATEST = "checkpoint.pth"
 SHARDED = "checkpoint-sharded"  # a folder, of FSDP2 runs
+HELD_OUT = "top-1 of held-out pictures, %"  # what the result file's accuracy is, of labelled pictures
 # A GradScaler's whole state, at its start. The reference's resume needs one even where nothing was scaled.
 _GRAD_SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 _GRAD_SCALER["_growth_tracker"] = 0

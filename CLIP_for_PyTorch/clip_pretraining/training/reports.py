@@ -87,6 +87,7 @@ def finish(log: RunLog, metrics: dict[str, float]) -> dict[str, Any]:
     log.info(f"Final Eval Loss : {metrics['eval_loss']:.4f} (in-batch, batches of {metrics['eval_batch_size']})")
     return log.finish(
         accuracy=round(accuracy, 3),
+        AccuracyIs="R@1 of held-out pairs, mean of both directions, %",
         loss=metrics["eval_loss"] if log.total_steps is None else None,  # None: the training's
         EvalLoss=round(metrics["eval_loss"], 6),
         EvalBatchSize=metrics["eval_batch_size"],

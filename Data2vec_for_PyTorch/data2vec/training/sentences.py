@@ -129,8 +129,9 @@ class FineTuningReport:
             known[f"ValidBest{self.best_metric.capitalize()}"] = round(
                 -state.best_loss if self.best_metric != "loss" else state.best_loss, 6
             )
-        accuracy = round(100 * self._last[main], 3) if self._last else None
-        self.log.finish(accuracy=accuracy, **known)
+        if self._last:
+            known |= {"accuracy": round(100 * self._last[main], 3), "AccuracyIs": f"{main} of held-out rows, x 100"}
+        self.log.finish(**known)
 
 
 def main_metric(config: DictConfig) -> str:
