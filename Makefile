@@ -5,6 +5,8 @@ JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
 PROJECTS := ViT_for_PyTorch Beit2_for_PyTorch CLIP_for_PyTorch Data2vec_for_PyTorch
+# what takes minutes says so at once, through `| tee` too
+export PYTHONUNBUFFERED := 1
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help

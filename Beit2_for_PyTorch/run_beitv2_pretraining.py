@@ -70,11 +70,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
 
     if options.replay is not None:
         return replay_step(run, dataset, loss_of, collate)
-    with run.open_log() as log:
-        log.info(f"{options.model}: {replica.parameter_count:,} parameters, {precision} on {world.device.type}")
-        batch = f"{options.batch_size} x {options.update_freq} x {world.size} ranks"
-        start = f"from step {run.state.step} ({run.source or 'new'})"
-        log.info(f"{len(dataset)} pictures, {steps} steps an epoch of {batch}; {start}")
+    with run.open_log(len(dataset)) as log:
         batches, means = run_batches(dataset, options, world, steps, run.state.step, run.last, collate), {}
         scores = monitor.report(run, log, None) if monitor and run.source is None else {}
         for done in training_steps(run, log, batches, loss_of):

@@ -81,7 +81,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
 
     if options.replay is not None:
         return replay_step(run, training, loss_of)
-    with run.open_log() as log:
+    with run.open_log(len(training)) as log:
         batches, results = run_batches(training, options, world, steps, run.state.step, run.last), {}
         for done in training_steps(run, log, batches, loss_of):
             if done.epoch_ends or done.run_ends:

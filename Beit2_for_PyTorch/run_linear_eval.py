@@ -88,7 +88,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
 
     if options.replay is not None:
         return replay_step(run, dataset, loss_of)
-    with run.open_log() as log:
+    with run.open_log(len(dataset)) as log:
         batches, results = run_batches(dataset, options, world, steps, run.state.step, run.last), {}
         for done in training_steps(run, log, batches, loss_of):
             results = {}

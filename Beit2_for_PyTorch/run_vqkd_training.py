@@ -75,7 +75,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
 
     if options.replay is not None:
         return replay_step(run, dataset, loss_of)
-    with run.open_log() as log:
+    with run.open_log(len(dataset)) as log:
         if run.state.step % steps == 0 and "unfinished" not in run.kept:
             begin_epoch(run, log, tokenizer)
         batches, results = run_batches(dataset, options, world, steps, run.state.step, run.last), {}

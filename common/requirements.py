@@ -1,12 +1,16 @@
 """A forgotten `pip install` as one line instead of a traceback: every entry script imports this before anything else.
 
 Nothing is looked for in a run that works. Where an import fails, all that requirements.txt names is. `--help | head`
-ends as with any other program, without a traceback of the pipe that was closed.
+ends as with any other program, without a traceback of the pipe that was closed. transformers keeps its reports to
+itself (what does not fit is an error of ours, in a line), and in a log file its progress bars. A line is written when
+it is said, in a pipe or log file too: a run that hangs or is killed has left its last words.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
+import os
 import re
 import signal
 import sys
@@ -49,7 +53,12 @@ def _requirements() -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
+if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(line_buffering=True)
 if _requirements() is not None:
     sys.excepthook = explain
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty() and os.environ.get("PROGRESS_BAR") != "1":
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 if not {"-h", "--help", "--help_all"}.isdisjoint(sys.orig_argv):  # of no training: its sockets break with an error
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -145,6 +145,14 @@ def test_help_ends_quietly_with_the_pipe_it_is_written_to():
     assert done.returncode == -signal.SIGPIPE and not done.stderr
 
 
+def test_a_line_is_written_when_it_is_said():
+    """Through a pipe, as every launcher's: a killed run has left its last words."""
+    program = "import common.requirements, os, signal; print('step 1'); os.kill(os.getpid(), signal.SIGKILL)"
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=plain)
+    assert done.returncode == -signal.SIGKILL and done.stdout == "step 1\n"
+
+
 @each_project
 def test_demo_takes_an_output_folder_and_a_seed(project):
     """What `make outcomes` relies on."""

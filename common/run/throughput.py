@@ -14,6 +14,7 @@ import torch
 from common import device as devices
 
 Scalar: TypeAlias = float | int | torch.Tensor
+LAST = ("lr", "min_lr", "weight_decay", "loss_scale")  # settings: of the last step; all else is a mean
 
 
 class SteadyClock:
@@ -99,21 +100,23 @@ class Window:
         self.data_seconds = 0.0
         self.begin = time.perf_counter()
         self._sums: dict[str, Scalar] = {}
-        self._lr = 0.0
+        self._last: dict[str, Scalar] = {}
 
     def add(self, step: int, samples: int, flops: float, epoch: float | None, scalars: dict[str, Scalar]) -> None:
         self.step, self.epoch = step, epoch
         self.steps += 1
         self.samples += samples
         self.flops += flops
-        self._lr = float(scalars.pop("lr"))
         for key, value in scalars.items():
+            if key in LAST:
+                self._last[key] = value
+                continue
             if isinstance(value, torch.Tensor):
                 value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def means(self) -> dict[str, float]:
-        """Mean of each scalar over the window; `lr` is the last one."""
+        """Mean of each scalar over the window; of the settings (LAST) the last."""
         means = {key: float(value) / self.steps for key, value in self._sums.items()}
-        loss = means.pop("loss")
-        return {"loss": loss, "lr": self._lr, **means}
+        last = {key: float(value) for key, value in self._last.items()}
+        return {"loss": means.pop("loss"), "lr": last.pop("lr"), **means, **last}

@@ -57,6 +57,17 @@ def test_metrics_hold_one_line_every_n_steps_and_the_rest(tmp_path):
     assert set(train_lines[0]) == {"kind", "step", "epoch", "loss", "lr", "grad_norm", "fps", "data_ms", "memory_mib"}
 
 
+def test_a_line_has_the_last_step_s_settings_and_the_mean_of_all_else(tmp_path):
+    with RunLog(tmp_path, World(), "Net", batch_size=4, log_every=4) as log:
+        for step, rate in enumerate((0.8, 0.4, 0.2, 0.1), 1):
+            settings = {"lr": rate, "min_lr": rate / 2, "weight_decay": rate, "loss_scale": torch.tensor(2.0**step)}
+            log.step(step, samples=4, loss=step, **settings, correct=rate)
+        log.finish()
+    line = lines(tmp_path)[0]
+    assert [line[key] for key in ("lr", "min_lr", "weight_decay", "loss_scale")] == [0.1, 0.05, 0.1, 16.0]
+    assert line["loss"] == 2.5 and line["correct"] == pytest.approx(0.375)
+
+
 def test_fps_leaves_out_first_steps_and_pauses_but_not_waiting_for_data(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

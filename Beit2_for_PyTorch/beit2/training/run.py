@@ -86,7 +86,17 @@ class Run:
         """The last one that was finished, from 0."""
         return self.state.step // self.steps - 1
 
-    def open_log(self) -> RunLog:
+    def open_log(self, pictures: int) -> RunLog:
+        """The run's log, to be entered; says what begins, `pictures` to train on."""
+        if self.world.is_main:
+            begins = f"resuming from {self.source} at step {self.state.step}" if self.source else "starting"
+            millions = self.replica.parameter_count / 1e6
+            ranks = f"{self.world.size} x {devices.describe(self.world.device)}"
+            print(
+                f"{begins}: {self.options.model}, {millions:.1f} M parameters, {pictures} pictures, {self.last} steps "
+                f"of {self.samples}, {self.precision} on {ranks}",
+                flush=True,
+            )
         return checkpoints.open_log(self.options, self.world, self.last, self.source is not None, self.precision)
 
     def save(self, log: RunLog, done: Done, **extra: Any) -> None:

@@ -36,6 +36,9 @@ Built = tuple[PreTrainedModel, PreTrainedTokenizerBase, ImageSettings]
 
 def from_pretrained(vision: str, text: str) -> Built:
     """The reference's model: a CLIP vision tower, a RoBERTa, new projections drawn from torch's current seed."""
+    for name in (vision, text):
+        if name.count("/") > 1 and not Path(name).is_dir():
+            raise UsageError(f"{name}: no such folder; name one with the model's files, or a model of the hub")
     try:
         model = VisionTextDualEncoderModel.from_vision_text_pretrained(vision, text)
         tokenizer = load_tokenizer(text)

@@ -156,7 +156,7 @@ def total_steps(setup: Setup, args: ClipTrainingArguments, world: World) -> int:
 
 
 def start_line(setup: Setup, args: ClipTrainingArguments, world: World) -> str:
-    """What is about to run, in one line: model, data, batch, precision, device."""
+    """What is about to run, in one line: model, data, batch, precision, devices."""
     model = setup.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -170,7 +170,7 @@ def start_line(setup: Setup, args: ClipTrainingArguments, world: World) -> str:
         batch = f"{args.micro_batch_size} x {world.size} ranks x {chunks} chunks"
         parts.append(f"{args.loss} loss over {args.per_device_train_batch_size * world.size} pairs ({batch})")
         parts += _special(args)
-    return "; ".join([*parts, f"{args.precision} on {devices.describe(world.device)}"])
+    return "starting: " + "; ".join([*parts, f"{args.precision} on {world.size} x {devices.describe(world.device)}"])
 
 
 def _special(args: ClipTrainingArguments) -> list[str]:

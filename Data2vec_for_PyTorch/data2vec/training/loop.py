@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from common import device as devices
 from common import distributed
 from common.distributed import World
 from common.errors import Preempted, UsageError
@@ -57,7 +58,15 @@ def open_log(
     resume: bool,
     precision: str,
 ) -> RunLog:
-    """The run's log, to be entered."""
+    """The run's log, to be entered; says what begins."""
+    if world.is_main:
+        unit = "samples" if config.dataset.batch_size else "tokens"
+        print(
+            f"{'resuming' if resume else 'starting'}: {config.model._name}, data {config.task.data}, "
+            f"{update_limit(config, options)} updates, {batch_size(config)} {unit} a batch, {precision} on "
+            f"{world.size} x {devices.describe(world.device)}",
+            flush=True,
+        )
     return RunLog(
         options.output_dir,
         world,
