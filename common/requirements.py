@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import TracebackType
 
@@ -53,6 +54,8 @@ def _requirements() -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
+# how many workers is the user's choice; what the run waits for them is in every line, as data_ms
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(line_buffering=True)
 if _requirements() is not None:

@@ -69,7 +69,7 @@ def diagnose(
         simulated: an npu answered on a host without anything of Ascend.
     """
     wanted = next(entry for entry in table["sets"] if entry.get("supported"))
-    lines = [*check_python(facts, wanted), *check_torch(facts, wanted)]
+    lines = [*check_python(facts, wanted), *check_torch(facts, wanted, device), *host.check_packages(facts)]
     if simulated:
         lines.append(Line(NOTE, "the npu is a simulated one: this host has no driver, no CANN and no card"))
     elif facts.has_ascend or device == "npu":
@@ -93,16 +93,17 @@ def check_python(facts: Facts, wanted: dict[str, Any]) -> Iterator[Line]:
         yield Line(WRONG, text, "make install PYTHON=python3.11")
 
 
-def check_torch(facts: Facts, wanted: dict[str, Any]) -> Iterator[Line]:
+def check_torch(facts: Facts, wanted: dict[str, Any], device: str) -> Iterator[Line]:
+    install = install_torch(wanted, "npu" if facts.has_ascend else device)
     for name in ("torch", "torchvision"):
         have, need = facts.packages[name], wanted[name]
         required, torch = facts.torch_required.get(name), facts.packages["torch"]
         if have is None:
-            yield Line(WRONG, f"{name} is not installed", install_torch(wanted))
+            yield Line(WRONG, f"{name} is not installed", install)
         elif have != need:
-            yield Line(WRONG, f"{name} {have}: constraints.txt has {need}", install_torch(wanted))
+            yield Line(WRONG, f"{name} {have}: constraints.txt has {need}", install)
         elif required and torch and required != torch:
-            yield Line(WRONG, f"{name} {have} is built for torch {required}, here is {torch}", install_torch(wanted))
+            yield Line(WRONG, f"{name} {have} is built for torch {required}, here is {torch}", install)
         else:
             yield Line(GOOD, f"{name} {have}")
 
@@ -232,8 +233,7 @@ def nearest_set(facts: Facts, table: dict[str, Any], wanted: dict[str, Any]) -> 
 
 def install_torch_npu(wanted: dict[str, Any]) -> str:
     """torch without CUDA first: torch_npu refuses to stand beside another accelerator."""
-    cpu = "--index-url https://download.pytorch.org/whl/cpu"
-    return f"{install_torch(wanted)} {cpu} && pip install torch_npu=={wanted['torch_npu'][0]}"
+    return f"{install_torch(wanted, 'npu')} && pip install torch_npu=={wanted['torch_npu'][0]}"
 
 
 def set_env(facts: Facts) -> str:

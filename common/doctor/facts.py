@@ -38,6 +38,7 @@ VARIABLES = (
     "LD_LIBRARY_PATH",
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
 )
+REPOSITORY = Path(__file__).resolve().parents[2]
 _BUS_ID = re.compile(r"[0-9A-Fa-f]{4}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")
 
 
@@ -82,6 +83,9 @@ class Facts:
     shm_bytes: int | None = None  # size of /dev/shm
     nvidia_smi: str | None = None  # what it prints
     torch_cuda: str | None = None  # the CUDA that torch is built for
+    pinned: dict[str, str] = field(default_factory=dict)  # constraints.txt: version by package, for this Python
+    installed: dict[str, str | None] = field(default_factory=dict)  # of these packages
+    needed: dict[str, list[str]] = field(default_factory=dict)  # packages by project, of its requirements.txt
 
     @property
     def has_ascend(self) -> bool:
@@ -115,6 +119,12 @@ def gather(
     )
     run = run or _run
     facts.torch_cuda = torch_cuda()
+    facts.pinned = pins((REPOSITORY / "constraints.txt").read_text(encoding="utf-8"), facts.python)
+    facts.installed = {name: package_version(name) for name in facts.pinned}
+    facts.needed = {
+        file.parent.name: [line for line in file.read_text(encoding="utf-8").splitlines() if line in facts.pinned]
+        for file in sorted(REPOSITORY.glob("*_for_PyTorch/requirements.txt"))
+    }
     with contextlib.suppress(OSError):
         facts.shm_bytes = shutil.disk_usage(root / "dev" / "shm").total
     with contextlib.suppress(FileNotFoundError):
@@ -147,6 +157,17 @@ def _links(cards: set[int], root: Path, run: Callable[[list[str]], tuple[int, st
         if status := re.search(r"link status:\s*(\w+)", output):
             found[card] = status.group(1).upper()
     return found
+
+
+def pins(constraints: str, python: str) -> dict[str, str]:
+    """{package: version} of the lines `name==version; python_version < "3.11"` that are for this Python."""
+    line = re.compile(r'^([\w.-]+)==([^\s;]+)(?:; python_version (>=|<) "3\.(\d+)")?$', re.M)
+    minor = int(python.split(".")[1])
+    return {
+        name: version
+        for name, version, order, border in line.findall(constraints)
+        if not order or (minor >= int(border)) == (order == ">=")
+    }
 
 
 def torch_cuda() -> str | None:

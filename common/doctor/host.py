@@ -9,6 +9,7 @@ from typing import Any
 from common.doctor.facts import Facts
 from common.doctor.report import GOOD, NOTE, WRONG, Line, install_torch, release
 
+TORCH = ("torch", "torchvision")  # which have lines of their own
 SHM_LEAST = 1 << 30  # a docker container has 64 MiB unless told otherwise; a batch of 64 pictures is 38 MB in fp32
 
 
@@ -46,6 +47,23 @@ def check_shared_memory(facts: Facts, has_card: bool) -> Iterator[Line]:
         yield Line(GOOD, f"/dev/shm: {facts.shm_bytes / 2**30:.0f} GiB")
 
 
+def check_packages(facts: Facts) -> Iterator[Line]:
+    """Python packages beside constraints.txt: other versions than those that the tests ran with, and absent ones."""
+    have = {name: version for name, version in facts.installed.items() if version and name not in TORCH}
+    others = [f"{name} {version} (pinned: {facts.pinned[name]})" for name, version in have.items()
+              if version != facts.pinned[name]]  # fmt: skip
+    if others:
+        to_change = " ".join(name for name, version in have.items() if version != facts.pinned[name])
+        remedy = f"pip install -c constraints.txt {to_change}"
+        yield Line(NOTE, f"other versions than the tests ran with: {', '.join(others)}", remedy)
+    elif have:
+        yield Line(GOOD, f"{len(have)} Python packages: in the versions of constraints.txt")
+    for project, names in facts.needed.items():
+        absent = [name for name in names if facts.installed[name] is None and name not in TORCH]
+        if absent:
+            yield Line(NOTE, f"{project} lacks {', '.join(absent)}", f"pip install -r {project}/requirements.txt")
+
+
 def check_cuda(facts: Facts, wanted: dict[str, Any], device: str) -> Iterator[Line]:
     """NVIDIA's driver, and whether this torch is built for it. Nothing where nobody asks and there is none."""
     if facts.nvidia_smi is None:
@@ -65,8 +83,8 @@ def check_cuda(facts: Facts, wanted: dict[str, Any], device: str) -> Iterator[Li
         return
     if facts.torch_cuda is None:
         text = f"torch {facts.packages['torch']} is built without CUDA"
-        yield Line(WRONG if device == "cuda" else NOTE, text, f"{install_torch(wanted)} --force-reinstall")
+        yield Line(WRONG if device == "cuda" else NOTE, text, f"{install_torch(wanted, 'cuda')} --force-reinstall")
     elif newest and release(facts.torch_cuda)[0] > release(newest[1])[0]:
         text = f"torch is built for CUDA {facts.torch_cuda}, the driver knows CUDA {newest[1]}"
         index = f"--index-url https://download.pytorch.org/whl/cu{newest[1].split('.')[0]}6"
-        yield Line(WRONG, text, f"a newer driver, or where that index has it: {install_torch(wanted)} {index}")
+        yield Line(WRONG, text, f"a newer driver, or where that index has it: {install_torch(wanted, 'cuda')} {index}")

@@ -28,5 +28,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers.group().split(".")) if numbers else ()
 
 
-def install_torch(wanted: dict[str, Any]) -> str:
-    return f"pip install torch=={wanted['torch']} torchvision=={wanted['torchvision']}"
+def install_torch(wanted: dict[str, Any], device: str = "auto") -> str:
+    """On Linux PyPI's build comes with gigabytes of CUDA, so that other devices take the small one."""
+    index = "" if device in ("auto", "cuda") else " --index-url https://download.pytorch.org/whl/cpu"
+    return f"pip install torch=={wanted['torch']} torchvision=={wanted['torchvision']}{index}"

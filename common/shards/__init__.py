@@ -68,6 +68,8 @@ def shard(
         fully_shard(list(group), mesh=mesh, mp_policy=whole)
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
+    # a result that is a view (CLIP's features): nothing here changes one in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 

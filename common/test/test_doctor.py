@@ -151,6 +151,27 @@ def test_a_cuda_host_gets_the_command_that_mends_it(changes, text, remedy):
     assert [(text in line.text, remedy in line.remedy) for line in lines] == ([(True, True)] if text else [])
 
 
+def test_versions_beside_the_pinned_ones_and_absent_packages_are_told():
+    pinned = {"torch": "2.13.0", "timm": "1.0.31", "numpy": "2.4.6", "tqdm": "4.70.1"}
+    needed = {"ViT_for_PyTorch": ["torch", "timm", "tqdm"], "CLIP_for_PyTorch": ["numpy"]}
+    installed = {"torch": None, "timm": "1.0.30", "numpy": "2.4.6", "tqdm": None}
+    lines = doctor.diagnose(host(pinned=pinned, needed=needed, installed=installed), TABLE, "npu", [])
+    text = "\n".join(map(str, lines))
+    assert "timm 1.0.30 (pinned: 1.0.31)\n         -> pip install -c constraints.txt timm\n" in text
+    assert "ViT_for_PyTorch lacks tqdm\n         -> pip install -r ViT_for_PyTorch/requirements.txt\n" in text
+    assert "CLIP_for_PyTorch" not in text and wrong(host(pinned=pinned, needed=needed, installed=installed)) == []
+
+
+def test_the_packages_here_are_the_pinned_ones():
+    """What the tests say, they say of these versions."""
+    facts = gather()
+    assert (
+        len(facts.pinned) > 30 and all("torch" in names for names in facts.needed.values()) and len(facts.needed) == 4
+    )
+    other = {name: have for name, have in facts.installed.items() if have not in (None, facts.pinned[name])}
+    assert other == {}, "pip install -c constraints.txt with their names"
+
+
 def test_numpy_2_is_refused_by_an_old_cann_only():
     assert any("numpy 2.0.2" in line.text for line in wrong(host(cann="8.2.RC1", packages={"numpy": "2.0.2"})))
     assert wrong(host(packages={"numpy": "2.4.6"})) == []
