@@ -273,13 +273,8 @@ class RunLog:
             lr: learning rate that this step used.
             grad_norm: before clipping.
             epoch: position in epochs.
-<<<<<<< HEAD
             flops: of the model in this step over all ranks (run/utilisation.py), for MFU; 0 where it is not known.
-            **extra: further scalars, averaged over the window like the loss.
-=======
-            flops: of the model in this step over all ranks (utilisation.py), for MFU; 0 where it is not known.
-            **extra: further scalars, averaged over the window like the loss (but see throughput.LAST).
->>>>>>> 64d0525 ([common] a line is written when it is said; one start line everywhere; settings are the last step's)
+            **extra: further scalars, averaged over the window like the loss (but see run/throughput.LAST).
         """
         if self.resume and not (self._has_trained or self._window.steps):
             self._continue_at(step)
