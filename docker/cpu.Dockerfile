@@ -1,5 +1,7 @@
 # docker build -f docker/cpu.Dockerfile -t model-zoo:cpu .
 FROM python:3.11-slim
+# apt's versions are the image's own: pinned ones vanish from the mirrors
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends bash git make g++ procps openssh-client && rm -rf /var/lib/apt/lists/*
 WORKDIR /workspace
 COPY . .

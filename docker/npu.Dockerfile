@@ -4,6 +4,8 @@
 # CANN's public image; the host's driver has to be new enough for it (make doctor says). Not run on Ascend hardware.
 ARG CANN_IMAGE=quay.io/ascend/cann:9.1.0-910b-ubuntu22.04-py3.11
 FROM ${CANN_IMAGE}
+# apt's versions are the image's own: pinned ones vanish from the mirrors
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends bash git make g++ procps openssh-client && rm -rf /var/lib/apt/lists/*
 WORKDIR /workspace
 COPY . .
