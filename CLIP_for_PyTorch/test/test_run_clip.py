@@ -389,4 +389,4 @@ def test_every_option_of_the_readme_is_one_of_a_script():
     flags = (project / "test/clip_options.sh").read_text() + (project.parent / "common/launch/launch.sh").read_text()
     named = set(re.findall(r"(?<![\w-])--(\w+)", (project / "README.md").read_text()))
     unknown = {name for name in named if f"--{name}" not in known and not re.search(rf"\b{name}\b", flags)}
-    assert len(named) > 40 and unknown - {"case"} == set()  # --case: of the benchmark
+    assert len(named) > 40 and unknown - {"case", "extra"} == set()  # of the benchmark; of pip
