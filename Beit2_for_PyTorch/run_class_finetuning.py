@@ -50,9 +50,7 @@ def train(options: argparse.Namespace, world: World) -> dict:
     precision = pick_precision(options, world.device)
     devices.seed_everything(options.seed)
     training, test, names = setup.build_datasets(options)
-    check_images(training.paths)
-    if test is not None:
-        check_images(test.paths)
+    check_images(training.paths, () if test is None else test.paths)
     model = setup.build_model(options, len(names)).to(world.device)
     device_patches.apply(model, None, world.device)
     average = setup.build_average(options, model)

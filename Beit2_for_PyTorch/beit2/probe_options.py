@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,15 @@ def build_datasets(options: argparse.Namespace) -> tuple[LabelledImages, Labelle
         raise UsageError(
             f"--num_labels {options.num_labels}: {folder} has {len(names)} class folders; give that number"
         )
-    check_images(paths)
     training = LabelledImages(paths, labels, CropAndFlip(options.input_size, 0.08, "bilinear"), options.seed)
-    test, _ = build_test_set(options, names)
+    test, _ = build_test_set(options, names, paths)
     return training, test, names
 
 
-def build_test_set(options: argparse.Namespace, names: list[str] | None) -> tuple[LabelledImages, list[str]]:
-    """Test set and class names; by default (None) those of the test set itself.
+def build_test_set(
+    options: argparse.Namespace, names: list[str] | None, others: Sequence[str | Path] = ()
+) -> tuple[LabelledImages, list[str]]:
+    """Test set and class names; by default (None) those of the test set itself. `others` are looked at with it.
 
     Raises:
         UsageError: a folder that is missing, an unknown class, or an unreadable picture.
@@ -111,7 +113,7 @@ def build_test_set(options: argparse.Namespace, names: list[str] | None) -> tupl
     paths, labels, names = find_classes(
         options.eval_data_path or Path(options.data_path, "val"), names, "--eval_data_path"
     )
-    check_images(paths)
+    check_images(others, paths)
     return LabelledImages(paths, labels, CentreCrop(options.input_size)), names
 
 

@@ -36,6 +36,7 @@ def refusal(train_main, tiny, corpus, tmp_path, capsys, *arguments):
         ("nonsense", ["group.key=value"]),
         ("dataset.valid_subset=valid2", ["valid2.idx", "no such file"]),
         ("dataset.train_subset=nothing", ["nothing.idx"]),
+        ("dataset.train_subset=nothing dataset.valid_subset=valid2", ["nothing.idx", "; split 'valid2'"]),
         ("task.data=/does/not/exist", ["/does/not/exist", "no such folder"]),
         ("task.data=/usr", ["/usr/dict.txt: no such file", "preprocess.py"]),
         ("task.mask_whole_words=true", ["mask_whole_words"]),

@@ -11,7 +11,7 @@ from common.data import pictures
 from common.data.pictures import to_rgb
 from common.errors import UsageError
 from vit import load_image
-from vit.data.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan
+from vit.data.image_folder import BadFiles, BrokenImage, check_same_classes, read_image, scan, scan_both
 
 
 def write_picture(path, mode="RGB", size=(20, 16), seed=0, **options):
@@ -63,6 +63,20 @@ def test_different_class_lists_are_named(tmp_path):
     check_same_classes(train, train)
     with pytest.raises(UsageError, match=r"train: b \(1\).*val: c \(1\)"):
         check_same_classes(train, scan(tmp_path / "val"))
+
+
+def test_all_that_is_wrong_with_two_folders_is_one_error(tmp_path):
+    for name in ("train/a", "val/a", "val/c"):
+        write_picture(tmp_path / name / "1.png")
+    for name in ("train/b", "train/d", "val/e"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UsageError) as error:
+        scan_both(tmp_path / "train", tmp_path / "val")
+    text = str(error.value)
+    assert "train/b, " in text and "train/d has no pictures" in text and "val/e has no pictures" in text
+    assert "train: b, d (2)" in text and "val: c, e (2)" in text and "\n" not in text
+    with pytest.raises(UsageError, match="no such folder"):
+        scan_both(tmp_path / "none", tmp_path / "train")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

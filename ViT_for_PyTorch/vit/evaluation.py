@@ -13,7 +13,7 @@ from common.run_log import RunLog
 from vit.config.description import config_of_run
 from vit.config.run_config import Config
 from vit.data import class_identity
-from vit.data.image_folder import ImageFolder, check_same_classes, scan
+from vit.data.image_folder import ImageFolder, scan, scan_both
 from vit.data.loader import Batch
 from vit.model.vision_transformer import ViTConfig
 from vit.preparation import build, local_checkpoint
@@ -100,8 +100,7 @@ def _features(
     config: Config, description: ViTConfig, weights: Path, world: World, method: str
 ) -> Callable[[RunLog], Scored]:
     """Checks the folders and builds the model; what is returned scores its features."""
-    known, asked = scan(config.data.train_dataset_dir), scan(config.data.eval_dataset_dir)
-    check_same_classes(known, asked)
+    known, asked = scan_both(config.data.train_dataset_dir, config.data.eval_dataset_dir)
     model = build(config, description, weights, world, head="new").eval()
 
     def of(folder: ImageFolder, log: RunLog) -> probes.Features:

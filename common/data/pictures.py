@@ -164,18 +164,19 @@ def to_rgb(image: Image.Image, on_white: bool = False, clip_16_bit: bool = False
 # -- broken ones -------------------------------------------------------------------------------------------------------
 
 
-def check(paths: Sequence[str | Path], count: int = 200, shown: int = 10) -> None:
-    """Before training: `count` of the pictures, evenly spread, can be read. The main rank looks, all learn of it.
+def check(*folders: Sequence[str | Path], count: int = 200, shown: int = 10) -> None:
+    """Before training: `count` pictures of each folder, evenly spread, can be read. The main rank looks, all learn.
 
     Raises:
         UsageError: on all ranks, listing those that cannot.
     """
     broken = []
-    for index in range(0, len(paths), max(1, len(paths) // count)) if rank() == 0 else ():
-        try:
-            read(paths[index])
-        except BrokenPicture as error:
-            broken.append(str(error))
+    for paths in folders if rank() == 0 else ():
+        for index in range(0, len(paths), max(1, len(paths) // count)):
+            try:
+                read(paths[index])
+            except BrokenPicture as error:
+                broken.append(str(error))
     broken = broadcast_object(broken)
     if broken:
         listed = "\n  ".join(broken[:shown])  # the first in the first line, which is what a launcher repeats

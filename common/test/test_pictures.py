@@ -78,6 +78,8 @@ def test_broken_and_huge_ones_are_refused_by_name(tmp_path, monkeypatch):
         pictures.check(sorted(tmp_path.iterdir()))
     with pytest.raises(UsageError, match="^1 broken picture, remove or fetch again: .*cut.jpg: [^\n]*$"):
         pictures.check([tmp_path / "good.jpg", tmp_path / "cut.jpg"])
+    with pytest.raises(UsageError, match="2 broken pictures, .*cut.jpg(.|\n)*page.jpg"):
+        pictures.check([tmp_path / "cut.jpg"], [tmp_path / "page.jpg"])  # training and test set: one error
     monkeypatch.setattr(pictures, "MAX_PIXELS", 40 * 24 - 1)
     for data in (good, encoded(photograph(), "PNG")):
         with pytest.raises(pictures.BrokenPicture, match="40 x 24 pixels, over PICTURE_MAX_PIXELS"):

@@ -81,12 +81,22 @@ class SplitBatches:
         return self._splits[name, place]
 
     def open_splits(self) -> None:
-        """Opens what training will need, so that a missing or damaged split stops the run before it begins."""
-        for place in range(self.places):
-            self.split(self.config.dataset.train_subset, training=True, epoch=place + 1)
-        if not self.config.dataset.disable_validation:
-            for name in self.config.dataset.valid_subset.split(","):
-                self.split(name, training=False)
+        """Opens what training will need, so that a missing or damaged split stops the run before it begins.
+
+        Raises:
+            UsageError: all that is wrong with any split.
+        """
+        dataset, problems = self.config.dataset, []
+        needed = [(dataset.train_subset, True, place + 1) for place in range(self.places)]
+        if not dataset.disable_validation:
+            needed += [(name, False, 1) for name in dataset.valid_subset.split(",")]
+        for name, training, epoch in needed:
+            try:
+                self.split(name, training=training, epoch=epoch)
+            except UsageError as error:
+                problems.append(str(error))
+        if problems:
+            raise UsageError("; ".join(problems))
 
     def train_batches(self, epoch: int, start: int = 0) -> EpochBatches:
         """This rank's training batches of an epoch, from position `start` on."""

@@ -47,15 +47,44 @@ def scan(root: str | Path) -> ImageFolder:
         )
     paths: list[str] = []
     targets: list[int] = []
+    empty: list[str] = []
     for index, name in enumerate(classes):
         found = list(pictures.find(root / name))
-        if not found:
-            raise UsageError(
-                f"class folder {root / name} has no pictures ({', '.join(pictures.SUFFIXES)}); fill it or remove it"
-            )
+        empty += [] if found else [name]
         paths += found
         targets += [index] * len(found)
+    if empty:
+        more = f" ... ({len(empty)} of them)" if len(empty) > 5 else ""
+        raise UsageError(
+            f"class folder {', '.join(str(root / name) for name in empty[:5])}{more} has no pictures "
+            f"({', '.join(pictures.SUFFIXES)}); fill it or remove it"
+        )
     return ImageFolder(root, classes, paths, targets)
+
+
+def scan_both(train: str | Path, evaluation: str | Path) -> tuple[ImageFolder, ImageFolder]:
+    """Both folders of a training. All that is wrong with either is one error, that classes differ included.
+
+    Raises:
+        UsageError: see `scan` and `check_same_classes`.
+    """
+    folders, problems = [], []
+    for root in (train, evaluation):
+        try:
+            folders.append(scan(root))
+        except UsageError as error:
+            problems.append(str(error))
+            if Path(root).is_dir():  # its classes are compared all the same
+                names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not pictures.is_litter(e.name))
+                folders.append(ImageFolder(Path(root), names, [], []))
+    if len(folders) == 2 and all(folder.classes for folder in folders):
+        try:
+            check_same_classes(*folders)
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("; ".join(problems))
+    return folders[0], folders[1]
 
 
 def check_same_classes(train: ImageFolder, evaluation: ImageFolder) -> None:

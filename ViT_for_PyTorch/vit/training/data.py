@@ -11,7 +11,7 @@ from common.distributed import World
 from common.errors import UsageError
 from vit.config.run_config import Config
 from vit.data.augment import EvalTransform, TrainTransform
-from vit.data.image_folder import ImageFolder, check_same_classes, scan
+from vit.data.image_folder import ImageFolder, scan, scan_both
 from vit.data.loader import Batch, EvalLoader, TrainLoader
 from vit.model.vision_transformer import ViTConfig
 
@@ -33,15 +33,15 @@ def open_training_data(config: Config, model: ViTConfig, world: World) -> Data:
             `model.num_classes` contradicts the folder.
     """
     options = config.data
-    folder = scan(options.train_dataset_dir)
-    _check_num_classes(config, folder)
     evaluation = None
     if config.do_eval:
         if not options.eval_dataset_dir:
             raise UsageError("--eval_dataset_dir is not given: give it, or switch evaluation off with do_eval=false")
-        evaluation_folder = scan(options.eval_dataset_dir)
-        check_same_classes(folder, evaluation_folder)
+        folder, evaluation_folder = scan_both(options.train_dataset_dir, options.eval_dataset_dir)
         evaluation = evaluation_loader(config, model, world, evaluation_folder)
+    else:
+        folder = scan(options.train_dataset_dir)
+    _check_num_classes(config, folder)
     transform = TrainTransform(model.image_size, options)
     training = TrainLoader(
         folder,
