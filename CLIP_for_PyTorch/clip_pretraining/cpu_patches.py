@@ -6,7 +6,6 @@ CPU_PATCHES_OFF=NAME,... leaves patches out.
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers.activations import QuickGELUActivation
 
 from clip_pretraining.model.layers import ClipLayer, RobertaEncoder, RobertaLayer
 from common.cpu import cpu_kernels
-from common.errors import UsageError
+from common.model.patches import chosen
 
 
 def pack_captions(model: PreTrainedModel) -> int:
@@ -69,13 +68,8 @@ def apply(model: PreTrainedModel, device: torch.device) -> int:
     Raises:
         UsageError: CPU_PATCHES_OFF names no patch.
     """
-    off = [name for name in os.environ.get("CPU_PATCHES_OFF", "").split(",") if name]
-    unknown = [name for name in off if name not in PATCHES]
-    if unknown:
-        raise UsageError(f"CPU_PATCHES_OFF={unknown[0]}: there are {', '.join(PATCHES)}")
-    if device.type != "cpu":
-        return 0
-    return sum(patch(model) for name, patch in PATCHES.items() if name not in off)
+    patches = chosen(PATCHES, "CPU_PATCHES_OFF")
+    return sum(patch(model) for patch in patches.values()) if device.type == "cpu" else 0
 
 
 def _become(model: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> int:
