@@ -84,8 +84,8 @@ def no_weights(path: str | Path) -> str | None:
         return f"{kind}, not weights: the server answered with a page or an error; it begins with {text!r}"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not weights: fetch the file itself with git lfs pull"
-    if kind := _OF_OTHERS.get(Path(path).suffix):
-        return f"{kind}, which is not read here; give the PyTorch checkpoint of the same weights"
+    if program := _OF_OTHERS.get(Path(path).suffix):
+        return f"{program}, which is not read here; give the PyTorch checkpoint of the same weights"
     return None
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import socket
-import struct
+
+import psutil
 
 from common.rank_table.servers import ip_address
-
-_SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
 def is_own_address(address: str) -> bool:
@@ -32,15 +30,8 @@ def interface_of(address: str) -> str | None:
         wanted = socket.gethostbyname(address)
     except OSError:
         return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                reply = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has no IPv4 address
-                continue
-            if socket.inet_ntoa(reply[20:24]) == wanted and name != "lo":
-                return name
-    return None
+    found = psutil.net_if_addrs().items()
+    return next((name for name, own in found if name != "lo" and wanted in {one.address for one in own}), None)
 
 
 def port_is_taken(port: int) -> bool:

@@ -7,13 +7,11 @@ that it has ended while its host is up, silence that the host is lost.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import selectors
 import socket
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +19,7 @@ from common.network.hosts import address_towards
 
 PROBE_S = 5.0  # how long a host may take to answer; a route that is down is often silent
 ALL_THERE = "all ranks are still there: one of them hangs, or is later than the time-out"
+_AT_ONCE = 512  # knocks
 _BACKLOG = 4096  # knocks are never taken off the queue
 _OF_A_COLLECTIVE = re.compile(
     r"gloo|nccl|hccl|ProcessGroup|connection (closed|reset|refused)|broken pipe|pair closure|wait timeout",
@@ -114,37 +113,18 @@ def describe(watch: Watch, probe_s: float = PROBE_S) -> str | None:
 
 def knock(places: Sequence[Place], probe_s: float) -> dict[Place, str]:
     """For each place whether its process is there ("answer"), has ended ("refused"), or its host is "silent"."""
-    answers = dict.fromkeys(places, "silent")
-    waiting: dict[Place, socket.socket] = {}
-    with selectors.DefaultSelector() as selector:
-        for place in places:
-            probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            probe.setblocking(False)
-            try:
-                probe.connect((place.address, place.port))
-            except BlockingIOError:
-                selector.register(probe, selectors.EVENT_WRITE, place)
-                waiting[place] = probe
-                continue
-            except ConnectionRefusedError:
-                answers[place] = "refused"
-            except OSError:  # no route
-                pass
-            else:
-                answers[place] = "answer"
-            probe.close()
-        deadline = time.monotonic() + probe_s
-        while waiting and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
-                probe = waiting.pop(key.data)
-                code = probe.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                refused = code == errno.ECONNREFUSED
-                answers[key.data] = "answer" if code == 0 else "refused" if refused else "silent"
-                selector.unregister(probe)
-                probe.close()
-    for probe in waiting.values():
-        probe.close()
-    return answers
+
+    def ask(place: Place) -> str:
+        try:
+            socket.create_connection((place.address, place.port), probe_s).close()
+        except ConnectionRefusedError:
+            return "refused"
+        except OSError:  # nothing comes back, or there is no route
+            return "silent"
+        return "answer"
+
+    with ThreadPoolExecutor(min(len(places), _AT_ONCE)) as threads:
+        return dict(zip(places, threads.map(ask, places), strict=True))
 
 
 def _hosts(places: Sequence[Place]) -> set[str]:
