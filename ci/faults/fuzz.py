@@ -38,62 +38,12 @@ from common.run import metrics_file, replay, result_file
 MEMORY = 6 << 30  # beyond what the process has: no example is larger than a few kilobytes
 # what has broken parsers before: huge and negative numbers, nesting, quotes, other encodings, interpolations
 FRAGMENTS = [
-    *(
-        b"",
-        b"\0",
-        b"\xff",
-        b"\x7f" + b"\xff" * 7,
-        b"\xff" * 8,
-        b"\0" * 8,
-        b"-1",
-        b"0",
-        b"9" * 30,
-        b"1e999",
-        b"NaN",
-        b"0x1",
-    ),
-    *(
-        b"null",
-        b"true",
-        b"[",
-        b"]",
-        b"{",
-        b"}",
-        b"[" * 3000,
-        b'"',
-        b"'",
-        b"\n",
-        b"\r",
-        b",",
-        b"\t",
-        b":",
-        b" ",
-        b"=",
-        b"-",
-    ),
-    *(
-        b"../",
-        b"/",
-        b"~",
-        b"${x}",
-        b"${oc.env:HOME}",
-        b"&a *a",
-        b"!!python/name:os.system",
-        b"\xef\xbb\xbf",
-        b"\xd8\x00",
-    ),
-    *(
-        "\u540d".encode(),
-        "\u00b2".encode(),
-        "\u2028".encode(),
-        b"\xed\xa0\x80",
-        b"5" * 5000,
-        b"#",
-        b"%",
-        b"\\u0000",
-        b"\\ud800",
-    ),
-]
+    b"", b"\0", b"\xff", b"\x7f" + b"\xff" * 7, b"\xff" * 8, b"\0" * 8, b"-1", b"0", b"9" * 30, b"1e999", b"NaN",
+    b"0x1", b"null", b"true", b"[", b"]", b"{", b"}", b"[" * 3000, b'"', b"'", b"\n", b"\r", b",", b"\t", b":", b" ",
+    b"=", b"-", b"../", b"/", b"~", b"${x}", b"${oc.env:HOME}", b"&a *a", b"!!python/name:os.system", b"\xef\xbb\xbf",
+    b"\xd8\x00", "\u540d".encode(), "\u00b2".encode(), "\u2028".encode(), b"\xed\xa0\x80", b"5" * 5000, b"#", b"%",
+    b"\\u0000", b"\\ud800",
+]  # fmt: skip
 _TOKEN = -1  # a whole word, number or quoted text
 EDITS = st.lists(
     st.tuples(

@@ -18,25 +18,10 @@ from pathlib import Path
 
 # Packages that CANN's operator compiler imports. Where one is missing, the first operator fails with an ACL error
 # (500001, E10001, ...) that does not name it.
-CANN_PACKAGES = (
-    "attrs",
-    "cloudpickle",
-    "decorator",
-    "ml-dtypes",
-    "numpy",
-    "psutil",
-    "pyyaml",
-    "scipy",
-    "sympy",
-    "tornado",
-)
-VARIABLES = (
-    "ASCEND_HOME_PATH",
-    "ASCEND_TOOLKIT_HOME",
-    "ASCEND_RT_VISIBLE_DEVICES",
-    "CUDA_VISIBLE_DEVICES",
-    "LD_LIBRARY_PATH",
-    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+CANN_PACKAGES = tuple("attrs cloudpickle decorator ml-dtypes numpy psutil pyyaml scipy sympy tornado".split())
+VARIABLES = tuple(
+    "ASCEND_HOME_PATH ASCEND_TOOLKIT_HOME ASCEND_RT_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH "
+    "TORCH_DEVICE_BACKEND_AUTOLOAD".split()
 )
 REPOSITORY = Path(__file__).resolve().parents[2]
 _BUS_ID = re.compile(r"[0-9A-Fa-f]{4}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")

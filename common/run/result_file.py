@@ -17,19 +17,9 @@ KEYS = (
     "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime ActualLoss E2ETrainingTime TrainAccuracy"
 ).split()
 # what a training run leaves in its folder
-OF_A_RUN = (
-    "metrics.jsonl",
-    "tensorboard",
-    "profile*",
-    "dump_precision",
-    "loss.png",
-    "codebook_use.png",
-    "log.txt",
-    "replay.json",
-    "train_*_loss.txt",
-    "checkpoint*",
-    "*_acc.log",
-    "*_perf.log",
+OF_A_RUN = tuple(
+    "metrics.jsonl tensorboard profile* dump_precision loss.png codebook_use.png log.txt replay.json train_*_loss.txt "
+    "checkpoint* *_acc.log *_perf.log".split()
 )
 
 

@@ -212,18 +212,8 @@ def count_project(project: str, tree: Path = ROOT, runs: list[str] | None = None
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RANK_ID")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "counts.json"
-        command = [
-            sys.executable,
-            "-m",
-            "ci.gates.counters",
-            "--measure",
-            str(path),
-            "--tree",
-            str(tree),
-            "--project",
-            project,
-        ]
-        command += ["--runs", *(runs or RUNS)]
+        command = [sys.executable, "-m", "ci.gates.counters", "--measure", str(path), "--tree", str(tree)]
+        command += ["--project", project, "--runs", *(runs or RUNS)]
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         if result.returncode:
