@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import npu
 from common.errors import UsageError
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
@@ -59,8 +60,6 @@ def resolve(name: str = "auto", index: int = 0) -> torch.device:
     device = torch.device(name, index)
     module.set_device(device)
     if name == "npu":
-        from common import npu
-
         npu.set_up()
     return device
 
@@ -121,8 +120,6 @@ def require_precision(device: torch.device, precision: str) -> None:
     """
     _check_precision(precision)
     if precision == "bf16" and device.type == "npu":
-        from common import npu
-
         if not npu.has_bf16(device):
             raise UsageError(f"--precision bf16: {describe(device)} has no bf16; give --precision fp16 or fp32")
 
@@ -144,8 +141,6 @@ def fused_adamw(device: torch.device) -> bool:
     """Whether AdamW runs as one kernel on this device; `torch.optim.AdamW(..., fused=fused_adamw(device))`."""
     if device.type != "npu":
         return True
-    from common import npu
-
     return npu.has_fused_adamw(device)
 
 
@@ -153,8 +148,6 @@ def saturates(device: torch.device) -> bool:
     """Whether an overflow in fp16 leaves a finite number and a flag instead of inf."""
     if device.type != "npu":
         return False
-    from common import npu
-
     return not npu.has_bf16(device)
 
 
@@ -169,8 +162,6 @@ def deterministic(device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = False
     if device.type == "npu":
-        from common import npu
-
         npu.deterministic()
 
 

@@ -26,24 +26,13 @@ _OF_A_DISK = {
 }
 
 
-class UsageError(SystemExit):
-    """A mistake the user can mend: ends the program with one `error: ...` line on stderr and exit status 2.
+class _Ended(SystemExit):
+    """The end of the program with a message and an exit status.
 
     A `SystemExit`, so that a long traceback does not hide the sentence the user has to read.
     """
 
-    def __init__(self, message: str):
-        super().__init__(2)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class Preempted(SystemExit):
-    """The run stopped on a signal after its checkpoint was written: exit status 75, or 130 after Ctrl-C."""
-
-    def __init__(self, message: str, code: int = PREEMPTED):
+    def __init__(self, message: str, code: int):
         super().__init__(code)
         self.message = message
 
@@ -51,15 +40,25 @@ class Preempted(SystemExit):
         return self.message
 
 
-class RunFailed(SystemExit):
+class UsageError(_Ended):
+    """A mistake the user can mend: ends the program with one `error: ...` line on stderr and exit status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(message, 2)
+
+
+class Preempted(_Ended):
+    """The run stopped on a signal after its checkpoint was written: exit status 75, or 130 after Ctrl-C."""
+
+    def __init__(self, message: str, code: int = PREEMPTED):
+        super().__init__(message, code)
+
+
+class RunFailed(_Ended):
     """What `print_usage_errors` makes of an error whose message is for the user: exit status 1, no traceback."""
 
     def __init__(self, message: str):
-        super().__init__(1)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
+        super().__init__(message, 1)
 
 
 def sentence(error: BaseException) -> str | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import socket
 
-import psutil
-
 from common.rank_table.servers import ip_address
 
 
@@ -30,6 +28,8 @@ def interface_of(address: str) -> str | None:
         wanted = socket.gethostbyname(address)
     except OSError:
         return None
+    import psutil  # not above: launch.sh says in a line where it is missing
+
     found = psutil.net_if_addrs().items()
     return next((name for name, own in found if name != "lo" and wanted in {one.address for one in own}), None)
 
