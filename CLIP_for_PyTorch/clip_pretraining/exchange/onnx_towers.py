@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,9 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from clip_pretraining.exchange.transformers_folder import processor_of
 from clip_pretraining.model.layers import full_attention_mask
 from clip_pretraining.model.loading import ImageSettings, encode_images, encode_texts, max_caption_tokens
-from common.errors import UsageError
-
-ONE_FILE_BYTES = 2_000_000_000  # protobuf ends at 2 GiB: larger towers keep their weights in a file beside it
+from common.model import onnx_file
 
 
 class ImageTower(nn.Module):
@@ -49,42 +45,16 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
     Raises:
         UsageError: onnx or onnxscript is not installed.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  (torch's exporter needs it)
-    except ImportError as error:
-        raise UsageError(f"--to onnx: {error}: pip install onnx onnxscript -c ../constraints.txt") from None
     batch = torch.export.Dim("batch")
     length = torch.export.Dim("length", min=2, max=max_caption_tokens(model.config))
-    pixels = torch.zeros(2, 3, settings.size, settings.size)  # not 1, which would be taken for a constant
-    ids = torch.full((2, 4), tokenizer.eos_token_id)
-    towers = {
-        "vision": (ImageTower(model), {"pixel_values": pixels}, ({0: batch},), "image_embeds"),
-        "text": (
-            TextTower(model),
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-            ({0: batch, 1: length}, {0: batch, 1: length}),
-            "text_embeds",
-        ),
-    }
     bias = getattr(model, "logit_bias", None)
     scalars = {"logit_scale": model.logit_scale.item(), "logit_bias": None if bias is None else bias.item()}
+    told = {"clip": {**scalars, "pictures": asdict(settings)}}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (tower, inputs, shapes, output) in towers.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of its tree code and of axes that two inputs share
-            program = torch.onnx.export(
-                tower.eval(),
-                tuple(inputs.values()),
-                input_names=list(inputs),
-                output_names=[output],
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
-        program.model.metadata_props["clip"] = json.dumps({**scalars, "pictures": asdict(settings)})
-        part = model.vision_model if name == "vision" else model.text_model
-        large = sum(tensor.nbytes for tensor in part.state_dict().values()) > ONE_FILE_BYTES
-        program.save(folder / f"{name}.onnx", external_data=large)
-        onnx.checker.check_model(str(folder / f"{name}.onnx"))
+    pixels = {"pixel_values": torch.zeros(2, 3, settings.size, settings.size)}
+    onnx_file.write(ImageTower(model), pixels, "image_embeds", ({0: batch},), told, folder / "vision.onnx")
+    ids = torch.full((2, 4), tokenizer.eos_token_id)
+    words, dims = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ({0: batch, 1: length},) * 2
+    onnx_file.write(TextTower(model), words, "text_embeds", dims, told, folder / "text.onnx")
     processor_of(model, tokenizer, settings).save_pretrained(folder)
     return f'onnxruntime.InferenceSession("{folder}/vision.onnx"), .../text.onnx'

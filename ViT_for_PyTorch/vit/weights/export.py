@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +14,9 @@ import safetensors.torch
 import torch
 
 from common.errors import UsageError
+from common.model import onnx_file
 from vit.model.vision_transformer import ClassifyingViT, ViTConfig
 from vit.weights.hub_files import CONFIG, PREPROCESSING, RESAMPLING, WEIGHTS, save_pretrained, to_hugging_face
-
-ONE_FILE_BYTES = 2_000_000_000  # protobuf ends at 2 GiB: larger models keep their weights in a file beside it
 
 
 def write_timm(model: ClassifyingViT, folder: Path, class_names: Sequence[str] | None) -> None:
@@ -103,29 +101,10 @@ def write_onnx(model: ClassifyingViT, path: Path, class_names: Sequence[str] | N
     Raises:
         UsageError: onnx or onnxscript is not installed.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  (torch's exporter needs it)
-    except ImportError as error:
-        raise UsageError(f"--to onnx: {error}: pip install onnx onnxscript -c ../constraints.txt") from None
     size = model.config.image_size
-    batch = {0: torch.export.Dim("batch")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its tree code
-        program = torch.onnx.export(
-            model.eval(),
-            (torch.zeros(2, 3, size, size),),  # not 1, which would be taken for a constant
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=(batch,),
-            verbose=False,
-        )
-    entries = {"vit_config": dict(model.config), "class_names": list(class_names) if class_names else None}
-    onnx_model = program.model
-    onnx_model.metadata_props.update({key: json.dumps(value, ensure_ascii=False) for key, value in entries.items()})
-    large = sum(tensor.nbytes for tensor in model.state_dict().values()) > ONE_FILE_BYTES
-    program.save(path, external_data=large)
-    onnx.checker.check_model(str(path))
+    told = {"vit_config": dict(model.config), "class_names": list(class_names) if class_names else None}
+    dims = ({0: torch.export.Dim("batch")},)
+    onnx_file.write(model, {"images": torch.zeros(2, 3, size, size)}, "logits", dims, told, path)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
