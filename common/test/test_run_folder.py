@@ -20,7 +20,7 @@ from common.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = (
-    "import sys, time\nfrom common import run_folder\nfrom common.distributed import World\n"
+    "import sys, time\nfrom common.run import run_folder\nfrom common.distributed import World\n"
     "with run_folder.owned(sys.argv[1], World()):\n    print('mine', flush=True)\n    time.sleep(600)\n"
 )
 
