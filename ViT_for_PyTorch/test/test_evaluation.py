@@ -158,3 +158,5 @@ def test_an_encoder_without_a_head_has_features_too_and_positions_are_said(pictu
     assert result["Count"] == "10" and "ActualLoss" not in result
     printed = capsys.readouterr()
     assert "global_pool=token" in printed.out and "positions of 2 x 2 patches are interpolated to 4 x 4" in printed.err
+    with pytest.raises(UsageError, match="mae.pth: has no classifier to evaluate: .* --run_mode knn"):
+        score(pictures, tmp_path / "mae.pth", tmp_path / "out", "--run_mode", "eval", "model.name=vit_demo")

@@ -1,9 +1,12 @@
 """Prediction as users run it: odd files answered for, ranks and workers sharing the work, agreement with evaluation."""
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,18 @@ def test_broken_pictures_are_reported_and_the_rest_is_answered(model, pictures, 
     assert "5 pictures and 1 unreadable" in printed.out and " FPS" in printed.out
     with Image.open(tmp_path / "out" / "predictions.png") as grid:
         assert min(grid.size) > 200
+
+
+def test_a_picture_by_its_url_and_a_file(model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=pictures)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        given = [f"http://127.0.0.1:{server.server_port}/bee/1.png", str(pictures / "bee" / "1.png")]
+        run_vit.main(["--run_mode", "predict", "--predict_data", *given, *arguments(model, tmp_path / "out")])
+        server.shutdown()
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert list(found) == given and found[given[0]] == found[given[1]]
 
 
 def test_nothing_readable_is_an_error(model, tmp_path):

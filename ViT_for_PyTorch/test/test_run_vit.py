@@ -370,6 +370,8 @@ def test_predictions_carry_the_class_names_of_the_training_folder(pictures, tmp_
         (["--config", "gone.yaml"], "--config gone.yaml: no such file"),
         (["--amp_backend", "apex"], "apex has no release for this torch"),
         (["--replay", ""], "--replay is empty"),
+        (["model.lora_rank=4"], "model.lora_rank=4: is of model.train=lora"),
+        (["metric_for_best=top5"], "metric_for_best=top5 is always 100 % of the 3 classes"),
         (["--load_checkpoint", ""], "--load_checkpoint is empty .a variable of the shell"),
     ],
 )

@@ -23,6 +23,7 @@ from vit.training.data import evaluation_loader
 from vit.training.evaluate import Score, evaluate_model
 from vit.weights import download
 from vit.weights.labels import load_class_names
+from vit.weights.loading import read_state_dict
 
 NETWORK = "ViT_for_PyTorch"
 METHODS = ("eval", "knn", "linear")
@@ -80,6 +81,8 @@ def _own_classifier(
             f"model.num_classes={config.model.num_classes}, but {weights} has {description.num_classes} classes: "
             "leave it out"
         )
+    if "head.weight" not in read_state_dict(weights):
+        raise UsageError(f"{weights}: has no classifier to evaluate: fine-tune it, or see its features, --run_mode knn")
     folder = scan(config.data.eval_dataset_dir)
     is_published = config.load_checkpoint.removeprefix("mindspore/") in download.PUBLISHED
     names = None if is_published else load_class_names(weights)

@@ -18,7 +18,7 @@ from common.distributed import World, gather_objects, process_group
 from common.errors import UsageError
 from common.run.result_file import keep_aside
 from vit.api import prediction_grid
-from vit.api.image_processor import ViTImageProcessor, load_image
+from vit.api.image_processor import URL_STARTS, ViTImageProcessor, load_image
 from vit.api.predictor import ImageClassificationPipeline, Prediction, pipeline
 from vit.config.description import config_of_run
 from vit.config.run_config import Config
@@ -62,9 +62,13 @@ def predict(config: Config, pictures: Sequence[str], batch_size: int, top_k: int
 
 
 def find_pictures(given: Sequence[str]) -> list[str]:
-    """Named files as they are, of folders all pictures below; each once. UsageError where there is none."""
+    """Named files and URLs as they are, of folders all pictures below; each once. UsageError where there is none."""
     found: list[str] = []
-    for path in map(Path, given):
+    for path in given:
+        if path.startswith(URL_STARTS):
+            found.append(path)
+            continue
+        path = Path(path)
         if not path.exists():
             raise UsageError(f"--predict_data {path}: no such file or folder")
         inside = list(picture_files.find(path)) if path.is_dir() else [str(path)]

@@ -82,6 +82,8 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
     options = config.optimizer
     if world.is_main and options.warmup_epochs >= config.epochs:
         print(f"warning: the run ends inside its warm-up ({config.epochs} of {options.warmup_epochs:g} epochs)")
+    if world.is_main and config.early_stop and not config.do_eval:
+        print(f"warning: early_stop={config.early_stop} has no effect without evaluations (do_eval=false)")
     freeze(model, config.model)
     kind = config.model.train
     flops = flops_per_image(model, head_only=kind == "head", frozen=kind == "lora")

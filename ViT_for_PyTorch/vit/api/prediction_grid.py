@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.data import pictures
 from common.run.figures import fonts_for, new, save
+from vit.api.image_processor import load_image
 
 COLUMNS = 6
 MOST = 36  # pictures; more cannot be read at a glance
@@ -39,7 +39,7 @@ def _grid(shown: Mapping[str, Sequence[Mapping[str, float | str]]], labels: Sequ
     for index, (file, found) in enumerate(shown.items()):
         row, column = 2 * (index // columns), index % columns
         known = Path(file).parent.name if Path(file).parent.name in labels else None
-        axes[row, column].imshow(pictures.read(file, turn=True))
+        axes[row, column].imshow(load_image(file))
         colour = {None: "black", found[0]["label"]: _RIGHT}.get(known, _WRONG)
         axes[row, column].set_title(_words(known or Path(file).stem), fontsize=9, color=colour)
         _bars(axes[row + 1, column], found, known)

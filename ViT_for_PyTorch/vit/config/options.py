@@ -124,7 +124,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         "and linear its features; predict names pictures (default: train)",
     )
     group = made.add_argument_group("prediction")
-    group.add_argument("--predict_data", nargs="+", default=[], metavar="PATH", help="pictures, or folders of pictures")
+    group.add_argument(
+        "--predict_data", nargs="+", default=[], metavar="PATH", help="pictures, folders of them, or URLs"
+    )
     group.add_argument("--predict_batch_size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
     group.add_argument("--top_k", type=int, default=3, metavar="N", help="labels a picture (default: 3)")
     defaults = values_by_key(Config())

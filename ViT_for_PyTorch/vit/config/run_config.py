@@ -237,6 +237,11 @@ def _check(config: Config) -> None:
             raise UsageError(f"{key}={values[key]}: choose one of {', '.join(filter(None, allowed))}")
     check_ranges(config)
     lora.chosen_layers(config.model.lora_layers)
+    if config.model.train != "lora":
+        usual = values_by_key(Config())
+        for key in ("model.lora_rank", "model.lora_alpha", "model.lora_layers"):
+            if values[key] != usual[key]:
+                raise UsageError(f"{key}={values[key]}: is of model.train=lora: give that too, or leave it out")
     if config.model.name not in (*PRESETS, "auto") and not timm_models.is_known(config.model.name):
         close = difflib.get_close_matches(config.model.name, PRESETS, 1, 0.4)
         raise UsageError(

@@ -41,7 +41,7 @@ def open_training_data(config: Config, model: ViTConfig, world: World) -> Data:
         evaluation = evaluation_loader(config, model, world, evaluation_folder)
     else:
         folder = scan(options.train_dataset_dir)
-    _check_num_classes(config, folder)
+    _check_classes(config, folder)
     transform = TrainTransform(model.image_size, options)
     training = TrainLoader(
         folder,
@@ -69,7 +69,16 @@ def evaluation_loader(config: Config, model: ViTConfig, world: World, folder: Im
     )
 
 
-def _check_num_classes(config: Config, folder: ImageFolder) -> None:
+def _check_classes(config: Config, folder: ImageFolder) -> None:
+    if len(folder.classes) == 1:
+        raise UsageError(
+            f"{folder.root} has one class folder, {folder.classes[0]}: nothing to tell apart; is it a folder too high?"
+        )
+    if config.metric_for_best == "top5" and config.do_eval and len(folder.classes) <= 5:
+        raise UsageError(
+            f"metric_for_best=top5 is always 100 % of the {len(folder.classes)} classes of {folder.root}: choose top1 "
+            "or loss"
+        )
     if config.model.num_classes not in (0, len(folder.classes)):
         raise UsageError(
             f"model.num_classes={config.model.num_classes}, but {folder.root} has {len(folder.classes)} class folders; "
