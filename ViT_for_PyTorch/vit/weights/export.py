@@ -26,7 +26,7 @@ def write_timm(model: ClassifyingViT, folder: Path, class_names: Sequence[str] |
         ValueError: timm has no such model.
     """
     if model.config.stem != "patch":
-        raise ValueError(f"timm's Vision Transformer has no stem of the kind {model.config.stem!r}")
+        raise ValueError(f"timm's Vision Transformer has no stem of the kind {model.config.stem!r}: use --to onnx")
     save_pretrained(model, folder, class_names)
 
 
