@@ -13,4 +13,5 @@ start_mode=train
 [[ -z $ckpt_path ]] || start_mode=finetune
 launch run_vit.py --config "$config" --run_mode "$start_mode" \
   --train_dataset_dir "$data_path/train" --eval_dataset_dir "$data_path/val" \
-  --batch_size "$batch_size" --epochs "$epochs" ${ckpt_path:+--load_checkpoint "$ckpt_path"} --resume_training "$resume"
+  --batch_size "$batch_size" --epochs "$epochs" ${ckpt_path:+--load_checkpoint "$ckpt_path"} \
+  ${resume:+--resume_training "$resume"}
