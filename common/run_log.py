@@ -391,7 +391,7 @@ class RunLog:
         losses = sorted(self._losses.items())
         name = f"train_{self.result.case_name}_loss"
         (self.folder / f"{name}.txt").write_text("".join(f"{loss:.6f}\n" for _, loss in losses))
-        plot_loss(losses, self.folder / "loss.png", title=self.result.case_name)
+        plot_loss(losses, self.folder / "loss.png", self.result.case_name, self.folder / "metrics.jsonl")
 
 
 def _short(value: Any) -> str:

@@ -41,8 +41,14 @@ def save(figure: Any, path: Path, **options: Any) -> None:
     figure.savefig(path, **{"dpi": 110} | options)
 
 
-def picture_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path: Path) -> None:
-    """Writes rows of pictures [H, W, 3], each row with its title, as one figure."""
+def picture_rows(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path: Path, outlined: Sequence[np.ndarray] = ()
+) -> None:
+    """Writes rows of pictures [H, W, 3], each row with its title, as one figure.
+
+    Args:
+        outlined: bool [h, w] of each picture, the patches around which the last row has a line.
+    """
     size = (max(1.6 * len(rows[0]), 2.4), 1.65 * len(rows))
     figure, axes = new(size, len(rows), len(rows[0]), squeeze=False)
     for row, title, line in zip(rows, titles, axes, strict=True):
@@ -50,6 +56,9 @@ def picture_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], pa
             cell.imshow(picture)
             cell.set(xticks=[], yticks=[])
         line[0].set_ylabel(title)
+    for cell, picture, patches in zip(axes[-1], rows[-1], outlined, strict=False):
+        side = len(picture) // len(patches)
+        cell.contour(np.kron(patches, np.ones((side, side))), [0.5], colors="black", linewidths=1.2)
     save(figure, path)
 
 

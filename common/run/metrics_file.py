@@ -93,8 +93,27 @@ def read_losses(metrics: Path) -> dict[int, float]:
     }
 
 
-def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:
-    """Draws the loss over steps, with a running mean when there are enough points."""
+# what an evaluation is drawn by, the first of them that it has
+_SHOWN = ("top1", "acc1", "eval_text_to_image_R@1", "loss", "eval_loss")
+
+
+def read_evaluations(metrics: Path) -> tuple[str, dict[int, float]]:
+    """(name of a number, its values by step) of a metrics.jsonl's evaluations; ("", {}) without any."""
+    lines = [line for line in read_lines(metrics) if line.get("kind") in ("eval", "valid")]
+    for name in _SHOWN:
+        found = {line["step"]: line[name] for line in lines if name in line and type(line.get("step")) is int}
+        if found:
+            return name, found
+    return "", {}
+
+
+def plot_loss(losses: list[tuple[int, float]], path: Path, title: str, metrics: Path | None = None) -> None:
+    """Draws the loss over steps, with a running mean when there are enough points.
+
+    Args:
+        metrics: metrics.jsonl, whose evaluations are drawn beside, where there are two or more: a loss on the same
+            scale, anything else on one of its own.
+    """
     steps = [step for step, _ in losses]
     values = [loss for _, loss in losses]
     figure, axes = figures.new((7, 4))
@@ -104,8 +123,16 @@ def plot_loss(losses: list[tuple[int, float]], path: Path, title: str) -> None:
     if len(values) > 20:
         width = max(2, len(values) // 20)
         means = [math.fsum(values[i - width + 1 : i + 1]) / width for i in range(width - 1, len(values))]
-        axes.plot(steps[width - 1 :], means, color="tab:blue", label=f"mean of {width} lines")
-        axes.legend()
+        axes.plot(steps[width - 1 :], means, color="tab:blue", label=f"training, mean of {width} lines")
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.grid(alpha=0.3)
+    name, evaluations = read_evaluations(metrics) if metrics is not None else ("", {})
+    if len(evaluations) > 1:
+        beside = axes if name.endswith("loss") else axes.twinx()
+        style = {"color": "tab:orange", "marker": ".", "label": f"evaluation: {name.removeprefix('eval_')}"}
+        beside.plot(list(evaluations), list(evaluations.values()), **style)
+        if beside is not axes:
+            beside.set_ylabel(name.removeprefix("eval_"))
+    if any(len(part.get_legend_handles_labels()[0]) for part in figure.axes):
+        figure.legend(loc="outside lower center", ncols=2)
     figures.save(figure, path)

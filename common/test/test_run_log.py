@@ -15,6 +15,7 @@ from common.distributed import World
 from common.errors import UsageError, sentence
 from common.network.lost_ranks import RanksLost
 from common.run import result_file, utilisation
+from common.run.metrics_file import read_evaluations
 from common.run_log import RunLog
 from common.update import NonFiniteStep
 
@@ -47,6 +48,16 @@ def test_result_file_has_all_keys_with_values(tmp_path, capsys):
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert len((tmp_path / "train_Net_bs4_1p_acc_loss.txt").read_text().splitlines()) == 2
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_evaluations_are_drawn_by_what_they_measure(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert read_evaluations(metrics) == ("", {})
+    rows = [{"kind": "eval", "step": step, "loss": 1.0, "top1": 10.0 * step} for step in (1, 2)]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"kind": "train", "step": 3, "top1": 9.0}]))
+    assert read_evaluations(metrics) == ("top1", {1: 10.0, 2: 20.0})
+    metrics.write_text(json.dumps({"kind": "valid", "step": 5, "loss": 0.5}) + "\n")
+    assert read_evaluations(metrics) == ("loss", {5: 0.5})
 
 
 def test_metrics_hold_one_line_every_n_steps_and_the_rest(tmp_path):
