@@ -1,4 +1,4 @@
-"""Draws pictures, masked inputs and what the predicted visual tokens stand for (PCA colours of the codes).
+"""Draws pictures, masked inputs and what the predicted visual tokens stand for (the mean patch of each); scores them.
 
 python draw_predictions.py --checkpoint output/checkpoint.pth --tokenizer_weight FILE --data_path DIR
 """
@@ -15,7 +15,8 @@ import torch
 from beit2 import pretraining_options as setup
 from beit2.image_data import Normalizer, collate
 from beit2.options import mean_and_std
-from beit2.prediction_figure import ROWS, check_figure, prediction_rows
+from beit2.prediction_figure import ROWS, check_figure, code_patches, prediction_rows
+from beit2.token_accuracy import token_accuracy
 from beit2.training.checkpoints import load_model
 from beit2.weights.files import read_checkpoint
 from common import device as devices
@@ -30,10 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer_weight", required=True)
     parser.add_argument("--data_path", required=True)
     parser.add_argument("--output", type=Path, default=Path("predictions.png"))
-    parser.add_argument("--count", type=int, default=8, help="pictures")
+    parser.add_argument("--count", type=int, default=8, help="pictures to draw")
+    parser.add_argument("--score_count", type=int, default=512, help="pictures whose masked tokens are scored")
     options = parser.parse_args(argv)
-    if options.count < 1:
-        raise devices.UsageError(f"--count {options.count}: must be at least 1")
+    for name in ("count", "score_count"):
+        if getattr(options, name) < 1:
+            raise devices.UsageError(f"--{name} {getattr(options, name)}: must be at least 1")
     check_figure(options.output, "--output")
 
     checkpoint = read_checkpoint(options.checkpoint)
@@ -49,13 +52,22 @@ def main(argv: list[str] | None = None) -> None:
     load_model(model, checkpoint["model"], options.checkpoint)
     tokenizer = setup.load_tokenizer(trained, "fp32", model.window_size)
     dataset = setup.build_dataset(trained, model.window_size)
-    apart = range(0, len(dataset), max(1, len(dataset) // options.count))
-    batch = collate([dataset[(0, index)] for index in list(apart)[: options.count]])
+    batch = collate([dataset[(0, index)] for index in evenly(len(dataset), options.count)])
     normalizer = Normalizer(*mean_and_std(trained), torch.device("cpu"))
     normalized, visual = normalizer.views(batch)
-    rows = prediction_rows(model, tokenizer, normalizer.unit(batch.views), normalized, visual, batch.mask)
-    picture_rows(rows, ROWS, options.output)
+    scored = evenly(len(dataset), options.score_count)
+    patches = code_patches(tokenizer, normalizer.views(collate([dataset[(0, index)] for index in scored]))[1])
+    unit = normalizer.unit(batch.views)
+    rows = prediction_rows(model, tokenizer, unit, normalized, visual, batch.mask, patches)
+    picture_rows(rows, ROWS, options.output, batch.mask.numpy())
     print(f"drawn: {options.output}")
+    score = token_accuracy(model, tokenizer, dataset, scored, normalizer)
+    print(f"masked tokens predicted right: {score.predicted:.2f} %; their commonest token: {score.commonest:.2f} %")
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """At most `count` numbers below `length`, evenly apart."""
+    return list(range(0, length, max(1, length // count)))[:count]
 
 
 if __name__ == "__main__":

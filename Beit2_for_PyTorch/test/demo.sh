@@ -61,7 +61,7 @@ python3 run_beitv2_pretraining.py "${common[@]}" --seed "$first_seed" --model be
   --min_mask_patches_per_block 4 --min_crop_scale 0.4 --color_jitter 0 --drop_path 0 --lr 2e-3 --warmup_epochs 1 \
   --clip_grad 3.0 --data_path "$pictures/train" --output_dir "$output/pretraining"
 python3 draw_predictions.py --checkpoint "$output/pretraining/checkpoint.pth" \
-  --tokenizer_weight "$output/tokenizer/checkpoint.pth" --data_path "$pictures/val" --output "$output/predictions.png"
+  --tokenizer_weight "$output/tokenizer/checkpoint.pth" --data_path "$pictures/val" --output "$output/predictions.png" | tee "$output/predictions.txt"
 
 echo "3. fine-tuning on a tenth of the labels, three tenths"
 for number in 0 1 2; do finetune pretrained $number 40; done

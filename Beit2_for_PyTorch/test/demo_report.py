@@ -18,6 +18,13 @@ def accuracies(output: Path, start: str) -> list[float]:
     return [float(re.search(r"^TrainAccuracy = (.*)$", file.read_text(), re.M)[1]) for file in files]
 
 
+def masked_tokens(output: Path) -> Line:
+    """How many masked patches' tokens the pretrained model names right, on held-out pictures."""
+    said = (output / "predictions.txt").read_text(encoding="utf-8")
+    right, commonest = map(float, re.search(r"right: ([\d.]+) %; their commonest token: ([\d.]+) %", said).groups())
+    return Line("masked_tokens", "masked tokens of held-out pictures, %", right, {"commonest token": commonest})
+
+
 def main(pictures: Path, output: Path) -> int:
     values = {start: accuracies(output, start) for start in ("pretrained", "scratch")}
     for start, measured in values.items():
@@ -28,6 +35,7 @@ def main(pictures: Path, output: Path) -> int:
     gain, over_pixels = means["pretrained"] - means["scratch"], means["pretrained"] - nearest
     beside = {"guessing": without[0]["guessing"]}
     lines = [
+        masked_tokens(output),
         Line("pretrained", "top-1, a tenth of the labels, %", means["pretrained"], beside),
         # shown, not bound: so few steps of pretraining beat neither of the two (README)
         Line("finetune_gain", "points above from scratch", gain, {"from scratch": 0.0}, binding=False),
