@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci.yardsticks import report, words
+from ci.yardsticks.early import EARLY
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECALLS = ("text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@1", "image_to_text_R@10")
@@ -71,7 +72,8 @@ def main(data: Path, output: Path) -> int:
         for name, least in thresholds.items()
     }
     spent = report.cpu_seconds_of(output / "times.txt")
-    code = report.conclude(lines, output / "demo.json", promise, spent, cpu_seconds_to=seconds, **losses)
+    more = losses | EARLY[PROJECT.name].read(evaluations)
+    code = report.conclude(lines, output / "demo.json", promise, spent, cpu_seconds_to=seconds, **more)
     guessing = math.log(found["eval_batch_size"])
     print(
         "eval loss: " + ", ".join(f"{split.label} {losses[f'{split.prefix}eval_loss']:.2f}" for split in SPLITS), end=""

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ci.yardsticks import pixels, report
+from ci.yardsticks.early import EARLY
 from common.run import result_file
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,8 @@ def main(pictures: Path, other_artist: Path, output: Path) -> int:
     thresholds = {"top1_yardstick": same.yardstick, "top1_goal": promise.least["top1"]}
     seconds = {name: report.cpu_seconds_to(evaluations, "top1", least) for name, least in thresholds.items()}
     spent = report.cpu_seconds_of(output / "times.txt")
-    code = report.conclude([same, other], output / "demo.json", promise, spent, cpu_seconds_to=seconds)
+    early = EARLY[PROJECT.name].read(evaluations)
+    code = report.conclude([same, other], output / "demo.json", promise, spent, cpu_seconds_to=seconds, **early)
     print(f"loss plot: {output}/loss.png; predictions as pictures: {output}/predictions.png")
     return code
 
