@@ -57,8 +57,8 @@ faults: $(STAMP) ## end runs at random moments in every way, and go on: what is 
 peers: $(STAMP) ## benchmarks against other implementations, an hour or more on one core; PEERS_ARGS="--only vit --quick" for some
 	python -m ci.peers $(PEERS_ARGS)
 
-outcomes: sample_data ## does every project still learn? all demos from three seeds; OUTCOMES_ARGS="--only CLIP_for_PyTorch" for some
-	python -m ci.gates.outcomes $(OUTCOMES_ARGS)
+outcomes: sample_data ## does every project still learn? all demos from three seeds; OUTCOMES_ARGS="--only CLIP_for_PyTorch" for some; DATA=cifar10: the long proof
+	python -m $(if $(DATA),ci.long_proof --data $(DATA),ci.gates.outcomes) $(OUTCOMES_ARGS)
 
 counters: $(STAMP) ## does a training step of each project do what was accepted? exact, a minute; COUNTERS_ARGS="--project ViT"
 	python -m ci.gates.counters $(COUNTERS_ARGS)

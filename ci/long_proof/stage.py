@@ -1,0 +1,77 @@
+"""Stages of a long run: each a command with a folder, done once, with the seconds that it took."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Where stages run and what they have in common.
+
+    Attributes:
+        output: folder of all stages.
+        device: auto, npu, cuda or cpu, for every script.
+        on_cpu: whether a stage's seconds are those of its CPU threads, and not those that passed.
+    """
+
+    output: Path
+    device: str
+    on_cpu: bool
+
+    def folder(self, name: str) -> Path:
+        return self.output / name
+
+    def run(self, name: str, project: str, *commands: Sequence[object]) -> float:
+        """Runs scripts of a project one after the other, unless a whole earlier run of the same ones is there.
+
+        Their output goes to `log.txt` in the stage's folder, which is emptied before: an unfinished stage starts anew.
+
+        Args:
+            name: of the stage, and of its folder.
+            commands: file names of Python scripts with their arguments.
+
+        Returns:
+            The seconds they took, see `on_cpu`.
+
+        Raises:
+            UsageError: one ended with another exit code than 0; names the log.
+        """
+        folder, wanted = self.folder(name), [[str(part) for part in command] for command in commands]
+        record = folder / RECORD
+        if record.is_file() and (found := json.loads(record.read_text(encoding="utf-8")))["commands"] == wanted:
+            return found["seconds"]
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        print(f"{time.strftime('%H:%M:%S')} {name} begins", flush=True)
+        seconds = sum(self._run_one(folder, ROOT / project, command) for command in wanted)
+        record.write_text(json.dumps({"commands": wanted, "seconds": round(seconds, 1)}, indent=1) + "\n", "utf-8")
+        print(f"{time.strftime('%H:%M:%S')} {name} took {seconds:.0f} s", flush=True)
+        return seconds
+
+    def _run_one(self, folder: Path, project: Path, command: list[str]) -> float:
+        # one thread a stage on a CPU: stages run side by side
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.on_cpu else {})
+        began = time.perf_counter()
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+            run = subprocess.Popen(
+                [sys.executable, *command], cwd=project, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+            _, status, used = os.wait4(run.pid, 0)  # with its loader workers, which it has waited for
+        code = run.returncode = os.waitstatus_to_exitcode(status)
+        if code:
+            raise UsageError(f"{folder}/log.txt: {command[0]} ended with exit code {code}; it says why")
+        return used.ru_utime + used.ru_stime if self.on_cpu else time.perf_counter() - began
