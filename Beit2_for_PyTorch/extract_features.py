@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from beit2 import device_patches
 from beit2.data.labelled import CentreCrop, LabelledImages
@@ -36,6 +35,7 @@ from common import device as devices
 from common import distributed
 from common.distributed import World, process_group
 from common.errors import UsageError, print_usage_errors
+from common.run.progress import bar
 
 
 @print_usage_errors
@@ -136,7 +136,7 @@ def write(
     loader = DataLoader(Subset(pictures, share), options.batch_size, num_workers=options.num_workers)
     at = share.start
     with torch.no_grad(), devices.autocast(world.device, options.precision):
-        for batch, _ in tqdm(loader, disable=None if world.is_main else True, unit="batch"):
+        for batch, _ in bar(loader, "features"):
             states = block_states(encoder, normalizer(normalizer.unit(batch)), options.layer)
             rows[at : at + len(batch)] = pooled(encoder, states, options.layer, options.pool).float().cpu().numpy()
             at += len(batch)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from common.distributed import World
 from common.errors import Preempted, UsageError, name_place
 from common.profile.precision_dump import PrecisionDump
 from common.profile.step_profiler import StepProfiler
-from common.run import folder_lock, run_folder, utilisation
+from common.run import folder_lock, progress, run_folder, utilisation
 from common.run.boards import Boards
 from common.run.metrics_file import MetricsFile, plot_loss, read_losses
 from common.run.preemption import Watch
@@ -117,9 +116,8 @@ class RunLog:
                         self.result.end(error)
                 raise
             self._held = held.pop_all()
-        # The launcher writes to a log and to the terminal at once: only it knows that there is a terminal behind it.
-        has_terminal = sys.stderr.isatty() or os.environ.get("PROGRESS_BAR") == "1"
-        self.progress = tqdm(total=self.total_steps, disable=not (self.world.is_main and has_terminal), unit="step")
+        is_shown = self.world.is_main and progress.has_terminal()
+        self.progress = tqdm(total=self.total_steps, disable=not is_shown, unit="step")
         self._started = time.perf_counter()
         self._clock.start()
         return self

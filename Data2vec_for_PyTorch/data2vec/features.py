@@ -15,6 +15,7 @@ from common import distributed
 from common.data import pictures
 from common.distributed import World
 from common.errors import UsageError
+from common.run.progress import bar
 from data2vec.data.bpe import TextEncoding
 from data2vec.data.sentence_data import Sentences
 from data2vec.data.tables import SUFFIXES, Row, read_table
@@ -60,7 +61,7 @@ def text_features(
     data = Sentences(path, rows, encoding, encoder.config.max_source_positions, classes=None)
     order = np.argsort(data.sizes, kind="stable")  # little padding
     found: dict[int, np.ndarray] = {}
-    for indices in _own_batches(order, how.batch_size, world):
+    for indices in bar(_own_batches(order, how.batch_size, world), "features"):
         made = data.collate(indices, epoch=1).to(world.device)
         with devices.autocast(world.device, how.precision):
             states = encoder(made.tokens, made.has_padding).float().cpu().numpy()  # [B, T, C]
@@ -92,7 +93,7 @@ def picture_features(
         raise UsageError(f"{folder}: no pictures ({', '.join(pictures.SUFFIXES)})")
     pictures.check(files)
     normalize, found = Normalize(config, world.device), {}
-    for indices in _own_batches(np.arange(len(files)), how.batch_size, world):
+    for indices in bar(_own_batches(np.arange(len(files)), how.batch_size, world), "features"):
         images = read_cropped([files[i] for i in indices], config.task.input_size).to(world.device)
         with devices.autocast(world.device, how.precision):
             states = model.patch_states(normalize(images)).float().cpu().numpy()  # [B, P, C]

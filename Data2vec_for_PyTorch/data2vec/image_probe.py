@@ -12,6 +12,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from common import device as devices
 from common.errors import UsageError
+from common.run.progress import bar
 from data2vec.data.epochs import BrokenSample, EpochBatches
 from data2vec.data.image_data import Normalize, find_pictures, read_picture, to_uint8
 
@@ -74,7 +75,7 @@ def collect_masked_patches(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(predictions, targets), fp32 [N, C], of the first `limit` masked patches of a validation split."""
     pred, target = [], []
-    for batch in batches.loader(num_workers=0):
+    for batch in bar(batches.loader(num_workers=0), "probe"):
         with devices.autocast(device, precision):
             out = forward(model, batch.to(device))
         pred.append(out["pred"].cpu())

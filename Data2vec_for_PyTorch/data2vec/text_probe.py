@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from common import device as devices
+from common.run.progress import bar
 from data2vec.count_table import CountTable
 from data2vec.data.dictionary import MASK
 from data2vec.data.epochs import EpochBatches
@@ -35,7 +36,7 @@ def collect(
     """
     rows: dict[str, list[torch.Tensor]] = {}
     count, mask_idx = 0, data.vocab.index(MASK)
-    for batch in batches.loader(num_workers=0):
+    for batch in bar(batches.loader(num_workers=0), "probe"):
         with devices.autocast(device, precision):
             found, masked, places = look(model, batch.to(device), mask_idx)
         hidden = (mask_idx, data.vocab.bos_index, data.vocab.pad_index)

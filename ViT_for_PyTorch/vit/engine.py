@@ -15,6 +15,7 @@ from common import device as devices
 from common.distributed import all_reduce_mean, gather_objects, process_group
 from common.run import replay
 from common.run.preemption import until_asked
+from common.run.progress import bar
 from common.run_log import RunLog
 from common.update import gradients_stay_local
 from vit.config import run_config as configuration
@@ -234,7 +235,7 @@ def until_stopped(run: Run, log: RunLog) -> Iterator[Batch]:
     if run.config.parallel != "fsdp":
         yield from until_asked(run.data.evaluation)
         return
-    for batch in run.data.evaluation.of_equal_length():
+    for batch in bar(run.data.evaluation.of_equal_length(), "evaluate"):
         if log.preempted():
             return
         yield batch

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.distributed import World, process_group
 from common.errors import UsageError
+from common.run.progress import bar
 from common.run_log import RunLog
 from vit.config.description import config_of_run
 from vit.config.run_config import Config
@@ -127,7 +128,7 @@ def _features(
 
 
 def counted(batches: Iterable[Batch], log: RunLog, world: World) -> Iterator[Batch]:
-    """Counts evaluated pictures of all ranks in FPS; shares differ by less than a batch."""
-    for batch in batches:
+    """Counts evaluated pictures of all ranks in FPS, with a bar; shares differ by less than a batch."""
+    for batch in bar(batches, "evaluate"):
         yield batch
         log.count(len(batch.targets) * world.size)

@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from common.distributed import barrier, gather_objects
 from common.errors import PREEMPTED, Preempted
+from common.run.progress import bar
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_S = 1.0  # a launcher and its process group may both pass one signal on: within this it counts once
@@ -178,10 +179,10 @@ def asked() -> bool:
 
 
 def until_asked(batches: Iterable[Item]) -> Iterator[Item]:
-    """`batches` up to the moment in which this process is asked to stop."""
+    """`batches` of an evaluation up to the moment in which this process is asked to stop, with a progress bar."""
     if _current is not None:
         _current.is_asked_for = True
-    for batch in batches:
+    for batch in bar(batches, "evaluate"):
         if asked():
             return
         yield batch

@@ -145,6 +145,13 @@ def test_an_evaluation_inside_a_training_ends_on_all_ranks():
     preemption.stop_if_asked()  # nobody is asked any more
 
 
+def test_an_evaluation_has_a_bar_where_there_is_a_terminal(monkeypatch, capsys):
+    assert list(preemption.until_asked(range(3))) == [0, 1, 2] and capsys.readouterr().err == ""
+    monkeypatch.setenv("PROGRESS_BAR", "1")  # the launcher's word that there is one behind it
+    assert list(preemption.until_asked(range(3))) == [0, 1, 2]
+    assert "evaluate:   0%" in capsys.readouterr().err
+
+
 def test_a_log_inside_a_log_gives_the_signals_back():
     before = signal.getsignal(signal.SIGUSR1)
     with preemption.Watch() as outer:

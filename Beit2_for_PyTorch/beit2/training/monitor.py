@@ -24,6 +24,7 @@ from common import device as devices
 from common import distributed
 from common.errors import UsageError
 from common.run.preemption import Interrupted
+from common.run.progress import bar
 from common.run_log import RunLog
 
 MOST = 20_000  # pictures of a set that are looked at, evenly spread
@@ -91,7 +92,7 @@ class Monitor:
         share = [chosen[min(i, len(chosen) - 1)] for i in range(rank, -(-len(chosen) // size) * size, size)]
         workers = {"num_workers": self.options.num_workers, "generator": torch.Generator()}
         parts = []
-        for batch, _ in DataLoader(Subset(pictures, share), self.options.batch_size, **workers):
+        for batch, _ in bar(DataLoader(Subset(pictures, share), self.options.batch_size, **workers), "monitor"):
             if stops():
                 raise Interrupted
             with devices.autocast(device, self.precision):

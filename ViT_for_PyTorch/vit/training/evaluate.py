@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import device as devices
 from common.distributed import World, all_reduce_sum
@@ -67,7 +66,7 @@ def evaluate_model(
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # top-1, top-5, pictures
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
     not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
-    for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=None if world.is_main else True):
+    for batch in batches:
         images, target = to_model_input(batch, world.device, model.config)  # [B, 3, H, W], [B]
         with devices.autocast(world.device, precision):
             logits = model(images)  # [B, C]

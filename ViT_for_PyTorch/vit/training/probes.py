@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from common import device as devices
 from common.distributed import World, all_reduce_sum, gather_objects
@@ -42,7 +41,7 @@ class Features(NamedTuple):
 def features(model: ClassifyingViT, batches: Iterable[Batch], world: World, precision: str) -> Features:
     """What the model's head would see of this rank's pictures."""
     found, targets = [torch.zeros(0, model.embed_dim, device=world.device)], []
-    for batch in tqdm(batches, desc="features", unit="batch", leave=False, disable=None if world.is_main else True):
+    for batch in batches:
         images, target = to_model_input(batch, world.device, model.config)  # [B, 3, H, W], [B]
         with devices.autocast(world.device, precision):
             pooled = model.forward_head(model.forward_features(images), pre_logits=True)  # [B, D]
