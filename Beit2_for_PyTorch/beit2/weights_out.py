@@ -5,6 +5,7 @@ Each is written by the library's own model, whose output is compared with ours b
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -119,11 +120,7 @@ def _per_block(encoder: VisionTransformer) -> VisionTransformer:
     shape = Shape.of(state)
     if not shape.shared_bias:
         return encoder
-    other = VisionTransformer(
-        shape.pixels, shape.patch, num_classes=shape.classes, use_mean_pooling=shape.mean_pooling,
-        use_abs_pos_emb=shape.absolute, embed_dim=shape.width, depth=shape.depth, num_heads=shape.heads,
-        init_values=1.0 if shape.layer_scale else None, use_rel_pos_bias=True,
-    ).eval()  # fmt: skip
+    other = dataclasses.replace(shape, shared_bias=False, own_bias=True).encoder()
     other.load_state_dict(convert_pretrained(state, other), strict=False)
     return other
 

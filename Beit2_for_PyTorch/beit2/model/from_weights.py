@@ -80,6 +80,15 @@ class Shape:
         """Side of the pictures."""
         return self.side * self.patch
 
+    def encoder(self) -> VisionTransformer:
+        """Of that shape, in evaluation mode, with the weights that it is drawn with."""
+        return VisionTransformer(
+            self.pixels, self.patch, num_classes=self.classes, use_mean_pooling=self.mean_pooling,
+            use_abs_pos_emb=self.absolute, embed_dim=self.width, depth=self.depth, num_heads=self.heads,
+            init_values=1.0 if self.layer_scale else None, use_rel_pos_bias=self.own_bias,
+            use_shared_rel_pos_bias=self.shared_bias,
+        ).eval()  # fmt: skip
+
 
 def encoder_from_weights(state: dict[str, Tensor], heads: int | None = None) -> VisionTransformer:
     """The encoder in evaluation mode, with its classifier where it has one; a pretraining model's heads are left out.
@@ -87,20 +96,7 @@ def encoder_from_weights(state: dict[str, Tensor], heads: int | None = None) -> 
     Raises:
         UsageError: the weights are no such model's, or one is missing.
     """
-    shape = Shape.of(state, heads)
-    encoder = VisionTransformer(
-        shape.pixels,
-        shape.patch,
-        num_classes=shape.classes,
-        use_mean_pooling=shape.mean_pooling,
-        use_abs_pos_emb=shape.absolute,
-        embed_dim=shape.width,
-        depth=shape.depth,
-        num_heads=shape.heads,
-        init_values=1.0 if shape.layer_scale else None,
-        use_rel_pos_bias=shape.own_bias,
-        use_shared_rel_pos_bias=shape.shared_bias,
-    )
+    encoder = Shape.of(state, heads).encoder()
     try:
         missing, _ = encoder.load_state_dict(state, strict=False)
     except RuntimeError as error:  # of shapes that contradict each other
@@ -108,4 +104,4 @@ def encoder_from_weights(state: dict[str, Tensor], heads: int | None = None) -> 
     missing = [name for name in missing if not name.endswith("relative_position_index")]
     if missing:
         raise UsageError(f"not the weights of a whole BEiT v2 model: {missing[0]} is missing")
-    return encoder.eval()
+    return encoder
