@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import time
 from pathlib import Path
 
 from ci.first_run.report import Run, page
+from ci.gates import machine
 from ci.gates.losses import loss_files
 from ci.training_cases import CASES, COUNTED, ROOT, short_names
 from common import device as devices
@@ -62,14 +62,6 @@ def train(project: str, precision: str, device: str, data: Path, folder: Path, p
     page = output / "profile" / "summary.txt"
     run.profile = page.read_text(encoding="utf-8") if page.is_file() else ""
     return run
-
-
-def folder_of(device: str) -> str:
-    """Of a device's curves: cpu, or the card's name as in a result file, such as nvidia-h100-80gb-hbm3."""
-    resolved = devices.resolve(device)
-    if resolved.type == "cpu":
-        return "cpu"
-    return re.sub("[^a-z0-9]+", "-", devices.describe(resolved).lower()).strip("-")
 
 
 def compare(run: Run, own: str) -> None:
@@ -132,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        own = folder_of(options.device)
+        own = machine.folder_name(devices.resolve(options.device).type)
     except UsageError as error:
         parser.error(str(error))
     began, runs = time.perf_counter(), []
