@@ -25,7 +25,7 @@ import torch
 
 from ci.long_proof import report
 from ci.long_proof.pictures import prepare
-from ci.long_proof.sizes import SHARES, SIZES
+from ci.long_proof.sizes import SIZES, Size
 from ci.long_proof.stage import ROOT, Stages
 from ci.long_proof.trainings import CHAINS
 from ci.yardsticks import pixels
@@ -36,9 +36,9 @@ from common.errors import UsageError, print_usage_errors
 REPORTS = ROOT / "ci" / "reports" / "cifar10"
 
 
-def without_learning(data: Path) -> dict[str, dict[int, float]]:
+def without_learning(data: Path, size: Size) -> dict[str, dict[int, float]]:
     """Guessing, and the nearest of the labelled pictures, by the share of the labels."""
-    rows = {share: pixels.nearest_class(data / f"labels-{share}", data / "val") for share in SHARES}
+    rows = {share: pixels.nearest_class(data / f"labels-{share}", data / "val") for share in size.shares}
     return {
         "nearest pixels": {share: row["nearest_pixels"] for share, row in rows.items()},
         "guessing": {share: row["guessing"] for share, row in rows.items()},
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     with ThreadPoolExecutor(options.jobs or (available_cores() if on_cpu else 1)) as pool:
         for chain in [pool.submit(chain, stages, data, size) for chain in CHAINS]:
             found |= chain.result()
-    found |= without_learning(data)
+    found |= without_learning(data, size)
 
     text = f"{report.table(found)}\n\n{report.goal(found)}\n"
     about = f"size {options.size}: {size}; torch {torch.__version__}; one seed"

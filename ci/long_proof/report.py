@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ci.long_proof.sizes import SHARES
 from common.run import figures
 
 Found = Mapping[str, Mapping[int, float]]  # {method: {share of the labels: top-1}}, percent
@@ -15,12 +14,17 @@ LABELS_OF_GOAL, LABELS_OF_SCRATCH = 10, 50
 
 def table(found: Found) -> str:
     """Markdown: a row a method, a column a share of the labels."""
-    head = " | ".join(f"{share} % of the labels" for share in SHARES)
-    lines = [f"| top-1 of the held-out pictures, % | {head} |", "|---|" + "---:|" * len(SHARES)]
+    shares = _shares(found)
+    head = " | ".join(f"{share} % of the labels" for share in shares)
+    lines = [f"| top-1 of the held-out pictures, % | {head} |", "|---|" + "---:|" * len(shares)]
     for method, row in found.items():
-        cells = " | ".join(f"{row[share]:.1f}" if share in row else "" for share in SHARES)
+        cells = " | ".join(f"{row[share]:.1f}" if share in row else "" for share in shares)
         lines.append(f"| {method} | {cells} |")
     return "\n".join(lines)
+
+
+def _shares(found: Found) -> list[int]:
+    return sorted({share for row in found.values() for share in row})
 
 
 def goal(found: Found) -> str:
@@ -49,7 +53,7 @@ def draw(found: Found, path: Path) -> None:
         style = "--" if "scratch" in method or "pixels" in method or method == "guessing" else "-"
         axes.plot(list(row), list(row.values()), style, marker="o", label=method)
     axes.set(xscale="log", xlabel="share of the labels, %", ylabel="top-1 of the held-out pictures, %")
-    axes.set_xticks(SHARES, [str(share) for share in SHARES])
+    axes.set_xticks(_shares(found), [str(share) for share in _shares(found)])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()

@@ -19,6 +19,7 @@ class Size:
         vit, clip: epochs over all pictures.
         model: the encoder of BEiT v2 and data2vec: width, depth and heads.
         batch: of all trainings; rates are those of a batch of 64.
+        shares: of the labels, in percent, on which classifiers are trained.
     """
 
     pictures: int
@@ -29,6 +30,7 @@ class Size:
     vit: int
     clip: int
     batch: int = 64
+    shares: tuple[int, ...] = SHARES
 
     def epochs_of_share(self, share: int) -> int:
         """Of a fine-tuning on `share` percent of the labels: fewer pictures are seen more often, as the root."""
@@ -37,9 +39,11 @@ class Size:
 
 SIZES = {
     # the whole path in a few minutes; its numbers mean nothing
-    "quick": Size(pictures=600, held_out=200, tokenizer=1, pretraining=1, fine_tuning=1, vit=1, clip=1, batch=8),
-    # about an hour and a half on two idle cores
-    "cpu": Size(pictures=50_000, held_out=10_000, tokenizer=1, pretraining=3, fine_tuning=1, vit=4, clip=2),
+    "quick": Size(
+        pictures=600, held_out=200, tokenizer=1, pretraining=1, fine_tuning=1, vit=1, clip=1, batch=8, shares=(10, 50)
+    ),
+    # two hours on two idle cores by the speed of short runs; not run whole
+    "cpu": Size(50_000, 10_000, tokenizer=1, pretraining=3, fine_tuning=1, vit=4, clip=2),
     # several hours on two cores, or one GPU; not run
-    "large": Size(pictures=50_000, held_out=10_000, tokenizer=4, pretraining=40, fine_tuning=6, vit=40, clip=10),
+    "large": Size(50_000, 10_000, tokenizer=4, pretraining=40, fine_tuning=6, vit=40, clip=10),
 }

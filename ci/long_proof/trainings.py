@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ci.long_proof.sizes import SHARES, Size
+from ci.long_proof.sizes import Size
 from ci.long_proof.stage import Stages
 from common.run import result_file
 
@@ -22,7 +22,7 @@ def beit2(stages: Stages, data: Path, size: Size) -> dict[str, dict[int, float]]
     before = _beit2_pretraining(stages, data, size)
     checkpoint = stages.folder("beit2/pretraining") / "checkpoint.pth"
     pretrained, scratch = {}, {}
-    for share in SHARES:
+    for share in size.shares:
         epochs = size.epochs_of_share(share)
         pretrained[share], seconds = fine_tune(stages, data, size, "beit2/pretrained", share, epochs, checkpoint)
         longer = round(epochs * (before + seconds) / seconds)
@@ -69,6 +69,7 @@ def fine_tune(
 ) -> tuple[float, float]:
     """(top-1 in percent of the held-out pictures, seconds) of BEiT v2's classifier."""
     folder = stages.folder(f"{name}-{share}")
+    steps = epochs * (size.pictures * share // 100 // size.batch)
     seconds = stages.run(
         f"{name}-{share}",
         BEIT2,
@@ -77,9 +78,9 @@ def fine_tune(
             "--batch_size", size.batch, "--epochs", epochs, "--data_path", data / f"labels-{share}",
             "--eval_data_path", data / "val", "--num_workers", _workers(stages), "--log_every", 50, "--aa", "none",
             "--reprob", 0, "--color_jitter", 0, "--min_crop_scale", 0.4, "--crop_pct", 1, "--layer_decay", 1.0,
-            "--drop_path", 0, "--init_scale", 1, "--lr", 1e-3, "--warmup_epochs", 0, "--warmup_steps", 20,
-            "--disable_eval_during_finetuning", "--no_save_ckpt", "--no_auto_resume", "--seed", 0, "--device",
-            stages.device, *(["--finetune", checkpoint] if checkpoint else []), "--output_dir", folder,
+            "--drop_path", 0, "--init_scale", 1, "--lr", 1e-3, "--warmup_epochs", 0, "--warmup_steps",
+            min(50, steps // 10), "--disable_eval_during_finetuning", "--no_save_ckpt", "--no_auto_resume", "--seed", 0,
+            "--device", stages.device, *(["--finetune", checkpoint] if checkpoint else []), "--output_dir", folder,
         ],
     )  # fmt: skip
     return _accuracy(folder), seconds
@@ -107,7 +108,7 @@ def data2vec(stages: Stages, data: Path, size: Size) -> dict[str, dict[int, floa
     return {
         "data2vec": {
             share: fine_tune(stages, data, size, "data2vec/pretrained", share, size.epochs_of_share(share), encoder)[0]
-            for share in SHARES
+            for share in size.shares
         }
     }
 
@@ -128,7 +129,7 @@ def beit_names(checkpoint: Path) -> dict[str, torch.Tensor]:
 def vit(stages: Stages, data: Path, size: Size) -> dict[str, dict[int, float]]:
     """The demo's ViT with its convolutional stem, from scratch."""
     found = {}
-    for share in SHARES:
+    for share in size.shares:
         folder = stages.folder(f"vit/scratch-{share}")
         epochs = max(1, round(size.vit * (100 / share) ** 0.5))
         stages.run(
