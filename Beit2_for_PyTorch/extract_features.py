@@ -35,6 +35,7 @@ from common import device as devices
 from common import distributed
 from common.distributed import World, process_group
 from common.errors import UsageError, print_usage_errors
+from common.run.new_file import new_file, writing
 from common.run.progress import bar
 
 
@@ -119,48 +120,50 @@ def write(
     options: argparse.Namespace, world: World, encoder: VisionTransformer, pictures: LabelledImages, normalizer
 ) -> None:
     """The features float32 [pictures, C] in the order of the names, whole or not at all."""
-    width = encoder.embed_dim * len(options.pool.split("_"))
-    partial = options.output.with_name(f".{options.output.name}.writing")
+    shape = (len(pictures), encoder.embed_dim * len(options.pool.split("_")))
+    with new_file(options.output) if world.is_main else contextlib.nullcontext():
+        rows = open_rows(options.output, shape, world)
+        share = range(len(pictures) * world.rank // world.size, len(pictures) * (world.rank + 1) // world.size)
+        loader = DataLoader(Subset(pictures, share), options.batch_size, num_workers=options.num_workers)
+        at = share.start
+        with torch.no_grad(), devices.autocast(world.device, options.precision):
+            for batch, _ in bar(loader, "features"):
+                states = block_states(encoder, normalizer(normalizer.unit(batch)), options.layer)
+                rows[at : at + len(batch)] = pooled(encoder, states, options.layer, options.pool).float().cpu().numpy()
+                at += len(batch)
+        rows.flush()
+        distributed.barrier()
+        if world.is_main:
+            add_names(options.output, rows, pictures.paths)
+    if world.is_main:
+        print(f"{options.output}: {list(shape)}, {options.pool} of block {options.layer}", flush=True)
+    distributed.barrier()
+
+
+def open_rows(output: Path, shape: tuple[int, int], world: World) -> np.memmap:
+    """float32 `shape` in the file that is being written, on all ranks."""
+    partial = writing(output)
     try:
         if world.is_main:
-            np.lib.format.open_memmap(partial, "w+", np.float32, (len(pictures), width))
+            np.lib.format.open_memmap(partial, "w+", np.float32, shape)
             with open(partial, "r+b") as file:  # room for all: a disk that fills later kills who writes to its memory
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(partial))
         distributed.barrier()
-        rows = np.lib.format.open_memmap(partial, "r+")
+        return np.lib.format.open_memmap(partial, "r+")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UsageError(f"--output {options.output}: {error.strerror} (all ranks need its folder)") from error
-    share = range(len(pictures) * world.rank // world.size, len(pictures) * (world.rank + 1) // world.size)
-    loader = DataLoader(Subset(pictures, share), options.batch_size, num_workers=options.num_workers)
-    at = share.start
-    with torch.no_grad(), devices.autocast(world.device, options.precision):
-        for batch, _ in bar(loader, "features"):
-            states = block_states(encoder, normalizer(normalizer.unit(batch)), options.layer)
-            rows[at : at + len(batch)] = pooled(encoder, states, options.layer, options.pool).float().cpu().numpy()
-            at += len(batch)
-    rows.flush()
-    distributed.barrier()
-    if world.is_main:
-        put_in_place(options.output, partial, rows, pictures.paths)
-        print(f"{options.output}: {list(rows.shape)}, {options.pool} of block {options.layer}", flush=True)
-    distributed.barrier()
+        raise UsageError(f"--output {output}: {error.strerror} (all ranks need its folder)") from error
 
 
-def put_in_place(output: Path, partial: Path, rows: np.ndarray, paths: PictureList) -> None:
-    """Names the file that is complete now. The pictures' names lie beside an .npy, in a safetensors file's header."""
+def add_names(output: Path, rows: np.ndarray, paths: PictureList) -> None:
+    """The pictures' names: beside an .npy, in a safetensors file's header."""
     names = [paths.name(index) for index in range(len(paths))]
     if output.suffix == ".npy":
         names_of(output).write_text("".join(f"{name}\n" for name in names), "utf-8", "surrogateescape")
-        partial.replace(output)
         return
     from safetensors.numpy import save_file
 
-    whole = partial.with_name(f"{partial.name}.safetensors")
-    save_file({"features": np.ascontiguousarray(rows)}, whole, metadata={"names": json.dumps(names)})
-    whole.replace(output)
-    partial.unlink()
+    # over the rows' own file, which safetensors replaces
+    save_file({"features": np.ascontiguousarray(rows)}, writing(output), metadata={"names": json.dumps(names)})
 
 
 if __name__ == "__main__":

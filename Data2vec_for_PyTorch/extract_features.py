@@ -12,8 +12,8 @@ from __future__ import annotations
 import common.requirements
 
 import argparse
+import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from common import device as devices
 from common.checkpoint_file import CheckpointError
 from common.distributed import World
 from common.errors import UsageError, print_usage_errors
+from common.run.new_file import new_file
 from data2vec import device_patches
 from data2vec.config.keys import options_of
 from data2vec.data.bpe import TextEncoding
@@ -39,16 +40,17 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     with distributed.process_group(options.device) as world:
         devices.require_precision(world.device, options.precision)
-        try:
-            checkpoint = checkpoint_file.load(options.checkpoint)
-            model = model_of(checkpoint, options.checkpoint).to(world.device)
-        except (CheckpointError, ValueError) as error:
-            raise UsageError(str(error)) from None
-        device_patches.apply_to_model(model, world.device)
-        model.eval()
-        arrays, note = features(model, checkpoint, options, world)
+        with new_file(options.output) if world.is_main else contextlib.nullcontext() as place:
+            try:
+                checkpoint = checkpoint_file.load(options.checkpoint)
+                model = model_of(checkpoint, options.checkpoint).to(world.device)
+            except (CheckpointError, ValueError) as error:
+                raise UsageError(str(error)) from None
+            device_patches.apply_to_model(model, world.device)
+            arrays, note = features(model.eval(), checkpoint, options, world)
+            if place:
+                write(place, arrays, options.output.suffix)
         if world.is_main:
-            write(options.output, arrays)
             shape = next(iter(arrays.values())).shape
             print(f"{options.output}: {len(arrays['names'])} of {options.input}, {list(shape)}{note}", flush=True)
         distributed.barrier()
@@ -110,18 +112,16 @@ def picture_task(model: torch.nn.Module, checkpoint: dict[str, Any]) -> DictConf
     return OmegaConf.create({"task": {"input_size": model.picture_size, **task}})
 
 
-def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """All or nothing. In .safetensors the names are JSON in the metadata, since it holds numbers only."""
-    partial = path.with_name(f".{path.name}.writing")
-    if path.suffix == ".npz":
-        with open(partial, "wb") as file:
+def write(path: Path, arrays: dict[str, np.ndarray], suffix: str) -> None:
+    """The format is the suffix's. In .safetensors the names are JSON in the metadata, since it holds numbers only."""
+    if suffix == ".npz":
+        with open(path, "wb") as file:
             np.savez(file, **arrays)
-    else:
-        from safetensors.numpy import save_file
+        return
+    from safetensors.numpy import save_file
 
-        names = json.dumps(arrays["names"].tolist())
-        save_file({key: value for key, value in arrays.items() if key != "names"}, partial, metadata={"names": names})
-    os.replace(partial, path)
+    names = json.dumps(arrays["names"].tolist())
+    save_file({key: value for key, value in arrays.items() if key != "names"}, path, metadata={"names": names})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from common import device as devices
 from common import distributed
 from common.errors import UsageError, print_usage_errors
-from data2vec import device_patches, npu_patches
+from data2vec import device_patches
 from data2vec.command_line import choose_precision, parse_finetuning, start_ranks
 from data2vec.data.sentence_data import SentenceData
 from data2vec.model.sentence_model import SentenceModel, build_sentence_model
@@ -38,12 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.process_group(options.device) as world:
         precision, note = choose_precision(options, config, world.device)
         devices.seed_everything(config.common.seed)
-        notes += [note, *npu_patches.apply_to_config(config, world.device)]
+        notes += [note, *device_patches.apply_to_config(config, world.device, options.compile)]
         data = SentenceData(config, world.rank, world.size)
         data.open_splits()
         notes.append(set_length(config, data))
         model = build(config, data, pretrained).to(world.device)
-        device_patches.apply_to_model(model, world.device)
+        device_patches.apply_to_model(model, world.device, options.compile)
         state = make_state(model, config, precision, world)
         save_dir, goes_on, resumed = go_on_or_begin(state, config, data, precision, world, options)
         source = config.checkpoint.finetune_from_model
@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         with open_log(NETWORK, options, config, world, "sequences/sec", goes_on, precision) as log:
             begin(log, save_dir, notes)
             report, limit = FineTuningReport(log, config), update_limit(config, options)
-            train(Training(config, world, precision, forward, state, data, report, save_dir, limit, evaluate))
+            run = Training(config, world, precision, forward, state, data, report, save_dir, limit, evaluate)
+            run.compiles = options.compile
+            train(run)
             report.finish(state)
 
 

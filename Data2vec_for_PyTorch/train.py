@@ -22,8 +22,8 @@ from common import device as devices
 from common import distributed
 from common.checkpoint_file import CheckpointError, load
 from common.errors import UsageError, print_usage_errors
-from data2vec import device_patches, npu_patches
-from data2vec.command_line import choose_precision, parse, start_ranks
+from data2vec import device_patches
+from data2vec.command_line import choose_precision, is_sharded, parse, start_ranks
 from data2vec.data.epochs import SplitBatches
 from data2vec.modality import build, forward_of, fps_unit, is_vision, load_checkpoint, open_data
 from data2vec.training.loop import Training, begin, open_log, replay_update, train, update_limit
@@ -41,27 +41,38 @@ def main(argv: list[str] | None = None) -> None:
     options, config, notes = parse(argv, __doc__.splitlines()[0])
     start_ranks(config, options.device)
     with distributed.process_group(options.device) as world:
+        sharded = is_sharded(config) and not options.replay  # one update again: whole, as the checkpoint is
+        if sharded and not distributed.is_distributed():
+            raise UsageError(
+                "--parallel fsdp (distributed_training.ddp_backend=fully_sharded) shards over ranks: "
+                "distributed_training.distributed_world_size=8, or start with torchrun"
+            )
         precision, note = choose_precision(options, config, world.device)
         devices.seed_everything(config.common.seed)
-        notes += [note, *npu_patches.apply_to_config(config, world.device)]
+        notes += [note, *device_patches.apply_to_config(config, world.device, options.compile)]
         data = open_data(config, world.rank, world.size)
         data.open_splits()
-        model = build(config, data).to(world.device)
-        device_patches.apply_to_model(model, world.device)
+        model = build(config, data)
+        if not sharded:
+            model.to(world.device)
+        device_patches.apply_to_model(model, world.device, options.compile)
         state = make_state(model, config, precision, world)
         save_dir, goes_on, resumed = go_on_or_begin(state, config, data, precision, world, options)
         notes += [resumed or weights_to_begin_with(state, config, data), *data.notes]
         if options.replay:
             run = Run(config, world, precision, forward_of(config, data, world.device), state)
             return replay_update(NETWORK, run, data, options, notes)
+        if sharded:
+            from data2vec.training.sharding import shard  # half a second to import
+
+            shard(state, world)
         with open_log(NETWORK, options, config, world, fps_unit(config), goes_on, precision) as log:
             begin(log, save_dir, notes)
             report = Report(log, config, state)
             forward = forward_of(config, data, world.device)
             limit = update_limit(config, options)
-            run = Training(
-                config, world, precision, forward, state, data, report, save_dir, limit, evaluate=validation_loss
-            )
+            run = Training(config, world, precision, forward, state, data, report, save_dir, limit, validation_loss)
+            run.compiles, run.filler = options.compile, data.any_training_batch
             train(run)
             report.finish(state)
 

@@ -30,6 +30,7 @@ from common.checkpoint.digests import Digesting
 # asked once: it can only be asked by setting it, for all threads, and checkpoints are written by one
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+MODE = 0o666 & ~_UMASK  # of a file that a plain open() makes
 
 
 class CheckpointError(ValueError):
@@ -60,7 +61,7 @@ def save(obj: Any, path: str | Path) -> Path:
             file.write(writer.trailer())
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp made it private; give it the mode a plain open() would
+        os.chmod(temporary, MODE)  # mkstemp made it private
         os.replace(temporary, path)
         digests.sync(path.parent)
     except BaseException as error:

@@ -18,6 +18,7 @@ from beit2.model.masked_image_model import MaskedImageModel
 from beit2.model.vision_transformer import VisionTransformer
 from beit2.weights.transformers_names import to_transformers
 from common.errors import UsageError
+from common.run.new_file import readable
 
 MAX_DIFFERENCE = 1e-5  # of outputs, relative to their largest
 LIBRARIES = ("timm", "transformers", "safetensors")
@@ -97,6 +98,7 @@ def export_transformers(state: dict[str, Tensor], folder: Path, mean: tuple, std
     theirs.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected})
     difference = _difference(ours, theirs, shape)
     theirs.save_pretrained(folder)
+    readable(folder)
     size = {"height": shape.pixels, "width": shape.pixels}
     transformers.BeitImageProcessor(
         size=size, do_center_crop=False, image_mean=list(mean), image_std=list(std), resample=3
@@ -111,6 +113,7 @@ def export_safetensors(state: dict[str, Tensor], folder: Path, about: dict) -> f
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"beit2": json.dumps(about)})
+    readable(folder)
     return 0.0
 
 

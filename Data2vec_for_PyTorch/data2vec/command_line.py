@@ -28,6 +28,10 @@ FLAGS = {
 }
 
 
+def is_sharded(config: DictConfig) -> bool:
+    return config.distributed_training.ddp_backend == "fully_sharded"
+
+
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, DictConfig, list[str]]:
     """(options, configuration, notes about keys without effect). Errors are UsageError."""
     options = _options(argv, description)
@@ -51,7 +55,12 @@ def parse_finetuning(
     config, notes = load_config(*place, [*sizes, *options.overrides])
     if config.task._name != FINE_TUNING:
         raise UsageError(f"--config-name {options.config_name}: task._name={config.task._name} is for train.py")
-    return options, config, [*notes, *_apply(options, config)], pretrained
+    notes += _apply(options, config)
+    if is_sharded(config):
+        raise UsageError(
+            "--parallel fsdp (distributed_training.ddp_backend=fully_sharded) is for train.py: leave it out"
+        )
+    return options, config, notes, pretrained
 
 
 def _encoder_of(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -80,7 +89,7 @@ def parse_evaluation(
     Task and model are the checkpoint's own, as in fairseq; overrides come on top. Errors are UsageError.
     """
     options = _options(argv, description, config_dir)
-    for flag in ("replay", "resume", "accept_changes"):
+    for flag in ("replay", "resume", "accept_changes", "compile", "parallel"):
         if getattr(options, flag):
             raise UsageError(f"--{flag} {getattr(options, flag)}: is of a training; this program looks at a checkpoint")
     path = checkpoint_path(options.config_dir, options.config_name, options.overrides)
@@ -129,6 +138,8 @@ def _options(argv: list[str] | None, description: str, config_dir: str = TEXT_CO
     parser.add_argument("--max_steps", type=int, default=0, help="stop when this many updates are done; 0: no limit")
     parser.add_argument("--case_kind", choices=("acc", "perf"), default="acc")
     parser.add_argument("--profile", action="store_true", help="record updates 10 to 12: OUTPUT_DIR/profile")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="train.py: over distributed_training.ddp_backend")
+    parser.add_argument("--compile", action="store_true", help="trainings: torch.compile of the blocks; not on npu")
     parser.add_argument("--log_every", type=int, help="over common.log_interval")
     parser.add_argument("--save_every", type=int, help="over checkpoint.save_interval_updates")
     parser.add_argument("--num_workers", type=int, help="over dataset.num_workers")
@@ -153,6 +164,8 @@ def _apply(options: argparse.Namespace, config: DictConfig) -> list[str]:
         config.checkpoint.restore_file = options.resume
     if config.common.cpu:
         options.device = "cpu"
+    if options.parallel:
+        config.distributed_training.ddp_backend = "fully_sharded" if options.parallel == "fsdp" else "legacy_ddp"
     if options.loss_scale not in (None, "dynamic"):
         _set_constant_scale(options.loss_scale, config)
     mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)

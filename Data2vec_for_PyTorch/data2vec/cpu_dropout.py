@@ -63,8 +63,8 @@ class _DropoutAdd(torch.autograd.Function):
 
 
 def dropout_add(x: torch.Tensor, residual: torch.Tensor | None, p: float, training: bool) -> torch.Tensor:
-    """`model.attention.dropout_add`."""
-    if not training or p in (0, 1):
+    """`model.attention.dropout_add`; in compiled code as it is, since these draws are not torch's."""
+    if not training or p in (0, 1) or torch.compiler.is_compiling():
         return plain.dropout_add(x, residual, p, training)
     return _DropoutAdd.apply(x, residual, p)
 
@@ -132,8 +132,8 @@ def attention(
     p: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`model.attention.attention`; without dropout, or with a bias, torch's kernel does it."""
-    if p in (0, 1) or bias is not None:
+    """`model.attention.attention`; without dropout, with a bias, or in compiled code, torch's kernel does it."""
+    if p in (0, 1) or bias is not None or torch.compiler.is_compiling():
         return plain.attention(q, k, v, key_mask, p, bias)
     added = None
     if key_mask is not None:

@@ -12,9 +12,8 @@ from torch import nn
 from common.cpu import use_cpu_kernels
 from common.model.patches import chosen
 from data2vec import cpu_dropout
-from data2vec.model.encoder import EncoderLayer
-from data2vec.model.multi.block import Block
 from data2vec.model.multi.decoder import Decoder
+from data2vec.model.transformer_block import TransformerBlock
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
@@ -33,7 +32,7 @@ def use_wide_products(model: nn.Module) -> None:
     Module by module and not around the model, since activation checkpointing runs a layer again by itself.
     """
     for module in model.modules():
-        if isinstance(module, EncoderLayer | Block | Decoder) or hasattr(module, "drop_path2"):  # of any model
+        if isinstance(module, TransformerBlock | Decoder):
             use_cpu_kernels(module)
         heads = ("proj",) if isinstance(module, Decoder) else ("regression_head", "final_proj")
         use_cpu_kernels(*(getattr(module, head) for head in heads if hasattr(module, head)))

@@ -19,7 +19,7 @@ from data2vec.model.attention import attention
 LENGTH_MULTIPLE = 64
 
 
-def use_length_buckets(config: DictConfig) -> str | None:
+def use_length_buckets(config: DictConfig, for_whom: str = "npu") -> str | None:
     """Pads text batches to a few lengths, so that operators are compiled for a few shapes; returns a note when it does.
 
     Pads are hidden from attention: results do not change. A multiple that the user set stays.
@@ -27,7 +27,9 @@ def use_length_buckets(config: DictConfig) -> str | None:
     if config.task._name in PICTURES or config.dataset.required_seq_len_multiple != 1:
         return None
     config.dataset.required_seq_len_multiple = LENGTH_MULTIPLE
-    return f"npu: batches are padded to multiples of {LENGTH_MULTIPLE} tokens (dataset.required_seq_len_multiple)"
+    return (
+        f"{for_whom}: batches are padded to multiples of {LENGTH_MULTIPLE} tokens (dataset.required_seq_len_multiple)"
+    )
 
 
 def use_fused_attention(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers.decoders import ByteLevel
 
 from common.run import figures
 from data2vec.classifiers import LogisticRegression
@@ -21,8 +22,15 @@ SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # byte-level BPE's sign for
 
 def spellings(data: PretrainingData, encoder_json: Path) -> list[str]:
     """How every id of the vocabulary is written; dict.txt holds the numbers that encoder.json gives to tokens."""
-    written = {str(number): token.replace(SPACE, "_") for token, number in json.loads(encoder_json.read_text()).items()}
+    written = {str(number): as_written(token) for token, number in json.loads(encoder_json.read_text()).items()}
     return [written.get(symbol, symbol) for symbol in data.vocab.symbols]
+
+
+def as_written(token: str) -> str:
+    """A piece of byte-level BPE as people write it, "_" for a space in front; parts of a character stay as they are."""
+    marked = token.replace(SPACE, "_")
+    text = ByteLevel().decode([marked])
+    return marked if "\N{REPLACEMENT CHARACTER}" in text else text
 
 
 class Expectations:
@@ -69,13 +77,19 @@ def filled_blocks(model, data: PretrainingData, known: Expectations, spelled: li
 
 def draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]], path: Path) -> None:
     """Blocks of text with hidden tokens in colour (expected over true), and below the words with their neighbours."""
+    words = [word for block in blocks for pair in block for word in pair]
+    words += [word for first, others in alike for word in (first, *others)]
+    with figures.fonts_for(words, "monospace"):
+        _draw(blocks, alike, path)
+
+
+def _draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]], path: Path) -> None:
     rows = 2 * len(blocks) + len(alike) + 4
     figure, axis = figures.new((13, 0.27 * rows), layout=None)
     axis.set(xlim=(0, max(map(len, blocks)) if blocks else 1), ylim=(rows, 0))
     axis.axis("off")
-    font = {"family": "monospace", "fontsize": 9}
-    title = "hidden tokens: expected, of the 100 commonest (green: right), over true; _ is a space"
-    axis.text(0, 0.6, title, fontsize=10, weight="bold")
+    font, title = {"fontsize": 9}, {"fontsize": 10, "weight": "bold", "family": "sans-serif"}
+    axis.text(0, 0.6, "hidden tokens: expected, of the 100 commonest (green: right), over true; _ is a space", **title)
     for y, block in enumerate(blocks):
         for x, (true, expected) in enumerate(block):
             if expected:
@@ -84,7 +98,7 @@ def draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]]
                 )
             axis.text(x, 2 * y + 2.5, true, color="0.6" if expected else "black", **font)
     top = 2 * len(blocks) + 2.6
-    axis.text(0, top, "tokens whose targets are nearest to those of the commonest words", fontsize=10, weight="bold")
+    axis.text(0, top, "tokens whose targets are nearest to those of the commonest words", **title)
     for y, (word, neighbours) in enumerate(alike):
         axis.text(0, top + 1 + y, f"{word:<10} {'  '.join(neighbours)}", **font)
     figures.save(figure, path, bbox_inches="tight")

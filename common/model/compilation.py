@@ -23,8 +23,11 @@ BACKEND = "inductor"
 MAX_GRAPHS = 4  # of one function: the first, and three recompilations; more is a mistake in how it is called
 
 
-def compiled(function: Callable, device: torch.device, option: str = "--compile") -> Callable:
-    """`function` under torch.compile, without graph breaks, for fixed shapes.
+def compiled(function: Callable, device: torch.device, option: str = "--compile", dynamic: bool = False) -> Callable:
+    """`function` under torch.compile, without graph breaks.
+
+    Args:
+        dynamic: for any sizes, by one graph; else each set of sizes has one of its own.
 
     Raises:
         UsageError: on an npu, or where the device's code generator has no compiler to call.
@@ -34,7 +37,9 @@ def compiled(function: Callable, device: torch.device, option: str = "--compile"
     if BACKEND == "inductor":
         _require_compiler(device, option)
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
+    # two sizes that are equal the first time, such as 64 rows of 64 tokens, are not taken for one
+    torch.fx.experimental._config.use_duck_shape = False
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=BACKEND)
 
 
 def _require_compiler(device: torch.device, option: str) -> None:

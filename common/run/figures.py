@@ -63,15 +63,19 @@ def picture_rows(
 
 
 @contextlib.contextmanager
-def fonts_for(texts: Iterable[str]) -> Iterator[None]:
-    """While it lasts matplotlib can draw `texts`. Boxes stand for what no font here has, which a note says once."""
+def fonts_for(texts: Iterable[str], kind: str = "sans-serif") -> Iterator[None]:
+    """While it lasts matplotlib can draw `texts`. Boxes stand for what no font here has, which a note says once.
+
+    Args:
+        kind: of the font for what is no such script: "sans-serif" or "monospace".
+    """
     import matplotlib
     from matplotlib import font_manager
 
     def characters_of(family: str) -> set[str]:
         return set(map(chr, font_manager.get_font(font_manager.findfont(family)).get_charmap()))
 
-    family = matplotlib.rcParams["font.sans-serif"][0]
+    family = matplotlib.rcParams[f"font.{kind}"][0]
     missing = {c for text in texts for c in text if c.isprintable() and not c.isspace()} - characters_of(family)
     families = [family]
     if missing:

@@ -33,10 +33,11 @@ def living_owner(folder: str | Path, lock: str = NAME) -> str | None:
 
 
 class Lock:
-    """The lock file of this process, touched until it is let go."""
+    """The lock file of this process, touched until it is let go. `what` is locked by it, in words for messages."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, what: str = ""):
         self.path, self._let_go = path, threading.Event()
+        self.what = what or f"--output_dir {path.parent}"
         process = psutil.Process()
         self.me = {
             "host": socket.gethostname(),
@@ -50,7 +51,7 @@ class Lock:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._take()
         except OSError as error:
-            raise UsageError(f"--output_dir {path.parent}: cannot be written ({error.strerror})") from error
+            raise UsageError(f"{self.what}: cannot be written ({error.strerror})") from error
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _take(self) -> None:
@@ -71,10 +72,10 @@ class Lock:
             return
         if not _is_stale(self.path, found):
             raise UsageError(
-                f"--output_dir {self.path.parent} belongs to {_named(found)}: give another folder, or end that run. "
+                f"{self.what} belongs to {_named(found)}: give another one, or end that run. "
                 f"(If it is lost, delete {self.path})"
             )
-        print(f"note: {self.path.parent} belonged to {_named(found)}, which is no more: taken over", flush=True)
+        print(f"note: {self.what} belonged to {_named(found)}, which is no more: taken over", flush=True)
         # renamed first: of two runs that find it stale one alone moves it, and none removes the other's new lock
         aside = self.path.with_name(f"{self.path.name}.{self.me['token'][:8]}.tmp")
         with contextlib.suppress(FileNotFoundError):

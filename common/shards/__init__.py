@@ -9,10 +9,11 @@ values without limits; here both go through an unpickler that knows tensors and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import checkpoint_file, distributed
@@ -43,7 +44,11 @@ _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 def shard(
-    model: nn.Module, units: Iterable[nn.Module], world: World, precision: str, fp32: Sequence[Sequence[nn.Module]] = ()
+    model: nn.Module | None,
+    units: Iterable[nn.Module],
+    world: World,
+    precision: str,
+    fp32: Sequence[Sequence[nn.Module]] = (),
 ) -> None:
     """FSDP2 (`fully_shard`): each of `units` is gathered for its own computation only, the rest of the model as a root.
 
@@ -51,6 +56,7 @@ def shard(
     to the device as it is sharded, so that no card ever holds all of it.
 
     Args:
+        model: None where the units are all there is.
         fp32: groups of modules that are gathered and compute in fp32, such as a block's norms: near 1 bf16 knows no
             step smaller than 0.008. With any, what goes into a unit keeps its precision, too, under autocast: so does
             a residual stream in fp32.
@@ -62,7 +68,8 @@ def shard(
         raise UsageError("--parallel fsdp shards over ranks: start with torchrun, e.g. --nproc_per_node 8")
     mesh = init_device_mesh(world.device.type, (world.size,))
     dtype = _COMPUTE[precision]
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=not fp32)
+    casts = not fp32 and precision != "fp32"  # weights in fp32 may be used under autocast, which knows what to cast
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=casts)
     for group in fp32:
         whole = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(list(group), mesh=mesh, mp_policy=whole)
@@ -70,11 +77,43 @@ def shard(
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     # a result that is a view (CLIP's features): nothing here changes one in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    if model is not None:
+        fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def is_sharded(tensor: Any) -> bool:
     return isinstance(tensor, DTensor)
+
+
+def whole_tensors(value: Any, keep: bool) -> Any:
+    """Nested dicts and lists with whole tensors in place of sharded ones, on the host; all ranks call it.
+
+    Args:
+        keep: whether this rank wants them; else they have no tensor in the end, only places of None.
+    """
+    if isinstance(value, dict):
+        return type(value)((name, whole_tensors(part, keep)) for name, part in value.items())
+    if isinstance(value, list):
+        return [whole_tensors(part, keep) for part in value]
+    if not isinstance(value, Tensor):
+        return value
+    whole = value.full_tensor() if is_sharded(value) else value
+    return whole.cpu() if keep else None
+
+
+@contextlib.contextmanager
+def gathered(*models: nn.Module) -> Iterator[None]:
+    """Every rank has the whole models meanwhile, for an evaluation in which ranks have other numbers of batches."""
+    parts = [part for model in models for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part not in models, recurse=False)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

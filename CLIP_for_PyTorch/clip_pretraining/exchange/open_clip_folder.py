@@ -28,6 +28,7 @@ from clip_pretraining.model import loading
 from clip_pretraining.model.construction import Built
 from clip_pretraining.model.loading import ImageSettings
 from common.errors import UsageError
+from common.run.new_file import readable
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _OTHER_WEIGHTS = ("model.safetensors", "open_clip_pytorch_model.bin")
@@ -50,6 +51,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
     model_cfg = model_config(model, folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(names.to_open_clip(model), folder / WEIGHTS, metadata={"format": "pt"})
+    readable(folder)
     tokenizer.save_pretrained(folder)
     if "hf_model_name" in model_cfg["text_cfg"]:
         model.config.text_config.save_pretrained(folder)

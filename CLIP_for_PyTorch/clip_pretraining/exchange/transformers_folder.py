@@ -16,11 +16,13 @@ from transformers import VisionTextDualEncoderProcessor as DualEncoderProcessor
 
 from clip_pretraining.exchange.open_clip_folder import clip_vision_config
 from clip_pretraining.model.loading import ImageSettings
+from common.run.new_file import readable
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ImageSettings, folder: Path) -> str:
     """What run_clip.py trains, and `AutoModel` and `AutoProcessor` load."""
     model.save_pretrained(folder)
+    readable(folder)
     processor_of(model, tokenizer, settings).save_pretrained(folder)
     return f'transformers.{type(model).__name__}.from_pretrained("{folder}"), run_clip.py --model_name_or_path {folder}'
 
@@ -34,6 +36,7 @@ def write_vision(
     tower.vision_model.load_state_dict(model.vision_model.state_dict())
     tower.visual_projection.load_state_dict(model.visual_projection.state_dict())
     tower.save_pretrained(folder)
+    readable(folder)
     image_processor(settings).save_pretrained(folder)
     return f'transformers.CLIPVisionModelWithProjection.from_pretrained("{folder}")'
 

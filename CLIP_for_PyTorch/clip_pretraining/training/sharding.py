@@ -6,13 +6,10 @@ folders are those of a model that is not sharded: rank 0 writes whole tensors, a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from common import shards
@@ -45,21 +42,6 @@ def _tell_the_root(model: PreTrainedModel) -> None:
     ids = torch.full((1, 2), model.config.text_config.eos_token_id, device=device)
     model(pixel_values=torch.zeros(1, 3, size, size, device=device), input_ids=ids, attention_mask=torch.ones_like(ids))
     model.reshard()
-
-
-@contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Every rank has the whole model meanwhile, for an evaluation in which ranks have other numbers of batches."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(part is not model, recurse=False)
 
 
 def whole(tensor: Tensor) -> Tensor:

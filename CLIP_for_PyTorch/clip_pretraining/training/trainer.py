@@ -31,8 +31,10 @@ from common import checkpoint_file, distributed
 from common.device import pins_memory, seeded
 from common.distributed import World
 from common.model import adapters
+from common.run.new_file import readable
 from common.run.preemption import Interrupted
 from common.run_log import RunLog
+from common.shards import gathered
 from common.update import gradients_stay_local
 
 MAX_LOGIT_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
@@ -288,7 +290,7 @@ class ClipTrainer(Trainer):
         """In-batch loss and retrieval of the validation split (evaluation.py), on all ranks."""
         self.check_finite()
         try:
-            with self.run_log.pause("evaluate"), self.average.in_place(), sharding.gathered(self.model):
+            with self.run_log.pause("evaluate"), self.average.in_place(), gathered(self.model):
                 metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
         except Interrupted:
             self._stop_in_evaluation()
@@ -332,6 +334,7 @@ class ClipTrainer(Trainer):
                     if self.args.should_save:
                         kept = {name: averaged[name].contiguous() for name in self.average.values}
                         save_file(kept, folder / AVERAGE_FILE)
+                        readable(folder)
             return
         with self.average.in_place():
             self._write(folder, adapters.merged(self._state(), self.args.lora_scale))
@@ -339,6 +342,7 @@ class ClipTrainer(Trainer):
     def _write(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         if self.args.should_save:
             super()._save(str(folder), state_dict=state)
+            readable(folder)
 
     def _state(self) -> dict[str, torch.Tensor]:
         """Whole tensors by name; of a sharded model on rank 0 only."""

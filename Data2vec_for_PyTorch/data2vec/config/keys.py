@@ -15,6 +15,7 @@ from data2vec.config.target_keys import TARGETS
 MULTI = "data2vec_multi"
 TASKS = ("masked_lm", "image_pretraining", "mae_image_pretraining")
 MODELS = ("data2vec_text", "data2vec_vision", MULTI)
+DDP_BACKENDS = ("c10d", "legacy_ddp", "no_c10d", "pytorch_ddp", "fully_sharded")
 PICTURES = ("image_pretraining", "mae_image_pretraining")  # tasks
 REGRESSION_METRICS = ("pearson", "spearman", "pearson_and_spearman")
 
@@ -46,7 +47,8 @@ _COMMON: dict[str, Option] = {
     "common.quantization_config_path": Fixed(None),
     "common_eval.path": Key(None, kind=str),
     "distributed_training.distributed_world_size": positive(1),
-    "distributed_training.ddp_backend": Ignored("gradients are reduced in one flat buffer, as legacy_ddp does"),
+    # fully_sharded: FSDP2; any other: gradients are reduced in one flat buffer, as legacy_ddp does
+    "distributed_training.ddp_backend": Key("legacy_ddp", choices=DDP_BACKENDS),
     "distributed_training.distributed_backend": Ignored("the backend follows from the device"),
     "distributed_training.distributed_port": Ignored("torchrun chooses it"),
     "distributed_training.distributed_no_spawn": Ignored("torchrun starts the processes"),
@@ -212,6 +214,7 @@ _VISION: dict[str, Option] = {
     **TARGETS,  # loss_scale null: 1 / sqrt(C); 0 or below: 1
     "model.end_of_block_targets": Key(True),
     "model.ema_transformer_only": Key(True),
+    "model.checkpoint_activations": Key(False),  # ours
     "model.norm_eps": number(0.00001),  # ours: of the LayerNorms; fairseq's 1e-5, the paper's code has 1e-6
     # ours: false leaves the linear head out of the forward pass, as fairseq's code does by oversight
     "model.use_final_proj": Key(True),

@@ -37,6 +37,7 @@ _MODEL: dict[str, Option] = {
     "model.skip_ema": Fixed(False),
     "model.decoder_group": Ignored("all parameters have one learning rate"),
     "model.ema_same_dtype": Ignored("the teacher is kept in fp32"),
+    "model.checkpoint_activations": Key(False),  # ours
     "model.log_norms": Ignored("norms of the weights are not logged"),
     "model.min_target_var": Ignored("collapse is looked for with this project's limits"),
     "model.min_pred_var": Ignored("collapse is looked for with this project's limits"),

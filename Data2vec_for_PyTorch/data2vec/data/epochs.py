@@ -103,6 +103,11 @@ class SplitBatches:
         data, batches = self.split(self.config.dataset.train_subset, training=True, epoch=epoch)
         return self._own(data, batches, epoch, self.config.common.seed, start=start)
 
+    def any_training_batch(self) -> Any:
+        """The first of the first epoch's plan, on any rank."""
+        data, batches = self.split(self.config.dataset.train_subset, training=True)
+        return data.collate(batches[0], 1)
+
     def batches_per_epoch(self, epoch: int) -> int:
         _, batches = self.split(self.config.dataset.train_subset, training=True, epoch=epoch)
         return -(-len(batches) // self.world_size)

@@ -12,6 +12,11 @@ def ema_decay_at(num_updates: int, start: float, end: float, anneal_steps: int) 
     return end - (end - start) * (1 - num_updates / anneal_steps)
 
 
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a sharded one this rank's part, which is the same for student and teacher."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 @torch.no_grad()
 def ema_step(model: torch.nn.Module, decay: float) -> None:
     """teacher = decay * teacher + (1 - decay) * student, in fp32; the first call makes the teacher, a copy.
@@ -32,7 +37,7 @@ def ema_step(model: torch.nn.Module, decay: float) -> None:
         if name not in teacher:  # data2vec 2.0's has no decoder
             continue
         copies = bool(model.copied_to_teacher) and name.startswith(model.copied_to_teacher)
-        (copied if copies else averaged).append((teacher[name], parameter.float()))
+        (copied if copies else averaged).append((_own_part(teacher[name]), _own_part(parameter).float()))
     if averaged:
         torch._foreach_lerp_([t for t, _ in averaged], [s for _, s in averaged], 1 - decay)
     if copied:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from data2vec.model.attention import attention, dropout_add
+from data2vec.model.transformer_block import TransformerBlock
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,12 @@ class SelfAttention(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(TransformerBlock):
     dropout_add = staticmethod(dropout_add)  # cpu_patches has another one
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
+        self.checkpoint_activations = config.checkpoint_activations
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
         self.self_attn = SelfAttention(config)
@@ -163,13 +164,8 @@ class SentenceEncoder(TokenEmbedding):
         """Final hidden states: [B, T, C], or [N, C] of `rows` only (the last layer then works on those alone)."""
         x, key_mask = self.embed(tokens, has_padding)
         for layer in self.layers[:-1]:
-            x, _ = self._run(layer, x, key_mask)  # [B, T, C]
-        return self._run(self.layers[-1], x, key_mask, rows)[0]
-
-    def _run(self, layer: EncoderLayer, *inputs: torch.Tensor | Rows | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.training and self.config.checkpoint_activations:
-            return checkpoint(layer, *inputs, use_reentrant=False)  # with the same dropout
-        return layer(*inputs)
+            x, _ = layer.run(x, key_mask)  # [B, T, C]
+        return self.layers[-1].run(x, key_mask, rows)[0]
 
 
 def init_bert_weights(module: nn.Module, std: float = 0.02) -> None:

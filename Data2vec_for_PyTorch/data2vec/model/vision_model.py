@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from data2vec.model.attention import attention
 from data2vec.model.targets import TargetConfig, average_targets, regression_loss
 from data2vec.model.teacher import WithTeacher
+from data2vec.model.transformer_block import TransformerBlock
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The model's options, named as in fairseq's Data2VecVisionConfig; the last three are ours."""
+    """The model's options, named as in fairseq's Data2VecVisionConfig; the last four are ours."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -43,6 +44,7 @@ class VisionConfig:
     norm_eps: float = 1e-5
     use_final_proj: bool = True
     init_std: float = 0.02
+    checkpoint_activations: bool = False
 
     @property
     def window(self) -> tuple[int, int]:
@@ -67,7 +69,7 @@ class VisionAttention(beit.Attention):
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
-class VisionBlock(beit.Block):
+class VisionBlock(beit.Block, TransformerBlock):
     """timm's BEiT block that also tells its feed-forward branch's output, and can work on some rows only."""
 
     def __init__(self, config: VisionConfig, drop_path: float):
@@ -77,20 +79,30 @@ class VisionBlock(beit.Block):
         super().__init__(
             **sizes, qkv_bias=True, drop_path=drop_path, init_values=config.layer_scale_init_value, norm_layer=norm
         )
+        self.checkpoint_activations = config.checkpoint_activations
         self.attn = VisionAttention(**sizes, qkv_bias=True, window_size=window)
         inner = int(config.embed_dim * config.mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(config.embed_dim, inner), nn.GELU(), nn.Linear(inner, config.embed_dim))
 
     def forward(self, x: Tensor, bias: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x, feed-forward branch): [B, T, C] each, or [N, C] of `rows` (int64 [N], into B * T)."""
+        return self.compute(x, bias, rows, *self.branch_weights(x))
+
+    def branch_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention and feed-forward count for every sample: 0, or 1 / (1 - rate). [B, 1, 1] each."""
+        ones = x.new_ones(len(x), 1, 1)
+        return self.drop_path1(ones), self.drop_path2(ones)
+
+    def compute(
+        self, x: Tensor, bias: Tensor | None, rows: Tensor | None, attention: Tensor, feed_forward: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with the weights of its branches given."""
         length = x.shape[1]
-        keep = self.drop_path1(x.new_ones(len(x), 1, 1))  # [B, 1, 1]: 0, or 1 / (1 - rate)
-        x = x + keep * self._scaled(self.gamma_1, self.attn(self.norm1(x), bias))
-        keep = self.drop_path2(x.new_ones(len(x), 1, 1))
+        x = x + attention * self._scaled(self.gamma_1, self.attn(self.norm1(x), bias))
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)  # [N, C]
-            keep = keep.flatten().index_select(0, rows // length).unsqueeze(1)  # [N, 1]
-        branch = keep * self._scaled(self.gamma_2, self.mlp(self.norm2(x)))
+            feed_forward = feed_forward.flatten().index_select(0, rows // length).unsqueeze(1)  # [N, 1]
+        branch = feed_forward * self._scaled(self.gamma_2, self.mlp(self.norm2(x)))
         return x + branch, branch
 
     @staticmethod
@@ -114,8 +126,8 @@ class VisionEncoder(nn.Module):
         """x [B, T, C] -> normalised [B, T, C], or [N, C] of `rows` (int64 [N], into B * T)."""
         bias = self._bias()
         for block in self.blocks[:-1]:
-            x, _ = block(x, bias)
-        return self.norm(self.blocks[-1](x, bias, rows)[0])
+            x, _ = block.run(x, bias)
+        return self.norm(self.blocks[-1].run(x, bias, rows)[0])
 
     def layer_results(self, x: Tensor, count: int, end_of_block: bool, rows: Tensor | None) -> Iterator[Tensor]:
         """Of the last `count` blocks: the output, or the feed-forward branch; [B, T, C], or [N, C] of `rows`."""

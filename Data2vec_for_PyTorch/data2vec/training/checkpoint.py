@@ -14,6 +14,7 @@ from common import checkpoint_file
 from common.checkpoint import digests
 from common.checkpoint.background_write import BackgroundWriter
 from common.checkpoint_file import CheckpointError
+from common.distributed import World
 from data2vec.training.update import TrainState
 from data2vec.weights.pretrained import load_weights
 
@@ -167,9 +168,11 @@ def save_checkpoints(
     val_loss: float | None,
     end_of_epoch: bool,
     writer: BackgroundWriter,
+    world: World,
 ) -> None:
     """checkpoint_last.pt always; checkpoint_best.pt, checkpoint_<epoch>_<updates>.pt, checkpoint<epoch>.pt when due.
 
+    All ranks call it; the main one writes.
     `keep_interval_updates` limits the numbered ones within epochs.
     """
     options = config.checkpoint
@@ -178,7 +181,15 @@ def save_checkpoints(
         best = True
     else:
         best = False
+    if not (world.is_main or state.is_sharded):
+        return
     content = state_to_checkpoint(state, config, val_loss)
+    if state.is_sharded:
+        from data2vec.training.sharding import whole  # half a second to import
+
+        content = whole(content, world)
+    if not world.is_main:
+        return
     done_epoch = state.epoch - 1 if end_of_epoch else state.epoch
     names = ["checkpoint_last.pt"]
     if best:

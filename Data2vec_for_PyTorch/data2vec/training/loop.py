@@ -38,6 +38,7 @@ class Training(Run):
     save_dir: Path
     limit: int
     evaluate: Callable[[Training, int, str], float | None]
+    compiles: bool = False
 
 
 def batch_size(config: DictConfig) -> int:
@@ -131,6 +132,8 @@ def train(run: Training) -> None:
                 break
             began = time.perf_counter()
             result = train_update(run, batches)
+            if run.compiles:
+                tell_first_update(run, began)
             seconds, samples = time.perf_counter() - began, sum(islice(rows, len(batches)))
             flops = sum(flops_of(state.model, batch) for batch in batches) * run.world.size  # ranks are about alike
             run.report.update(state, result, seconds, samples, flops)
@@ -146,6 +149,13 @@ def train(run: Training) -> None:
             if ended:
                 break
         run.report.end_of_epoch(state, epoch)
+
+
+def tell_first_update(run: Training, began: float) -> None:
+    devices.synchronize(run.world.device)
+    seconds = time.perf_counter() - began
+    run.report.log.info(f"first step: {seconds:.1f} s, in which torch.compile made the blocks' code")
+    run.compiles = False
 
 
 def is_complete(run: Training) -> bool:
@@ -203,7 +213,5 @@ def save(run: Training, loss: float | None, ended: bool) -> None:
         return
     state.meters = {} if ended else run.report.meters()
     with run.report.log.pause("save"):
-        if run.world.is_main:
-            save_checkpoints(run.save_dir, state, run.config, loss, ended, run.report.log.writer)
-        state.best_loss = distributed.broadcast_object(state.best_loss)
+        save_checkpoints(run.save_dir, state, run.config, loss, ended, run.report.log.writer, run.world)
         distributed.barrier()

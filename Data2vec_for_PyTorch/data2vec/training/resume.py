@@ -27,7 +27,7 @@ _OF_THE_RUN += ("optimization.clip_norm", "common.seed", "dataset.max_tokens", "
 _OF_THE_RUN += ("dataset.required_batch_size_multiple", "dataset.train_subset")
 # places (what is there goes into the data's identity), and memory: no number changes
 _NOT_OF_THE_RUN = ("task.data", "task.encoder_json", "task.vocab_bpe", "task.dict")
-_NOT_OF_THE_RUN += ("model.transformer.checkpoint_activations",)
+_NOT_OF_THE_RUN += ("model.transformer.checkpoint_activations", "model.checkpoint_activations")
 # changed on purpose: rates and length; where the teacher's decay ends follows from the length
 MAY_CHANGE = ("settings.optimization", "settings.lr_scheduler", "settings.model.ema_anneal_end_step")
 

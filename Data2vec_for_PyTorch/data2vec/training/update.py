@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class TrainState:
     epoch: int = 1
     iterations: int = 0  # micro-batches of this epoch that are done
     best_loss: float | None = None
+    is_sharded: bool = False  # model, teacher and optimizer, over the ranks (`sharding.shard`)
     evaluation_due: bool = False  # a signal came during it: a continued run begins with it
     previous_seconds: float = 0.0
     meters: dict[str, dict[str, float]] = field(default_factory=dict)  # sums of the unfinished log lines, as saved
@@ -52,7 +54,8 @@ class TrainState:
 class Run:
     """What every step needs: configuration, place among the ranks, forward pass and state.
 
-    `forward` is a function of (model, batch) that returns the model's output dict.
+    `forward` is a function of (model, batch) that returns the model's output dict. `filler` gives the batch with which
+    a rank that has none takes part in the gathering of a sharded model; what it computes counts for nothing.
     """
 
     config: DictConfig
@@ -60,6 +63,7 @@ class Run:
     precision: str
     forward: Callable[[torch.nn.Module, Any], dict[str, Any]]
     state: TrainState
+    filler: Callable[[], Any] | None = field(default=None, kw_only=True)
 
 
 @dataclass
@@ -154,11 +158,13 @@ def train_update(run: Run, batches: list[Any]) -> UpdateResult:
     decay, lr = ema_decay(config, state.num_updates), learning_rate(config, state.num_updates)
     own = accumulate_gradients(run, batches, decay)  # [7]
     gradients = _all_gradients(state.step.parameters)
-    loss_sum, sample_size, sentences, tokens, *spread, spreads = _reduce(gradients, own)
+    # FSDP2 has reduced its gradients already, to means
+    sums = distributed.all_reduce_sum(own) if state.is_sharded else _reduce(gradients, own)
+    loss_sum, sample_size, sentences, tokens, *spread, spreads = sums
+    summed = run.world.size if state.is_sharded else 1
     state.optimizer.param_groups[0]["lr"] = lr
-    done = state.step(
-        state.num_updates + 1, own[0], divisor=sample_size.clamp(min=1)
-    )  # to the gradient of the mean loss
+    # to the gradient of the mean loss
+    done = state.step(state.num_updates + 1, own[0], divisor=sample_size.clamp(min=1) / summed)
     state.num_updates += done.applied
     state.iterations += len(batches)
     pred_std, target_std = (value / spreads for value in spread)
@@ -185,6 +191,8 @@ def accumulate_gradients(run: Run, batches: list[Any], decay: float | None) -> t
         if decay is not None and (i == 0 or run.config.model.ema_steps == "per_micro_batch"):
             ema_step(model, decay)
         if len(batch.id) == 0:
+            if state.is_sharded:
+                _compute_for_nothing(run)
             continue
         with devices.autocast(device, run.precision):
             out = run.forward(model, batch)
@@ -198,6 +206,14 @@ def accumulate_gradients(run: Run, batches: list[Any], decay: float | None) -> t
     on_device = devices.to_device(on_host, device)
     spread = torch.zeros(2, device=device) if spread is None else spread
     return torch.cat((loss_sum, on_device[:3], spread, on_device[3:]))
+
+
+def _compute_for_nothing(run: Run) -> None:
+    """A forward and a backward pass without any gradient, in which the other ranks' blocks are gathered."""
+    assert run.filler is not None
+    with devices.autocast(run.world.device, run.precision):
+        out = run.forward(run.state.model, run.filler().to(run.world.device))
+    (0 * out["loss_sum"]).backward()
 
 
 def _all_gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
@@ -248,6 +264,15 @@ def check_collapse(pred_std: float, target_std: float, num_updates: int, warmup_
             )
 
 
+def _whole(state: TrainState) -> contextlib.AbstractContextManager[None]:
+    """A sharded model is whole meanwhile: ranks have other numbers of batches."""
+    if not state.is_sharded:
+        return contextlib.nullcontext()
+    from data2vec.training.sharding import gathered  # half a second to import
+
+    return gathered(state.model)
+
+
 @torch.no_grad()
 def validate(run: Run, loader) -> torch.Tensor | None:
     """float64 [4] on the CPU: loss sum, masked tokens, sentences, batches, over all ranks.
@@ -257,13 +282,15 @@ def validate(run: Run, loader) -> torch.Tensor | None:
     model, device = run.state.model, run.world.device
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64)
-    for batch in until_asked(loader):
-        if len(batch.id) == 0:
-            continue
-        batch = batch.to(device)
-        with devices.autocast(device, run.precision):
-            out = run.forward(model, batch)
-        sums[:4] += torch.tensor([float(out["loss_sum"]), out["sample_size"], len(batch.id), 1], dtype=torch.float64)
+    with _whole(run.state):
+        for batch in until_asked(loader):
+            if len(batch.id) == 0:
+                continue
+            batch = batch.to(device)
+            with devices.autocast(device, run.precision):
+                out = run.forward(model, batch)
+            found = [float(out["loss_sum"]), out["sample_size"], len(batch.id), 1]
+            sums[:4] += torch.tensor(found, dtype=torch.float64)
     sums[4] = float(asked())
     *sums, stopped = distributed.all_reduce_sum(sums)
     return None if stopped else torch.stack(sums)

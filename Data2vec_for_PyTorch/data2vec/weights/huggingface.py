@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from common.checkpoint_file import CheckpointError
+from common.run.new_file import readable
 from data2vec.model.encoder import EncoderConfig, SentenceEncoder
 
 PREFIX = "encoder.sentence_encoder."
@@ -82,6 +83,7 @@ def export_huggingface(encoder: SentenceEncoder, folder: str | Path, ids: int | 
     state["embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.embed_dim)
     theirs.load_state_dict(state, strict=False)
     theirs.save_pretrained(folder)
+    readable(folder)
 
 
 def load_huggingface(folder: str | Path) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint_file import CheckpointError
+from common.run.new_file import readable
 
 if TYPE_CHECKING:  # it brings timm, which a text run does without
     from data2vec.model.vision_model import Data2VecVision
@@ -96,6 +97,7 @@ def export_huggingface_vision(model: Data2VecVision, folder: str | Path) -> None
         state |= _block_to_huggingface(ours, f"encoder.blocks.{i}.", f"encoder.layer.{i}.")
     theirs.load_state_dict(state)
     theirs.save_pretrained(folder)
+    readable(folder)
 
 
 def _block_to_huggingface(ours: Mapping[str, Tensor], prefix: str, to: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 from common.errors import UsageError
 from common.model import onnx_file
+from common.run.new_file import readable
 from vit.model.vision_transformer import ClassifyingViT, ViTConfig
 from vit.weights.hub_files import CONFIG, PREPROCESSING, RESAMPLING, WEIGHTS, save_pretrained, to_hugging_face
 
@@ -47,6 +48,7 @@ def write_hugging_face(model: ClassifyingViT, folder: Path, class_names: Sequenc
     safetensors.torch.save_file(
         {name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS, metadata={"format": "pt"}
     )
+    readable(folder)
     described = {
         "model_type": "vit",
         "architectures": ["ViTForImageClassification"],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint_file import CheckpointError
+from common.run.new_file import readable
 from vit.model.timm_models import config_of_architecture
 from vit.model.vision_transformer import ClassifyingViT, ViTConfig
 
@@ -206,6 +207,7 @@ def save_pretrained(model: ClassifyingViT, folder: str | Path, class_names: Sequ
         content["label_names"] = list(class_names)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    readable(folder)
     text = json.dumps(content, ensure_ascii=False, indent=1)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return folder

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec.model.attention import attention, dropout_add
+from data2vec.model.transformer_block import TransformerBlock
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Sizes and dropout rates, named as in fairseq's Data2VecMultiConfig."""
+    """Sizes and dropout rates, named as in fairseq's Data2VecMultiConfig; the last one is ours."""
 
     embed_dim: int = 768
     num_heads: int = 12
@@ -26,6 +27,7 @@ class BlockConfig:
     norm_affine: bool = True
     layer_norm_first: bool = False
     end_of_block_targets: bool = False
+    checkpoint_activations: bool = False
 
     def norm(self) -> nn.LayerNorm:
         return nn.LayerNorm(self.embed_dim, self.norm_eps, self.norm_affine)
@@ -49,7 +51,7 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))  # [B, T, C]
 
 
-class Block(nn.Module):
+class Block(TransformerBlock):
     """Attention and feed-forward; the teacher's target is the latter's output, or the block's."""
 
     dropout_add = staticmethod(dropout_add)  # cpu_patches has another one
@@ -57,6 +59,7 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, drop_path: float = 0.0):
         super().__init__()
         self.config, self.drop_path = config, drop_path
+        self.checkpoint_activations = config.checkpoint_activations
         inner = int(config.embed_dim * config.mlp_ratio)
         self.norm1 = config.norm()
         self.attn = Attention(config)
@@ -66,16 +69,28 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x, target), [B, T, C] each."""
+        has_drop_path = self.training and self.drop_path > 0
+        return self.compute(x, key_mask, *(self.branch_weights(x) if has_drop_path else (None, None)))
+
+    def branch_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention and feed-forward count for every sample: 0, or 1 / (1 - rate). [B, 1, 1] each."""
+        ones = x.new_ones(len(x), 1, 1)
+        return F.dropout(ones, self.drop_path, self.training), F.dropout(ones, self.drop_path, self.training)
+
+    def compute(
+        self, x: Tensor, key_mask: Tensor | None, attention: Tensor | None, feed_forward: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with the weights of its branches given; None for 1."""
         config = self.config
         if config.layer_norm_first:
-            x = self._add(self.attn(self.norm1(x), key_mask), x, config.encoder_dropout)
+            x = self._add(self.attn(self.norm1(x), key_mask), x, config.encoder_dropout, attention)
             result = self._feed_forward(self.norm2(x))
             # the reference adds the feed-forward branch to itself here, not to x; released models have norm2 last
-            x = self._add(result, result, config.post_mlp_drop)
+            x = self._add(result, result, config.post_mlp_drop, feed_forward)
         else:
-            x = self.norm1(self._add(self.attn(x, key_mask), x, config.encoder_dropout))
+            x = self.norm1(self._add(self.attn(x, key_mask), x, config.encoder_dropout, attention))
             result = self._feed_forward(x)
-            x = self.norm2(self._add(result, x, config.post_mlp_drop))
+            x = self.norm2(self._add(result, x, config.post_mlp_drop, feed_forward))
         return x, x if config.end_of_block_targets else result
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -83,12 +98,11 @@ class Block(nn.Module):
         y = self.dropout_add(self.activation(self.mlp["fc1"](x)), None, p, self.training)  # [B, T, 4 C]
         return self.dropout_add(self.mlp["fc2"](y), None, p, self.training)  # [B, T, C]
 
-    def _add(self, y: Tensor, residual: Tensor, p: float) -> Tensor:
+    def _add(self, y: Tensor, residual: Tensor, p: float, weight: Tensor | None) -> Tensor:
         """residual + y with dropout, and with stochastic depth whole samples left out."""
-        if not self.training or self.drop_path == 0:
+        if weight is None:
             return self.dropout_add(y, residual, p, self.training)
-        y = self.dropout_add(y, None, p, self.training)
-        return residual + F.dropout(y.new_ones(len(y), 1, 1), self.drop_path) * y
+        return residual + weight * self.dropout_add(y, None, p, self.training)
 
 
 def stack(config: BlockConfig, depth: int, first_rate: float, last_rate: float) -> nn.ModuleList:

@@ -52,7 +52,7 @@ class ContextEncoder(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         x = self.dropout(x if self.norm is None else self.norm(x))
         for block in self.blocks:
-            x, _ = block(x, key_mask)  # [B, T, C]
+            x, _ = block.run(x, key_mask)  # [B, T, C]
         return x
 
 

@@ -148,7 +148,7 @@ class Data2VecMulti(WithTeacher):
     def _encode(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         x = self.dropout_input(x)
         for block in self.blocks:
-            x, _ = block(x, key_mask)
+            x, _ = block.run(x, key_mask)
         return x if self.norm is None else self.norm(x)
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class Data2VecMulti(WithTeacher):
         """The teacher's view of whole samples: the mean of its top layers, normalised, fp32 [B, T, C]."""
         teacher = self.teacher or self.make_teacher()
         if self.config.ema_encoder_only:
-            blocks, modality = teacher, self.modality
+            blocks, modality, features = teacher, self.modality, features.detach()
         else:
             blocks, modality = teacher.blocks, teacher.modality
             if modality.local_encoder is not None:
