@@ -88,8 +88,8 @@ def _layer_rows(layer: EncoderLayer, x: Tensor, key_mask: Tensor, flat: Tensor, 
 def vision_block(  # whose class is not named, since its file imports timm, without which text does
     run: Compiled, block: Any, x: Tensor, bias: Tensor | None = None, rows: Tensor | None = None
 ) -> Results:
-    weights = torch.stack(block.branch_weights(x))  # [2, B, 1, 1]
     x = x.float()  # under autocast patches are 16-bit, and what a block adds to them is not
+    weights = torch.stack(block.branch_weights(x))  # [2, B, 1, 1]
     return run[_vision](block, x, bias, weights) if rows is None else run[_vision_rows](block, x, bias, weights, rows)
 
 
