@@ -75,8 +75,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"{options.output}: name a .npz or a .safetensors file")
     if options.output.exists():
         raise UsageError(f"{options.output} exists and is not overwritten")
-    if not options.output.absolute().parent.is_dir():
-        raise UsageError(f"{options.output}: its folder does not exist")
     if options.batch_size < 1:
         raise UsageError(f"--batch_size {options.batch_size}: must be at least 1")
     return options

@@ -121,7 +121,7 @@ def test_what_cannot_be_extracted(pretraining, tokenizer_file, pictures, tmp_pat
         (path, "there.npy", [], "exists, and is not overwritten"),
         (path, "mine.npy", [], "mine.names.txt exists, and is not overwritten"),
         (path, "x.npy", ["--layer", "4"], r"--layer 4: choose a block from 1 to 3"),
-        (path, "no/x.npy", [], "no/x.npy: No such file or directory"),
+        (path, "no/x.npy", [], "no/x.npy: its folder does not exist"),
         (tokenizer_file, "x.npy", [], "weights of a tokenizer, not of an encoder"),
         (tmp_path / "gpt", "x.npy", [], "a BeitBackbone; there are names for"),
         (tmp_path / "other.pth", "x.npy", [], r"other.pth: not the weights of a BEiT v2 model: there is no cls_token"),

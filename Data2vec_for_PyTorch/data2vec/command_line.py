@@ -16,6 +16,7 @@ from common.checkpoint_file import CheckpointError, load
 from common.command_line.apex_options import BACKENDS, LEVELS, translate
 from common.errors import UsageError
 from data2vec.config import checkpoint_path, load_config
+from data2vec.config.keys import FULLY_SHARDED
 
 TEXT_CONFIGS, FINE_TUNING_CONFIGS = "configs/text/pretraining", "configs/text/finetuning"
 FINE_TUNING = "sentence_prediction"
@@ -29,7 +30,7 @@ FLAGS = {
 
 
 def is_sharded(config: DictConfig) -> bool:
-    return config.distributed_training.ddp_backend == "fully_sharded"
+    return config.distributed_training.ddp_backend == FULLY_SHARDED
 
 
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, DictConfig, list[str]]:
@@ -90,8 +91,9 @@ def parse_evaluation(
     """
     options = _options(argv, description, config_dir)
     for flag in ("replay", "resume", "accept_changes", "compile", "parallel"):
-        if getattr(options, flag):
-            raise UsageError(f"--{flag} {getattr(options, flag)}: is of a training; this program looks at a checkpoint")
+        if value := getattr(options, flag):
+            given = f"--{flag}" if value is True else f"--{flag} {value}"
+            raise UsageError(f"{given}: is of a training; this program looks at a checkpoint")
     path = checkpoint_path(options.config_dir, options.config_name, options.overrides)
     if not path:
         raise UsageError("common_eval.path is not set: give the checkpoint, common_eval.path=FILE")
@@ -165,7 +167,7 @@ def _apply(options: argparse.Namespace, config: DictConfig) -> list[str]:
     if config.common.cpu:
         options.device = "cpu"
     if options.parallel:
-        config.distributed_training.ddp_backend = "fully_sharded" if options.parallel == "fsdp" else "legacy_ddp"
+        config.distributed_training.ddp_backend = FULLY_SHARDED if options.parallel == "fsdp" else "legacy_ddp"
     if options.loss_scale not in (None, "dynamic"):
         _set_constant_scale(options.loss_scale, config)
     mixed = translate(options.fp16_opt_level, options.precision, options.use_combine_grad)

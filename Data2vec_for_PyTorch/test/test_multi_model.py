@@ -93,3 +93,50 @@ def test_padding_changes_nothing(golden):
     torch.testing.assert_close(together["pred"][:count], alone["pred"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together["target"][:count], alone["target"], rtol=1e-4, atol=1e-5)
     assert together["sample_size"] == count + int(mask[1].sum())
+
+
+@pytest.mark.parametrize("name", ["text", "image", "first version"])
+def test_activation_checkpointing_changes_memory_and_no_number(golden, name):
+    """With dropout and dropped paths, by the CPU's kernels: the same loss and gradients, fewer bytes kept."""
+    from data2vec import cpu_patches
+    from data2vec.model.multi.mask_plan import plan_masks
+    from data2vec.model.multi.model import build_multi_model
+    from data2vec.model.vision_model import build_vision_model
+
+    torch.manual_seed(2)
+    source, mask = torch.randint(5, 24, (4, 16)), torch.rand(4, 2, 16) < 0.4
+    images, hidden = torch.rand(4, 3, 16, 16), mask[:, 0]
+    rows = (torch.arange(4 * 17).view(4, 17)[:, 1:])[hidden]
+    drops = {"encoder_dropout": 0.1, "attention_dropout": 0.1, "post_mlp_drop": 0.1, "end_drop_path_rate": 0.3}
+    sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    sizes |= {"average_top_k_layers": 2, "drop_path": 0.3, "attention_dropout": 0.1}
+    found = {}
+    for on in (False, True):
+        torch.manual_seed(0)
+        if name == "first version":
+            model = build_vision_model({**sizes, "checkpoint_activations": on})
+        else:
+            options = {**CONFIGS[name], **drops, "depth": 4, "checkpoint_activations": on}
+            model = build_multi_model(options, 24 if name == "text" else None)
+        cpu_patches.apply_to_model(model, torch.device("cpu"))
+        model.make_teacher()
+        model.train()
+        kept = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            if name == "first version":
+                out = model(images, hidden, rows)
+            else:
+                out = model(source if name == "text" else images, plan_masks(mask if name == "text" else _even(mask)))
+        out["loss_sum"].backward()
+        found[on] = out["loss_sum"], [p.grad for p in model.parameters()], sum(kept)
+    assert torch.equal(found[True][0], found[False][0])
+    for a, b in zip(found[True][1], found[False][1], strict=True):
+        assert a is b is None or torch.equal(a, b)
+    assert found[True][2] < 0.7 * found[False][2]
+
+
+def _even(mask: torch.Tensor) -> torch.Tensor:
+    """As many hidden patches in every row: 6 of 16."""
+    order = torch.rand(mask.shape).argsort(dim=-1)
+    return order < 6

@@ -1,32 +1,30 @@
 """--parallel fsdp on forked ranks: the numbers of ranks that have all, and checkpoints that either goes on from."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import TEST, last, lines, words
 
 import train
 from ci.gates.forked_ranks import run
-from common import checkpoint_file
 
-TEST = Path(__file__).parent
 LAST = 4
 DROPS = ["model.transformer.dropout=0.1", "model.transformer.attention_dropout=0.1"]
 WHOLE, SHARDED = [], ["--parallel", "fsdp"]
+STILL = [f"model.{name}=0" for name in ("encoder_dropout", "attention_dropout", "post_mlp_drop")]
+STILL += [f"model.modalities.text.{name}=0" for name in ("dropout", "mask_noise_std", "decoder.input_dropout")]
 # configuration, more options; batches of an epoch that are no multiple of the ranks, so that one has none now and then
 KINDS = {
     "text": ("tiny", [*DROPS, "dataset.max_tokens=1024", "optimization.update_freq=[2]"]),
     "pictures": ("tiny_vision", ["dataset.batch_size=7", "model.checkpoint_activations=true"]),
-    "2.0, text": ("tiny_multi", ["dataset.max_tokens=512"]),
+    "2.0, text": ("tiny_multi", ["dataset.max_tokens=512", *STILL]),
     "2.0, pictures": ("tiny_multi_vision", ["dataset.batch_size=7", "--precision", "bf16"]),
 }
 THEN = {  # ranks and options after a checkpoint of 2.0 on text
     "ddp then fsdp": ("ddp", 2, SHARDED),
     "fsdp then one rank": ("fsdp", 1, ["optimization.update_freq=[2]"]),
 }
-STILL = [f"model.{name}=0" for name in ("encoder_dropout", "attention_dropout", "post_mlp_drop")]
-STILL += [f"model.modalities.text.{name}=0" for name in ("dropout", "mask_noise_std", "decoder.input_dropout")]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +40,8 @@ def runs(golden, sample_data, tmp_path_factory) -> Path:
     def command(kind: str, output: str, *more: str) -> list[str]:
         config, own = KINDS[kind]
         data = golden / "bin" if "text" in kind else pictures
-        base = ["--config-dir", str(TEST), "--config-name", config, f"task.data={data}", "--device", "cpu"]
-        base += ["--output_dir", str(root / output), "--log_every", "1", "--save_every", "2", "dataset.num_workers=0"]
-        own += STILL if kind == "2.0, text" else []
-        return [*base, f"optimization.max_update={LAST}", *own, *more]
+        every = ["--log_every", "1", "--save_every", "2", "dataset.num_workers=0", f"optimization.max_update={LAST}"]
+        return words(TEST, config, data, root / output, *every, *own, *more)
 
     commands = [
         (2, command(kind, f"{kind}, {name}", *options))
@@ -60,13 +56,8 @@ def runs(golden, sample_data, tmp_path_factory) -> Path:
     return root
 
 
-def lines(folder: Path, kind: str) -> dict[int, dict]:
-    found = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in found if line["kind"] == kind}
-
-
-def last(folder: Path) -> dict:
-    return checkpoint_file.load(folder / "checkpoints/checkpoint_last.pt")
+def by_step(folder: Path, kind: str) -> dict[int, dict]:
+    return {line["step"]: line for line in lines(folder, kind)}
 
 
 @pytest.mark.parametrize(
@@ -76,15 +67,14 @@ def last(folder: Path) -> dict:
 )
 def test_losses_validation_and_checkpoints_are_those_of_whole_ranks(runs, ours, theirs, first):
     close = 1e-5
-    mine, other = lines(runs / ours, "train"), lines(runs / theirs, "train")
+    mine, other = by_step(runs / ours, "train"), by_step(runs / theirs, "train")
     assert list(mine) == list(range(first, LAST + 1)) and list(other) == list(range(1, LAST + 1))
     for step, line in mine.items():
         for key in ("loss", "grad_norm", "lr", "masked_tokens"):
             assert line[key] == pytest.approx(other[step][key], rel=close), (step, key)
     split = "val" if "pictures" in ours else "valid"
-    assert lines(runs / ours, split)[LAST]["loss"] == pytest.approx(
-        lines(runs / theirs, split)[LAST]["loss"], rel=close
-    )
+    valid = [by_step(runs / folder, split)[LAST]["loss"] for folder in (ours, theirs)]
+    assert valid[0] == pytest.approx(valid[1], rel=close)
     compare(last(runs / ours), last(runs / theirs), rtol=10 * close, atol=20 * close)
 
 

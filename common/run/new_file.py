@@ -21,8 +21,10 @@ def new_file(path: Path) -> Iterator[Path]:
     That is by an error, by Ctrl-C or by SIGTERM; what a killed process left is written over by the next.
 
     Raises:
-        UsageError: the file is there, or another living process writes it.
+        UsageError: the file is there, its folder is not, or another living process writes it.
     """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: its folder does not exist; make it first, or name another")
     lock = Lock(path.with_name(f".{path.name}.lock"), f"{path}")
     partial = writing(path)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -15,7 +15,8 @@ from data2vec.config.target_keys import TARGETS
 MULTI = "data2vec_multi"
 TASKS = ("masked_lm", "image_pretraining", "mae_image_pretraining")
 MODELS = ("data2vec_text", "data2vec_vision", MULTI)
-DDP_BACKENDS = ("c10d", "legacy_ddp", "no_c10d", "pytorch_ddp", "fully_sharded")
+FULLY_SHARDED = "fully_sharded"  # FSDP2
+DDP_BACKENDS = ("c10d", "legacy_ddp", "no_c10d", "pytorch_ddp", FULLY_SHARDED)
 PICTURES = ("image_pretraining", "mae_image_pretraining")  # tasks
 REGRESSION_METRICS = ("pearson", "spearman", "pearson_and_spearman")
 
@@ -47,7 +48,6 @@ _COMMON: dict[str, Option] = {
     "common.quantization_config_path": Fixed(None),
     "common_eval.path": Key(None, kind=str),
     "distributed_training.distributed_world_size": positive(1),
-    # fully_sharded: FSDP2; any other: gradients are reduced in one flat buffer, as legacy_ddp does
     "distributed_training.ddp_backend": Key("legacy_ddp", choices=DDP_BACKENDS),
     "distributed_training.distributed_backend": Ignored("the backend follows from the device"),
     "distributed_training.distributed_port": Ignored("torchrun chooses it"),

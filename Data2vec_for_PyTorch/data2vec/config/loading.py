@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UsageError
-from data2vec.config.keys import MULTI, REGRESSION_METRICS, Fixed, Ignored, Key, Option, options_of
+from data2vec.config.keys import FULLY_SHARDED, MULTI, REGRESSION_METRICS, Fixed, Ignored, Key, Option, options_of
 from data2vec.config.multi import check_multi_text, check_multi_vision, refuse_audio, without_group, without_groups
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -166,6 +166,8 @@ def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]
             )
         if isinstance(option, Key):
             OmegaConf.update(config, key, value)
+            if key == "distributed_training.ddp_backend" and value != FULLY_SHARDED:
+                notes.append(f"{key}={value}: gradients are reduced in one flat buffer, as legacy_ddp does")
         elif isinstance(option, Ignored):
             notes.append(f"{key} has no effect here: {option.reason}")
         elif isinstance(option, Fixed) and value != option.value:
