@@ -7,7 +7,6 @@ Checkpoints are those of a model that is not sharded: rank 0 writes whole tensor
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,8 +28,6 @@ def shard(state: TrainState, world: World) -> None:
     Raises:
         UsageError: there is no process group to shard over.
     """
-    # of a block's second result, which nothing changes and which has no gradient
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     model, loaded = state.model, state.optimizer.state_dict()
     teacher = model.teacher_holder.teacher or model.teacher_holder.make_teacher()
     shards.shard(model, blocks_of(model), world, "fp32")
