@@ -33,6 +33,9 @@ class Server:
         """Packets to and from this server are lost from now on; nobody is told."""
         _ip(f"-n {self.name} link set eth0 down")
 
+    def plug_in(self) -> None:
+        _ip(f"-n {self.name} link set eth0 up")
+
 
 @contextlib.contextmanager
 def servers(count: int) -> Iterator[list[Server]]:
