@@ -90,6 +90,7 @@ def test_a_whole_run_from_the_test_folder(pictures, tmp_path):
     result = (tmp_path / "out put/Beit2_for_PyTorch_bs4_1p_perf.log").read_text()
     assert "Status = OK" in result and "ActualFPS" in result
     assert not list((tmp_path / "out put").glob("*.pth"))
+    assert done.stdout.count("starting: ") == 1 and "Warning" not in done.stdout + done.stderr  # one line; and quiet
 
 
 @pytest.fixture(scope="module")

@@ -141,6 +141,7 @@ def test_tars_and_tables_go_through_the_scripts(tiny_model, tmp_path):
     done = bash("train_performance_1p.sh", *common, *tars, *output, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert read_result(tmp_path / "tars/CLIP_for_PyTorch_bs8_1p_perf.log")["Status"] == "OK"
+    assert done.stdout.count("starting: ") == 1 and "Warning" not in done.stdout + done.stderr  # one line; and quiet
 
     table = ["--train_file=pairs.txt", "--delimiter=|", "--image_column=picture", "--caption_column=text"]
     output = [f"--ckpt_path={tmp_path / 'tars'}", f"--output_dir={tmp_path / 'eval'}", "--validation_share=0.4"]

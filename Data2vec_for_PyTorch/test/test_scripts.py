@@ -29,6 +29,7 @@ def test_full_then_evaluation(corpus, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Final Performance sequences/sec : " in done.stdout
     assert "Final Performance images/sec : " in done.stdout
+    assert done.stdout.count("starting: ") == 1 and "Warning" not in done.stdout + done.stderr  # one line; and quiet
     assert "Status = OK" in (output / "Data2vec_for_PyTorch_bs1280_1p_acc.log").read_text()
     checkpoint = output / "checkpoints" / "checkpoint_best.pt"
     flags = [f"--data_path={corpus}", "--device=cpu", f"--output_dir={tmp_path / 'eval'}"]
