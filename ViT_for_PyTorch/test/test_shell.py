@@ -41,7 +41,7 @@ def test_eight_ranks_on_a_cpu_finish_with_one_log_each(pictures, tmp_path):
     logs = sorted(path.name for path in (tmp_path / "my output").glob("train_[0-9].log"))
     assert logs == [f"train_{rank}.log" for rank in range(8)]
     assert "E2E Training Duration sec" in process.stdout
-    assert process.stdout.count("starting: ") == 1 and "Warning" not in process.stdout + process.stderr  # one line; and quiet
+    assert process.stdout.count("starting: ") == 1 and "Warning" not in process.stdout + process.stderr
 
 
 def test_performance_run_then_evaluation_of_a_checkpoint(pictures, tmp_path):
