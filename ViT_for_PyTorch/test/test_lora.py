@@ -16,7 +16,7 @@ from common.errors import UsageError
 from vit.model import lora
 from vit.weights import loading as weights
 
-LORA = ["model.train=lora", "model.lora_rank=3", "model.lora_alpha=5", "model.lora_layers=qkv,fc2"]
+LORA = ["model.train=lora", "model.lora_rank=3", "model.lora_alpha=5", "model.lora_layers=qkv,fc2", "model.lora_also="]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,19 @@ def test_several_ranks_ddp_and_fsdp_end_with_the_weights_of_one(pictures, base, 
     assert step.keys() == expected.keys() and all(value.dtype == torch.float32 for value in step.values())
 
 
+def test_small_parts_may_be_trained_beside_the_additions(pictures, base, tmp_path):
+    train(pictures, base, tmp_path, "model.lora_also=bias,norm,stem", "max_steps=3")
+    state = checkpoint_file.load(tmp_path / "checkpoints" / "checkpoint-3.pt")["model"]
+    before = weights.read_state_dict(base)
+    same = {name for name, tensor in before.items() if name in state and torch.equal(state[name], tensor)}
+    assert same == {f"blocks.{i}.{layer}.weight" for i in range(4) for layer in ("attn.proj", "mlp.fc1")}
+    wrapped = {f"blocks.{i}.{layer}.base_layer.weight" for i in range(4) for layer in ("attn.qkv", "mlp.fc2")}
+    assert all(torch.equal(state[name], before[name.replace(".base_layer", "")]) for name in wrapped)
+    assert weights.read_state_dict(tmp_path / "checkpoints" / "checkpoint-3.pt").keys() == before.keys()
+
+
 def test_a_layer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UsageError, match="model.lora_also=cls: choose some of bias,norm,stem"):
+        vit.Trainer(output_dir=tmp_path, overrides={"model.train": "lora", "model.lora_also": "cls"})
     with pytest.raises(UsageError, match="model.lora_layers=qkv,head: choose some of qkv,proj,fc1,fc2"):
         vit.Trainer(output_dir=tmp_path, overrides={"model.lora_layers": "qkv,head"})

@@ -134,7 +134,7 @@ def freeze(model: ClassifyingViT, options: ModelConfig) -> None:
     """Leaves only what `options.train` names to be trained: all, the head alone on features that stay as they are, or
     the head and LoRA's additions."""
     if options.train == "lora":
-        lora.add(model, options.lora_rank, options.lora_alpha, options.lora_layers)
+        lora.add(model, options.lora_rank, options.lora_alpha, options.lora_layers, options.lora_also)
     elif options.train == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("head."))

@@ -36,9 +36,10 @@ class ModelConfig:
     train: str = (
         "all"  # head: the backbone stays as it is; lora: so do its layers, low-rank additions are trained (lora.py)
     )
-    lora_rank: int = 8
-    lora_alpha: float = 16  # the additions are multiplied by alpha / rank
-    lora_layers: str = "qkv,proj,fc1,fc2"  # of every block
+    lora_rank: int = 16
+    lora_alpha: float = 32  # the additions are multiplied by alpha / rank
+    lora_layers: str = "qkv,proj"  # of every block; fc1 and fc2 cost a quarter more memory (docs/experiments.md)
+    lora_also: str = "bias,norm,stem"  # trained whole beside the additions, as peft's bias and modules_to_save
     gradient_checkpointing: bool = False
     compile: bool = False
 
@@ -236,10 +237,10 @@ def _check(config: Config) -> None:
         if values[key] not in allowed:
             raise UsageError(f"{key}={values[key]}: choose one of {', '.join(filter(None, allowed))}")
     check_ranges(config)
-    lora.chosen_layers(config.model.lora_layers)
+    lora.check(config.model.lora_layers, config.model.lora_also)
     if config.model.train != "lora":
         usual = values_by_key(Config())
-        for key in ("model.lora_rank", "model.lora_alpha", "model.lora_layers"):
+        for key in ("model.lora_rank", "model.lora_alpha", "model.lora_layers", "model.lora_also"):
             if values[key] != usual[key]:
                 raise UsageError(f"{key}={values[key]}: is of model.train=lora: give that too, or leave it out")
     if config.model.name not in (*PRESETS, "auto") and not timm_models.is_known(config.model.name):

@@ -13,29 +13,40 @@ from common.errors import UsageError
 from common.model import adapters
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")  # of a block: attention's two, the MLP's two
+# small parts that may be trained as they are, beside the additions: they cost next to no memory
+ALSO = {
+    "bias": lambda name: name.endswith(".bias"),
+    "norm": lambda name: "norm" in name,
+    "stem": lambda name: name.startswith("patch_embed.") or name in ("pos_embed", "cls_token", "reg_token"),
+}
 
 
-def chosen_layers(text: str) -> list[str]:
-    """The layers of a text such as "qkv,proj". UsageError for any other name."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in LAYERS]
-    if unknown or not names:
-        raise UsageError(f"model.lora_layers={text}: choose some of {','.join(LAYERS)}, with commas")
-    return names
+def check(layers: str, also: str) -> None:
+    """UsageError for names that are not in LAYERS and ALSO, or no layer at all."""
+    if not _names(layers) or not set(_names(layers)) <= set(LAYERS):
+        raise UsageError(f"model.lora_layers={layers}: choose some of {','.join(LAYERS)}, with commas")
+    if not set(_names(also)) <= set(ALSO):
+        raise UsageError(f"model.lora_also={also}: choose some of {','.join(ALSO)}, with commas, or nothing")
 
 
-def add(model: nn.Module, rank: int, alpha: float, layers: str) -> None:
-    """Puts adapters into the blocks of a model, in place; they and the head are what is trained from now on.
+def add(model: nn.Module, rank: int, alpha: float, layers: str, also: str = "") -> None:
+    """Puts adapters into the blocks of a model, in place; they, the head and what `also` names are what is trained.
 
     The additions are zero at first (`lora_B`), so that the model computes what it did.
 
     Raises:
         UsageError: peft is not installed.
     """
-    names = "|".join(chosen_layers(layers))
-    adapters.inject(model, rf"blocks\.\d+\.\w+\.({names})", rank, alpha, "model.train=lora")
+    pattern = rf"blocks\.\d+\.\w+\.({'|'.join(_names(layers))})"
+    adapters.inject(model, pattern, rank, alpha, "model.train=lora")
+    small = [ALSO[part] for part in _names(also)]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.startswith("head."))
+        is_trained = "lora_" in name or name.startswith("head.") or any(is_of(name) for is_of in small)
+        parameter.requires_grad_(is_trained)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def scale_of(options: dict[str, Any]) -> float:
