@@ -34,3 +34,5 @@ def test_a_vit(train):
 def test_a_convolutional_stem():
     model = create_model("vit_demo_conv", num_classes=9)
     assert flops_per_image(model) == pytest.approx(counted(model), rel=0.01)
+    lora.add(model, 1, 2.0, "qkv", "stem")
+    assert flops_per_image(model, frozen=True) == pytest.approx(counted(model), rel=0.01)

@@ -13,7 +13,8 @@ def flops_per_image(model: ClassifyingViT, head_only: bool = False, frozen: bool
 
     Args:
         head_only: the body is frozen: nothing but the head has a backward pass.
-        frozen: the body's weights are (LoRA): gradients pass through it, and reach none of its weights.
+        frozen: the body's weights are (LoRA): gradients pass through it, and reach none of its weights, but those of
+            the stem where it is trained.
     """
     width, tokens = model.embed_dim, model.patch_embed.num_patches + model.num_prefix_tokens
     body = transformer_flops(tokens, width, model.blocks[0].mlp.fc1.out_features, len(model.blocks))
@@ -26,5 +27,7 @@ def flops_per_image(model: ClassifyingViT, head_only: bool = False, frozen: bool
     if head_only:
         return stem + body + 3 * head
     if frozen:
-        return stem + 2 * body + 3 * head
+        learns = all(parameter.requires_grad for parameter in model.patch_embed.parameters())
+        attention = 4.0 * tokens**2 * width * len(model.blocks)  # products of which both factors have a gradient
+        return (3 * stem - convolutions[0] if learns else stem) + 2 * body + attention + 3 * head
     return 3 * (stem + body + head) - convolutions[0]  # nothing asks for the gradient of the pictures
