@@ -34,7 +34,9 @@ _ended_groups: list[dist.ProcessGroup] = []
 _stores: list[dist.Store] = []  # of the process, then a part of it for each group
 _watches: list[lost_ranks.Watch] = []  # of the group that is up
 _meetings: list[str] = []  # of `wait_for_all`, in the group that is up
+WRITING = timedelta(hours=1)  # the longest that a rank's write of a checkpoint may take more than another's
 LOOK_S = 600.0  # between two looks whether all ranks are still there
+_background: list[dist.ProcessGroup] = []  # of the group that is up, see `background_group`
 _failed_groups: list[dist.ProcessGroup] = []  # a thread of these may wait for a rank that is gone: never joined
 
 
@@ -108,7 +110,8 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
             raise lost_ranks.RanksLost(f"rank {rank} could not go on with the other ranks: {who}") from error
         raise
     finally:
-        kept_in.append(group)
+        kept_in += [group, *_background]
+        _background.clear()
         if watch:
             _watches.remove(watch)
             watch.close()
@@ -174,6 +177,16 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """The group for what a thread of each rank does beside the training, whose collectives must not meet its own.
+
+    All ranks call it, at the same place of the training.
+    """
+    if is_distributed() and not _background:
+        _background.append(dist.new_group(backend="gloo", timeout=WRITING))
+    return _background[0] if _background else None
 
 
 def barrier() -> None:
@@ -250,10 +263,10 @@ def broadcast_object(obj: Any, source: int = 0) -> Any:
     return box[0]
 
 
-def gather_objects(obj: Any) -> list[Any]:
-    """Every rank's `obj`, in rank order, on all ranks."""
+def gather_objects(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `obj`, in rank order, on all ranks; `group` is `background_group()` in its threads."""
     if not is_distributed():
         return [obj]
     objects: list[Any] = [None] * world_size()
-    dist.all_gather_object(objects, obj)
+    dist.all_gather_object(objects, obj, group)
     return objects

@@ -110,17 +110,21 @@ def keep_best(trainer, eval_loss: float) -> None:
     """Saves the model to output_dir/best when its evaluation loss is the lowest of the run. All ranks call it."""
     folder = Path(trainer.args.output_dir) / "best"
     record = folder / "best.json"
+    trainer.run_log.writer.wait()  # for the best before it
     known = trainer.world.is_main and record.is_file()
     if broadcast_object(known and json.loads(record.read_text())["eval_loss"] <= eval_loss):
         return
     staging = folder.with_name(".best.saving")
     if trainer.world.is_main:
         shutil.rmtree(staging, ignore_errors=True)
-    trainer.save_model(str(staging), _internal_call=True)
-    if trainer.world.is_main:
-        (staging / record.name).write_text(json.dumps({"eval_loss": eval_loss, "step": trainer.state.global_step}))
+    content = json.dumps({"eval_loss": eval_loss, "step": trainer.state.global_step})
+
+    def publish_best() -> None:
+        (staging / record.name).write_text(content)
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
+
+    trainer.save_behind(staging, publish_best)
 
 
 def prepare_folder(output_dir: str | Path, checkpoint: Path | None, trains: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,17 +176,19 @@ def save(run: Run, log: RunLog, name: str = "") -> None:
     with log.pause("checkpoint"):
         if run.world.is_main:
             save_class_names(folder, run.data.class_names)
-        if name and (sharded or run.config.model.train == "lora"):
-            checkpoint.save_whole(folder / name, values, run.model, ema)
+        if sharded and not name:
+            others = {} if ema is None else {"ema": ema}
+            path, kept = folder / f"checkpoint-{run.state.step}", values | {"has_ema": ema is not None}
+            tidy = partial(drop_old, run, folder)
+            shards.save_shards(path, kept, run.optimizer, run.model, log.writer, tidy, **others)
             return
-        if sharded:
-            checkpoint.save_sharded(folder / f"checkpoint-{run.state.step}", values, run.model, run.optimizer, ema)
-            if run.world.is_main:
-                drop_old(run, folder)
-            return
-        content = checkpoint.tensors(run.model, run.optimizer, ema) | values
+        if sharded or (name and run.config.model.train == "lora"):
+            content = checkpoint.whole(values, run.model, ema)
+        else:
+            content = checkpoint.tensors(run.model, run.optimizer, ema) | values
         path = folder / (name or f"checkpoint-{run.state.step}.pt")
-        log.writer.submit(content, lambda kept: (checkpoint_file.save(kept, path), drop_old(run, folder)))
+        if content:
+            log.writer.submit(content, lambda kept: (checkpoint_file.save(kept, path), drop_old(run, folder)))
 
 
 def drop_old(run: Run, folder: Path) -> None:

@@ -28,6 +28,11 @@ class BackgroundWriter:
         self._error: Exception | None = None
         self._buffers: list[torch.Tensor] = []  # of the last copy
 
+    @property
+    def at_once(self) -> bool:
+        """Whether `submit` returns only when all is written."""
+        return os.environ.get("BACKGROUND_WRITE") == "0"
+
     def submit(self, content: Any, write: Callable[[Any], None]) -> None:
         """Copies the tensors of `content` (dicts, lists and tuples) and has `write` called with the copy.
 
@@ -35,7 +40,7 @@ class BackgroundWriter:
             Exception: of the write before, such as an OSError of a full disk that names the file.
         """
         self.wait()
-        if os.environ.get("BACKGROUND_WRITE") == "0":
+        if self.at_once:
             write(content)
             return
         kept, self._buffers = copy_to_memory(content, self._buffers)

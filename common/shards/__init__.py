@@ -13,14 +13,16 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -34,6 +36,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import checkpoint_file, distributed
 from common.checkpoint import digests
+from common.checkpoint.background_write import BackgroundWriter
 from common.checkpoint_file import CheckpointError
 from common.distributed import World
 from common.errors import UsageError
@@ -41,6 +44,8 @@ from common.shards import safe_reader
 
 PROGRESS = "progress.pt"  # written last: a folder without it is not whole
 _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# one copy in the host's memory, written over by the next: a writer has one thing to write at a time
+_stager = DefaultStager(StagingOptions(False, False, False, False))
 
 
 def shard(
@@ -126,44 +131,73 @@ def save_shards(
     progress: Any,
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
+    writer: BackgroundWriter,
+    then: Callable[[], None] = lambda: None,
     **others: nn.Module,
 ) -> None:
-    """Every rank writes its shards into a new folder, which then takes the name `folder`. All ranks call it.
+    """Has every rank write its shards into a new folder, which then takes the name `folder`. All ranks call it.
+
+    It returns when the shards are copied: the rest is what `dcp.async_save` does, in the writer's thread, whose end a
+    process that fails does not wait for.
 
     Args:
         progress: plain values and tensors, as `checkpoint_file.save` takes them.
+        then: called on rank 0 when the folder has its name.
         others: further models to keep, by name, e.g. a weight average.
 
-    Raises:
-        CheckpointError: on all ranks, where the ranks' hosts do not write into one and the same folder.
+    Raises, from the writer's next call on all ranks:
+        CheckpointError: the ranks' hosts do not write into one and the same folder.
         OSError: naming the path, e.g. where the disk is full.
     """
-    writing = folder.with_name(f".{folder.name}.writing")
-    rank = distributed.rank()
-    if rank == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-    distributed.barrier()
+    writer.wait()  # its copy is written over
+    group = distributed.background_group()
+    parts = _parts(optimizer, model, others)
+    kept = parts if writer.at_once else _stager.stage(parts)
+    writer.submit(progress, lambda progress: _write_shards(folder, kept, progress, group, then))
+
+
+def _write_shards(
+    folder: Path, parts: dict[str, Any], progress: Any, group: ProcessGroup | None, then: Callable[[], None]
+) -> None:
+    writing, rank = folder.with_name(f".{folder.name}.writing"), distributed.rank()
+    _on_all(group, lambda: shutil.rmtree(writing, ignore_errors=True) if rank == 0 else None)
     try:
-        dcp.save(_parts(optimizer, model, others), checkpoint_id=writing)
+        dcp.save(parts, checkpoint_id=writing, process_group=group)
     except dcp.api.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
         raise OSError(causes[0].errno, causes[0].strerror, str(folder)) if causes else error from error
-    if rank == 0:
-        checkpoint_file.save(progress, writing / PROGRESS)
-    own = sorted(path.name for path in writing.glob(f"__{rank}_*"))
-    found: dict[str, list] = {}
-    for part in distributed.gather_objects(digests.digests_of(writing, own)):
-        found |= part
-    missing = sorted(name for name in found if not (writing / name).is_file())
-    if any(distributed.gather_objects(bool(missing) and rank == 0)):
+
+    def look() -> dict[str, list]:
+        if rank == 0:
+            checkpoint_file.save(progress, writing / PROGRESS)
+        return digests.digests_of(writing, sorted(path.name for path in writing.glob(f"__{rank}_*")))
+
+    found = {name: digest for part in _on_all(group, look) for name, digest in part.items()}
+    if any(_on_all(group, lambda: rank == 0 and not all((writing / name).is_file() for name in found))):
         raise CheckpointError(
             f"{folder}: shards are missing in it: the hosts do not share this folder, which --parallel fsdp needs"
         )
-    if rank == 0:
-        found |= digests.digests_of(writing, [PROGRESS, ".metadata"])
-        digests.seal(writing, files=found)
+
+    def finish() -> None:
+        digests.seal(writing, files=found | digests.digests_of(writing, [PROGRESS, ".metadata"]))
         _put_in_place(writing, folder)
-    distributed.barrier()
+        then()
+
+    _on_all(group, lambda: finish() if rank == 0 else None)
+
+
+def _on_all(group: ProcessGroup | None, part: Callable[[], Any]) -> list[Any]:
+    """What `part` returns on each rank, in rank order; an OSError of any rank is raised on all."""
+    result, failed = None, None
+    try:
+        result = part()
+    except OSError as error:
+        failed = (error.errno, error.strerror, error.filename)
+    found = distributed.gather_objects((result, failed), group)
+    for _, failed in found:
+        if failed:
+            raise OSError(*failed)
+    return [result for result, _ in found]
 
 
 def _put_in_place(writing: Path, folder: Path) -> None:

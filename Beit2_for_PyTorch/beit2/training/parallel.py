@@ -102,7 +102,7 @@ class ShardedReplica(Replica):
     def save(self, options, optimizer, scale, progress, epoch, numbered, extra, writer) -> None:
         folder = Path(options.output_dir)
         rest = {"scaler": scale.state_dict(), "args": checkpoints.plain_options(options), **extra}
-        shards.save_shards(folder / checkpoints.SHARDED, progress | rest, optimizer, self.model)
+        shards.save_shards(folder / checkpoints.SHARDED, progress | rest, optimizer, self.model, writer)
         if numbered:
             state = shards.whole_state(self.model)  # on rank 0; empty elsewhere
             if self.world.is_main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from common.shards import gathered
 from common.update import gradients_stay_local
 
 MAX_LOGIT_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
-SCALE_FILE = "scaler.pt"  # Trainer's name for it
+SCALE_FILE, OPTIMIZER_FILE = "scaler.pt", "optimizer.pt"  # Trainer's names for them
 AVERAGE_FILE = "average.safetensors"  # of the weights, in a checkpoint
 
 
@@ -82,6 +83,7 @@ class ClipTrainer(Trainer):
         self.last_lr = 0.0
         self.last_samples = 0
         self.stopped_at: int | None = None  # the step after which a signal ended the training
+        self._kept: dict[str, Any] = {}  # of the checkpoint that is being made: its tensors, by file
         self._caption_ids: torch.Tensor | None = None  # of the step's batch, with --mask_equal_captions
 
     # -- batches -----------------------------------------------------------------------------------------------------
@@ -310,15 +312,31 @@ class ClipTrainer(Trainer):
         return str(Path(self.args.output_dir) / resume.STAGING)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """As `Trainer`, but under its name only when it is whole; and only then an older one goes."""
+        """As `Trainer`, but large files are written behind the training; it gets its name only when it is whole."""
         self.check_finite()
+        writer = self.run_log.writer
         with self.run_log.pause("save"), self.optimizer.gathered():
+            writer.wait()  # for the one before, which is in the same folder until then
             super()._save_checkpoint(model, trial)
             distributed.barrier()
+            kept, self._kept = self._kept, {}
             if self.world.is_main:
-                output_dir = Path(self.args.output_dir)
-                resume.publish(output_dir, self.state.global_step, self.run_facts, self.args.save_total_limit)
-            distributed.barrier()
+                writer.submit(kept, partial(self._write_checkpoint, self.state.global_step))
+
+    def _write_checkpoint(self, step: int, kept: dict[str, Any]) -> None:
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / resume.STAGING / f"checkpoint-{step}"
+        super()._save(str(folder), kept["model"])
+        checkpoint_file.save(kept["optimizer"], folder / OPTIMIZER_FILE)
+        if "average" in kept:
+            save_file(kept["average"], folder / AVERAGE_FILE)
+        readable(folder)
+        resume.publish(output_dir, step, self.run_facts, self.args.save_total_limit)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            self._kept["optimizer"] = self.optimizer.state_dict()
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """A checkpoint gets the weights that are trained and their average; other folders what a user wants of them.
@@ -326,23 +344,36 @@ class ClipTrainer(Trainer):
         That is the average, with LoRA's additions merged. All ranks call it.
         """
         folder = Path(output_dir or self.args.output_dir)
-        if folder.parent.name == resume.STAGING:
-            self._write(folder, self._state())
-            if self.average:
-                with self.average.in_place():
-                    averaged = self._state()
-                    if self.args.should_save:
-                        kept = {name: averaged[name].contiguous() for name in self.average.values}
-                        save_file(kept, folder / AVERAGE_FILE)
-                        readable(folder)
+        if folder.parent.name != resume.STAGING:
+            self.save_behind(folder)
+            self.run_log.writer.wait()
             return
-        with self.average.in_place():
-            self._write(folder, adapters.merged(self._state(), self.args.lora_scale))
-
-    def _write(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         if self.args.should_save:
-            super()._save(str(folder), state_dict=state)
+            folder.mkdir(parents=True, exist_ok=True)
+        self._kept["model"] = self._state()
+        if self.average:
+            self._kept["average"] = self._averaged()
+
+    def save_behind(self, folder: Path, then: Callable[[], None] = lambda: None) -> None:
+        """Has the model for users written into a folder while the training goes on, and `then` called on rank 0."""
+
+        def write(kept: dict[str, torch.Tensor]) -> None:
+            Trainer._save(self, str(folder), kept)
             readable(folder)
+            then()
+
+        with self.average.in_place():
+            state = adapters.merged(self._state(), self.args.lora_scale)
+            if self.args.should_save:
+                self.run_log.writer.submit(state, write)
+
+    def _averaged(self) -> dict[str, torch.Tensor]:
+        """The averages of the trained weights, whole tensors by name; of a sharded model on rank 0 only."""
+        if not self.args.sharded:
+            return {name: value.contiguous() for name, value in self.average.values.items()}
+        with self.average.in_place():
+            state = self._state()
+        return {name: state[name].contiguous() for name in self.average.values if name in state}
 
     def _state(self) -> dict[str, torch.Tensor]:
         """Whole tensors by name; of a sharded model on rank 0 only."""

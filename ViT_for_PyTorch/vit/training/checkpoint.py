@@ -68,28 +68,19 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module |
     }
 
 
-def save_sharded(
-    path: Path, values: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
-) -> None:
-    """Writes the folder `path`, each rank its shards. All ranks call it."""
-    kept = values | {"has_ema": ema is not None}
-    shards.save_shards(path, kept, optimizer, model, **({} if ema is None else {"ema": ema}))
-
-
-def save_whole(path: Path, values: dict[str, Any], model: nn.Module, ema: nn.Module | None) -> None:
-    """Writes the weights of a sharded run, or of one with LoRA, as one plain file, without the optimizer.
+def whole(values: dict[str, Any], model: nn.Module, ema: nn.Module | None) -> dict[str, Any]:
+    """The weights of a sharded run, or of one with LoRA, for one plain file without the optimizer; empty elsewhere.
 
     All ranks of a sharded run call it, of another one the main rank.
     """
     options = values["config"]
 
-    def whole(module: nn.Module) -> dict[str, Tensor]:
+    def state_of(module: nn.Module) -> dict[str, Tensor]:
         state = shards.whole_state(module) if options["parallel"] == "fsdp" else module.state_dict()
         return adapters.merged(state, lora.scale_of(options["model"])) if adapters.has_adapters(state) else state
 
-    weights = {"model": whole(model), "ema": None if ema is None else whole(ema)}
-    if weights["model"]:  # the main rank
-        checkpoint_file.save(weights | values, path)
+    weights = {"model": state_of(model), "ema": None if ema is None else state_of(ema)}
+    return weights | values if weights["model"] else {}  # on the main rank alone
 
 
 def newest(folder: Path) -> Path | None:
