@@ -19,6 +19,7 @@ from beit2.compiled_blocks import compile_blocks
 from beit2.data.batches import run_batches, steps_per_epoch
 from beit2.data.images import collate
 from beit2.data.normalizer import Normalizer
+from beit2.model.blocks import use_fp8_in_blocks
 from beit2.model.flops import pretraining_flops
 from beit2.options import mean_and_std, pick_precision, schedules
 from beit2.training.checkpoints import append_epoch_log
@@ -53,6 +54,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     dataset = setup.build_dataset(options, model.window_size)
     tokenizer = setup.load_tokenizer(options, precision, model.window_size).to(world.device)
     device_patches.apply(model, tokenizer, world.device, options.npu_recompute_attention)
+    if options.fp8:
+        use_fp8_in_blocks(model, world.device, precision)
     if options.compile:
         compile_blocks(model, world.device)
 
@@ -61,7 +64,8 @@ def train(options: argparse.Namespace, world: World) -> dict:
     replica = new_replica(model, world, options, precision)
     groups = parameter_groups(replica.model, options.weight_decay)
     codes = tensors_digest([tokenizer.quantize.embedding.weight, *tokenizer.encode_task_layer.parameters()])
-    identity = run_identity(options, world, precision, dataset.paths, tokenizer=codes)
+    kind = f"{precision}{' with fp8' if options.fp8 else ''}"
+    identity = run_identity(options, world, kind, dataset.paths, tokenizer=codes)
     run = new_run(options, world, precision, replica, groups, steps, rates, decays, identity=identity)
     run.flops = pretraining_flops(replica.model, tokenizer, options.num_mask_patches)
     normalizer = Normalizer(*mean_and_std(options), world.device)

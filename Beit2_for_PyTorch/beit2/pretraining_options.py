@@ -51,6 +51,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight_decay_end", type=float, default=None, help="default: --weight_decay")
     add_run_options(parser)
     add_compile_option(parser)
+    parser.add_argument("--fp8", action="store_true", help="the blocks' linear layers multiply in 8 bits; with bf16")
     add_dead_options(parser, "decoupling_aug", "eval_data_path")
     parser.add_argument(
         "--parallel", choices=("ddp", "fsdp"), default="ddp",

@@ -395,3 +395,20 @@ def test_options_of_the_reference_are_accepted_with_their_meaning(pictures, tmp_
     assert "--sink_mode has no effect" in capsys.readouterr().err
     saved = checkpoint_file.load(tmp_path / "checkpoints" / "checkpoint-6.pt")["config"]
     assert saved["epochs"] == 1 and saved["device"] == "cpu" and saved["optimizer"]["base_lr"] == 1e-4
+
+
+def test_fp8_beside_bf16_and_not_in_its_place(pictures, tmp_path, capsys):
+    options = ("--precision", "bf16", "--max_steps", "4", "--log_every", "1", "optimizer.warmup_epochs=0")
+    train(pictures, tmp_path / "bf16", *options)
+    train(pictures, tmp_path / "fp8", *options, "model.fp8=true", "model.gradient_checkpointing=true")
+    ours, theirs = losses(tmp_path / "fp8"), losses(tmp_path / "bf16")
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.005)
+    kept = [checkpoint_file.load(tmp_path / name / "checkpoints/checkpoint-4.pt")["model"] for name in ("fp8", "bf16")]
+    assert kept[0].keys() == kept[1].keys()
+    for refused, message in (
+        (["model.fp8=true"], "its products replace bf16's"),
+        (["model.fp8=true", "--precision", "bf16", "model.train=lora"], "not with model.train=lora"),
+    ):
+        with pytest.raises(SystemExit):
+            train(pictures, tmp_path / "refused", *refused)
+        assert message in capsys.readouterr().err

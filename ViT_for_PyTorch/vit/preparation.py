@@ -16,6 +16,7 @@ from common import checkpoint_file, shards
 from common import device as devices
 from common.distributed import World, barrier, broadcast_object
 from common.errors import UsageError
+from common.model.fp8 import use_fp8
 from common.run import run_folder
 from common.update import GuardedStep, LossScale, loss_scale
 from vit import cpu_patches, npu_patches
@@ -86,6 +87,10 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
         print(f"warning: early_stop={config.early_stop} has no effect without evaluations (do_eval=false)")
     freeze(model, config.model)
     kind = config.model.train
+    if config.model.fp8:
+        if kind == "lora":
+            raise UsageError("model.fp8=true: not with model.train=lora, whose additions are too narrow; leave one out")
+        use_fp8(world.device, config.precision, "model.fp8=true", model.blocks)
     flops = flops_per_image(model, head_only=kind == "head", frozen=kind == "lora")
     ema = build_ema(model, options.ema_decay)
     trained = over_ranks(config, world, model, ema)  # before the optimizer, which must see the shards
@@ -204,7 +209,8 @@ def identity_of(config: Config, data: Data, model: ClassifyingViT) -> dict[str, 
     kept |= {"model": seen, "augmentation": recipe, "optimizer": options["optimizer"], "train": config.model.train}
     if config.model.train == "lora":
         kept["lora"] = {key: value for key, value in options["model"].items() if key.startswith("lora_")}
-    return kept | {key: options[key] for key in ("epochs", "precision", "class_weights")}
+    kept["precision"] = f"{config.precision}{' with fp8' if config.model.fp8 else ''}"
+    return kept | {key: options[key] for key in ("epochs", "class_weights")}
 
 
 def build(

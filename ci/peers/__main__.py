@@ -3,7 +3,8 @@
     python -m ci.peers                        # all on this CPU: results to ci/baselines/cpu, tables rewritten
     python -m ci.peers --only vit_step clip   # those whose name begins so
     python -m ci.peers --quick                # one round each, to see that they run; nothing kept is changed
-    python -m ci.peers --device cuda          # the step benchmarks of an accelerator, to ci/baselines/<device>
+    python -m ci.peers --device cuda          # the steps on an accelerator: 8 minutes, to ci/baselines/<device>
+    python -m ci.peers --device cpu --size tiny --output_dir OUT       # these on tiny models, to see that they run
     python -m ci.peers --table                # only rewrite the Markdown tables from the results kept
 
 Numbers are CPU seconds at one thread, ours and the peer by turns (an accelerator: synchronised wall seconds). The exit
@@ -13,6 +14,7 @@ status is 1 when a benchmark failed; the others still run.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +27,8 @@ from ci.peers import ROOT, table
 from common.device import DEVICES
 from common.errors import UsageError, print_usage_errors
 
+MINUTES = 8.0  # of an accelerator
+GRACE_S, TIMED_OUT = 60.0, 124
 PROJECTS = ("vit", "beit2", "clip", "data2vec")
 
 
@@ -72,12 +76,13 @@ CPU_BENCHMARKS = (
 )
 
 
-def device_benchmarks(device: str) -> tuple[Benchmark, ...]:
+def device_benchmarks(device: str, size: str) -> tuple[Benchmark, ...]:
+    """The steps of all projects, bf16 first: what the time is not enough for is left."""
     return tuple(
         Benchmark(f"{project}_{precision}", "device_step", ("--device", device, "--only", project)
-                  + ("--precision", precision))
-        for project in PROJECTS
+                  + ("--precision", precision, "--size", size), quick=("--steps", "2", "--warmup", "1"))
         for precision in ("bf16", "fp32")
+        for project in PROJECTS
     )  # fmt: skip
 
 
@@ -90,19 +95,26 @@ def chosen(benchmarks: tuple[Benchmark, ...], prefixes: list[str]) -> list[Bench
     return [b for b in benchmarks if not prefixes or b.name.startswith(tuple(prefixes))]
 
 
-def run(benchmark: Benchmark, rounds: int | None, output_dir: Path | None) -> bool:
-    """Whether it ended well; what it prints goes through."""
+def run(benchmark: Benchmark, options: argparse.Namespace, output_dir: Path | None, seconds: float) -> bool:
+    """Whether it ended well, within `seconds`; what it prints goes through."""
     command = [sys.executable, "-m", f"ci.peers.{benchmark.module}", *benchmark.options]
+    rounds = options.rounds or (1 if options.quick else None)
     if rounds is not None and benchmark.takes_rounds:
         command += ["--rounds", str(rounds)]
+    if benchmark.module == "device_step" and math.isfinite(seconds):
+        command += ["--seconds", f"{seconds:.0f}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if output_dir is not None:
         environment["PEERS_OUTPUT_DIR"] = str(output_dir)
-        command += [*benchmark.quick]
+        command += benchmark.quick if options.quick else ()
         command += ["--output_dir", str(output_dir)] if benchmark.module == "device_step" else []
     print(f"\n== {benchmark.name}: {' '.join(command[1:])}", flush=True)
     began = time.perf_counter()
-    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    try:
+        limit = seconds + GRACE_S if math.isfinite(seconds) else None
+        status = subprocess.run(command, cwd=ROOT, env=environment, timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        status = TIMED_OUT
     print(f"== {benchmark.name}: exit {status} after {time.perf_counter() - began:.0f} s", flush=True)
     return status == 0
 
@@ -115,21 +127,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="names of benchmarks, or how they begin")
     parser.add_argument("--rounds", type=int, help="over each benchmark's own number of rounds")
+    parser.add_argument("--size", choices=("full", "cpu", "tiny"), help="of an accelerator's steps; measures them on a "
+                        "CPU as well")  # fmt: skip
+    parser.add_argument("--minutes", type=float, help="what would begin later is left; an accelerator's default: 8")
+    parser.add_argument("--output_dir", type=Path, help="for the results; the tables stay as they are")
     parser.add_argument("--quick", action="store_true", help="one round; results to a temporary folder")
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--table", action="store_true", help="only rewrite the tables")
     options = parser.parse_args(argv)
-    benchmarks = chosen(CPU_BENCHMARKS if options.device == "cpu" else device_benchmarks(options.device), options.only)
+    steps = options.size is not None or options.device != "cpu"
+    found = device_benchmarks(options.device, options.size or "full") if steps else CPU_BENCHMARKS
+    benchmarks = chosen(found, options.only)
     if options.list:
         print("\n".join(benchmark.name for benchmark in benchmarks))
         return 0
     failed = []
     if not options.table:
         with tempfile.TemporaryDirectory() as temporary:
-            kept_in = Path(temporary) if options.quick else None
-            rounds = options.rounds or (1 if options.quick else None)
-            failed = [benchmark.name for benchmark in benchmarks if not run(benchmark, rounds, kept_in)]
-    if not options.quick:
+            kept_in = options.output_dir or (Path(temporary) if options.quick else None)
+            end = time.monotonic() + 60 * (options.minutes or (MINUTES if steps and not options.quick else math.inf))
+            for number, benchmark in enumerate(benchmarks):
+                # an even share of the time that is left: a slow one must not take all
+                left = max(0.0, end - time.monotonic()) / (len(benchmarks) - number)
+                if not run(benchmark, options, kept_in, left):
+                    failed.append(benchmark.name)
+    if not (options.quick or options.output_dir):
         for path in table.rewrite():
             print(f"rewrote the table in {path.relative_to(ROOT)}")
     if failed:

@@ -13,6 +13,8 @@ from timm.layers import Mlp, drop_path, trunc_normal_
 from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
+from common import fp8
+
 NORM_EPS = 1e-6
 
 
@@ -85,6 +87,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with a bias on q and v but not on k, and an optional table of its own."""
 
     attend = staticmethod(attend)  # of this module, so that a device's patches can put theirs in its place
+    linear = staticmethod(F.linear)  # likewise, for --fp8
 
     def __init__(
         self,
@@ -141,12 +144,12 @@ class Attention(nn.Module):
         k_bias = None if self.v_bias is None else torch.zeros_like(self.v_bias, requires_grad=False)
         if rows is None:
             qkv_bias = None if k_bias is None else torch.cat((self.q_bias, k_bias, self.v_bias))
-            return F.linear(x, self.qkv.weight, qkv_bias).unflatten(-1, (3, *heads)).unbind(2)
+            return self.linear(x, self.qkv.weight, qkv_bias).unflatten(-1, (3, *heads)).unbind(2)
         inner = self.num_heads * self.head_dim
         q_weight, kv_weight = self.qkv.weight.split((inner, 2 * inner))
         kv_bias = None if k_bias is None else torch.cat((k_bias, self.v_bias))
-        q = F.linear(take_rows(x, rows), q_weight, self.q_bias).unflatten(-1, heads)
-        k, v = F.linear(x, kv_weight, kv_bias).unflatten(-1, (2, *heads)).unbind(2)
+        q = self.linear(take_rows(x, rows), q_weight, self.q_bias).unflatten(-1, heads)
+        k, v = self.linear(x, kv_weight, kv_bias).unflatten(-1, (2, *heads)).unbind(2)
         return q, k, v
 
 
@@ -204,6 +207,14 @@ class Block(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm2(x))
         return y if self.gamma_2 is None else self.gamma_2 * y
+
+
+def use_fp8_in_blocks(model: nn.Module, device: torch.device, precision: str) -> None:
+    """--fp8: all blocks of a model, in place; UsageError where it cannot work (common/fp8.py)."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    fp8.use_fp8(device, precision, "--fp8", blocks)
+    for block in blocks:
+        block.attn.linear = fp8.linear
 
 
 def drop_path_rates(drop_path_rate: float, count: int) -> list[float]:

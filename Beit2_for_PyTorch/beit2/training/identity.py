@@ -20,7 +20,7 @@ _ABOUT_THE_RUN = frozenset(
     "accept_changes data_path eval_data_path data_set tokenizer_weight teacher_weight finetune pretrained_weights "
     "batch_size update_freq parallel activation_checkpointing npu_recompute_attention plan_memory precision eval "
     "dist_eval disable_eval calculate_codebook_usage disable_eval_during_finetuning model_ema_force_cpu val_freq "
-    "monitor_every monitor_data_path replay compile".split()
+    "monitor_every monitor_data_path replay compile fp8".split()
 )
 # changed on purpose: it takes effect from the checkpoint's step on
 MAY_CHANGE = (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import beit2
 from beit2 import device_patches
+from beit2.compiled_blocks import compile_blocks
 from beit2.image_data import Batch, Normalizer
 from beit2.training.optimizers import create_optimizer
 from beit2.training.pretraining_loss import token_loss
@@ -66,7 +67,7 @@ def ours(size: str, device: torch.device, precision: str, compiled: bool) -> Ste
     guarded = GuardedStep(optimizer, model.parameters(), loss_scale(device, precision), clip_norm=CLIP_GRAD)
     loss_of = functools.partial(token_loss, model, tokenizer, Normalizer(MEAN, STD, device), precision)
     if compiled:
-        model.compile()
+        compile_blocks(model, device)  # as --compile does
         tokenizer.encoder.compile()
     numbers = itertools.count()
 
