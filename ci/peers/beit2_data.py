@@ -3,13 +3,14 @@
     python -m ci.peers.beit2_data [--rounds 7]
 
 Decode, colour jitter, flip, crop, two views of 224 pixels (bicubic both, the published recipe), mask. The plain side is
-the reference's `DataAugmentationForBEiT` in torchvision's and PIL's own operations.
+the reference's `DataAugmentationForBEiT` in torchvision's and PIL's own operations; from a tar webdataset reads for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -18,10 +19,12 @@ import beit2  # repairs torchvision
 # isort: split
 import numpy as np
 import torch
+import webdataset
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as tf
 
+from beit2.data.tars import list_tars
 from beit2.data.transforms import TwoViewTransform, random_crop
 from beit2.image_data import PretrainingImages
 from ci.peers.paired_timing import paired, write_result
@@ -51,13 +54,40 @@ class Plain:
 
     def __call__(self, path: Path):
         with open(path, "rb") as file:
-            image = Image.open(file).convert("RGB")
+            return self.prepared(Image.open(file).convert("RGB"))
+
+    def prepared(self, image: Image.Image):
         image = self.jitter(image)
         if random.random() < 0.5:
             image = tf.hflip(image)
         box = random_crop(image.size, (0.2, 1.0), random)
         views = [tf.resized_crop(image, *box, (224, 224), transforms.InterpolationMode.BICUBIC) for _ in range(2)]
         return self.to_patches(views[0]), transforms.ToTensor()(views[1]), self.masking()
+
+
+def compare_tars(folder: Path, paths: list[Path], transform: TwoViewTransform, plain: Plain, rounds: int) -> dict:
+    """The same from one tar of the pictures: ours by offset, webdataset one after the other."""
+    (folder / "tars").mkdir()
+    with tarfile.open(folder / "tars" / "0.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+    listed = list_tars(folder / "tars", ["0.tar"], "--data_path").pictures()
+    dataset = PretrainingImages(listed, transform, beit2.MaskingGenerator((14, 14), 75), seed=0)
+    web = webdataset.WebDataset(str(folder / "tars" / "0.tar"), shardshuffle=False).decode("pil").to_tuple("jpg")
+    epoch = iter(range(1000))
+
+    def ours() -> None:
+        number = next(epoch)
+        for index in range(COUNT):
+            dataset[(number, index)]
+
+    def theirs() -> None:
+        for (image,) in web:
+            plain.prepared(image)
+
+    ratio = paired(ours, theirs, rounds)
+    found = {"median": ratio.median, "low": ratio.low, "high": ratio.high}
+    return found | {"ours_images_per_cpu_s": COUNT / ratio.a_seconds, "plain_images_per_cpu_s": COUNT / ratio.b_seconds}
 
 
 def main() -> None:
@@ -81,6 +111,7 @@ def main() -> None:
                 plain(path)
 
         ratio = paired(ours, reference, options.rounds)
+        tar = compare_tars(Path(folder), paths, transform, plain, options.rounds)
         size = sum(path.stat().st_size for path in paths) / COUNT / 1000
     write_result(
         "beit2_data",
@@ -92,6 +123,7 @@ def main() -> None:
             "ours_images_per_cpu_s": COUNT / ratio.a_seconds,
             "plain_images_per_cpu_s": COUNT / ratio.b_seconds,
             "mean_file_kb": size,
+            "webdataset, from a tar": tar,
         },
     )
 
