@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,8 +41,8 @@ class SimulatedHost:
 
         return Program()
 
-    def judge(self, head_cost: float):
-        plan = perf_ab.Plan(block_s=0.5)
+    def judge(self, head_cost: float, end: float = np.inf):
+        plan = perf_ab.Plan(block_s=0.5, end=end)
         pair = lambda *costs: lambda: tuple(self.start(0.1 * cost) for cost in costs)  # noqa: E731
         return perf_ab.judge(pair(1.0, 1.0), pair(1.0, head_cost), plan)
 
@@ -67,6 +68,17 @@ def test_a_noisy_host_says_so_itself():
         assert "too noisy for 3 %" in reason
     outcome, reason, *_ = SimulatedHost(noise=0.001, favour=0.0).judge(1.03)  # at the threshold: no answer
     assert outcome == INCONCLUSIVE and "around 3 %" in reason
+
+
+def test_it_ends_in_time(monkeypatch):
+    """A second a call: a round of 2 + 4 x 6 calls has 26. What is known by then is a verdict, or it is not."""
+    for end, rounds, expected in ((250, (4, 4), PASS), (150, (2, 3), PASS), (60, (1, 0), INCONCLUSIVE)):
+        host = SimulatedHost(noise=0.001, favour=0.0)
+        monkeypatch.setattr(perf_ab, "time", SimpleNamespace(monotonic=lambda host=host: float(host.calls)))
+        outcome, reason, itself, both = host.judge(1.0, end)
+        assert (outcome, len(itself.rounds), len(both.rounds) if both else 0) == (expected, *rounds), end
+        assert host.calls <= end and host.started == 0
+    assert "give more --minutes" in reason
 
 
 def test_processes_that_are_favoured_are_noise_between_starts():
@@ -174,7 +186,8 @@ def test_the_command_reports(made_up_project, tmp_path, monkeypatch, capsys):
     arguments = ["HEAD", "HEAD", "--project", "Made_up", "--rounds", "2", "--pairs", "4", "--block_s", "0.02"]
     arguments += ["--threshold", "40", "--reports", str(tmp_path)]
     assert perf_ab.main([*arguments, "--plant", "200"]) == perf_ab.EXIT_CODES[FAIL]
-    assert "FAIL Made_up: a step takes +" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("Made_up: PASS, FAIL or INCONCLUSIVE within 10 minutes\nFAIL Made_up: a step takes +")
     assert perf_ab.main(arguments) == perf_ab.EXIT_CODES[PASS]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verdict"] == PASS and report["rows"][0]["rounds"] >= 2

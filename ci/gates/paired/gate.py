@@ -8,7 +8,8 @@ Each revision trains in a process of its own, which stops at the end of a step u
 of steps, several starts of both. On a CPU one thread's CPU seconds count, on an accelerator the synchronised wall
 clock. First the base runs against itself: a host that sees a difference there is told so and judges nothing. The
 verdict is one-sided with a threshold of 3 %: FAIL when the 99 % interval of the slowdown lies above it, PASS when it
-lies below it, else INCONCLUSIVE after the number of starts has been doubled up to a limit.
+lies below it, else INCONCLUSIVE after the number of starts has been doubled up to a limit. It ends within ten minutes,
+or --minutes, which the projects share: a question that is still open then is INCONCLUSIVE.
 
 Exit code: 0 PASS, 1 FAIL, 3 INCONCLUSIVE. The report is written to ci/reports/perf/.
 """
@@ -23,8 +24,9 @@ import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -65,6 +67,7 @@ class Plan:
         max_rounds: where that ends.
         block_s: seconds that a block of steps should last.
         threshold: percent.
+        end: of the clock `time.monotonic`; no round begins that is likely to end later.
     """
 
     pairs: int = 6
@@ -72,6 +75,12 @@ class Plan:
     max_rounds: int = 16
     block_s: float = 1.0
     threshold: float = 3.0
+    end: float = math.inf
+
+    def within(self, share: float) -> Plan:
+        """The same, for a share of the time that is left."""
+        now = time.monotonic()
+        return replace(self, end=now + share * (self.end - now))
 
 
 @dataclass
@@ -157,16 +166,20 @@ def measure_round(a: Stepper, b: Stepper, plan: Plan, comparison: Comparison) ->
 def measure(
     start: Callable[[], tuple[Stepper, Stepper]], plan: Plan, settled: Callable[[Interval], bool]
 ) -> Comparison:
-    """Rounds, each with newly started programs, until the interval settles the question or the limit is reached."""
-    comparison, wanted = Comparison(), plan.rounds
+    """Rounds, each with newly started programs, until the interval settles the question or a limit is reached."""
+    comparison, wanted, longest = Comparison(), plan.rounds, 0.0
     while True:
         while len(comparison.rounds) < wanted:
+            began = time.monotonic()
+            if began + longest > plan.end:
+                return comparison
             a, b = start()
             try:
                 measure_round(a, b, plan, comparison)
             finally:
                 a.close()
                 b.close()
+            longest = max(longest, time.monotonic() - began)
         if wanted >= plan.max_rounds or settled(slowdown(comparison.rounds)):
             return comparison
         wanted = min(2 * wanted, plan.max_rounds)
@@ -174,11 +187,15 @@ def measure(
 
 def judge(start_base: StartPair, start_both: StartPair, plan: Plan) -> tuple[str, str, Comparison, Comparison | None]:
     """(verdict, reason, base against itself, base against head); the last is None on a host that cannot judge."""
-    itself = measure(start_base, plan, lambda interval: why_untrusted(interval, plan.threshold) is None)
+    itself = measure(start_base, plan.within(0.5), lambda interval: why_untrusted(interval, plan.threshold) is None)
+    if len(itself.rounds) < 2:
+        return INCONCLUSIVE, "the time was over before this host could be measured: give more --minutes", itself, None
     reason = why_untrusted(slowdown(itself.rounds), plan.threshold)
     if reason:
         return INCONCLUSIVE, reason, itself, None
     both = measure(start_both, plan, lambda interval: verdict(interval, plan.threshold) != INCONCLUSIVE)
+    if len(both.rounds) < 2:
+        return INCONCLUSIVE, "the time was over before the head was measured: give more --minutes", itself, None
     interval = slowdown(both.rounds)
     outcome = verdict(interval, plan.threshold)
     relation = {PASS: "below", FAIL: "above", INCONCLUSIVE: "around"}[outcome]
@@ -224,7 +241,8 @@ def compare_project(
             row.verdict = FAIL if str(error).startswith("head") else INCONCLUSIVE
             row.reason = str(error)
             return row
-    row.record(itself, both)
+    if len(itself.rounds) > 1:
+        row.record(itself, both)
     return row
 
 
@@ -247,13 +265,14 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=Plan.pairs, help="ABBA quadruples a start")
     parser.add_argument("--rounds", type=int, default=Plan.rounds, help="starts before the first verdict, 2 or more")
     parser.add_argument("--max_rounds", type=int, default=Plan.max_rounds)
+    parser.add_argument("--minutes", type=float, default=10, help="for all projects together")
     parser.add_argument("--block_s", type=float, default=Plan.block_s, help="seconds of a block of steps")
     parser.add_argument("--reports", type=Path, default=REPORTS, help="folder of the report")
     options = parser.parse_args(argv)
     if options.rounds < 2 or options.max_rounds < options.rounds or options.pairs < 1:
         raise UsageError("--rounds: at least 2, --max_rounds: not below it, --pairs: at least 1")
-    if not 0 <= options.plant <= 1000 or options.threshold <= 0 or options.block_s <= 0:
-        raise UsageError("--plant: 0 to 1000 percent; --threshold, --block_s: above 0")
+    if not 0 <= options.plant <= 1000 or min(options.threshold, options.block_s, options.minutes) <= 0:
+        raise UsageError("--plant: 0 to 1000 percent; --threshold, --block_s, --minutes: above 0")
     return options
 
 
@@ -269,14 +288,20 @@ def main(argv: list[str] | None = None) -> int:
     if not projects:
         print(f"PASS: nothing that trains differs between {commits[0][:12]} and {commits[1][:12]}")
         return EXIT_CODES[PASS]
-    plan = Plan(options.pairs, options.rounds, options.max_rounds, options.block_s, options.threshold)
+    end = time.monotonic() + 60 * options.minutes
+    plan = Plan(options.pairs, options.rounds, options.max_rounds, options.block_s, options.threshold, end)
+    print(
+        f"{', '.join(projects)}: PASS, FAIL or INCONCLUSIVE within {options.minutes:g} minutes"
+        + (f", {options.minutes / len(projects):.1f} each" if len(projects) > 1 else ""),
+        flush=True,
+    )
     size = options.size or (TIMED if options.device == "cpu" else FULL)
     precision = options.precision or ("fp32" if options.device == "cpu" else "bf16")
     rows = []
     with revisions.checkout(base) as tree_a, revisions.checkout(options.head) as tree_b:
-        for project in projects:
-            trees = (tree_a, tree_b)
-            row = compare_project(project, trees, plan, size, options.device, precision, options.plant / 100)
+        for number, project in enumerate(projects):
+            trees, share = (tree_a, tree_b), plan.within(1 / (len(projects) - number))
+            row = compare_project(project, trees, share, size, options.device, precision, options.plant / 100)
             print(f"{row.verdict} {project}: {row.reason}", flush=True)
             rows.append(row)
     outcome = worst([row.verdict for row in rows])
