@@ -94,7 +94,8 @@ class RunLog:
         self._losses: dict[int, float] = {}  # by step
         self._has_trained = self._is_finished = False
         self._signals = Watch(saves=not evaluation)
-        self.writer = BackgroundWriter()  # of checkpoints; finished before the run ends or says that it was stopped
+        # of checkpoints, which say that steps are done; finished before the run ends or says that it was stopped
+        self.writer = BackgroundWriter(lambda: self._metrics.sync() if world.is_main else None)
         self._held = contextlib.ExitStack()
         self._started = time.perf_counter()
 
@@ -241,8 +242,6 @@ class RunLog:
     def pause(self, name: str) -> Iterator[None]:
         """Around an evaluation or a checkpoint: its time does not count in FPS and is recorded as `<name>_s`."""
         self._flush_window()
-        if self.world.is_main:
-            self._metrics.sync()
         begin = self._clock.pause()
         yield
         seconds = self._clock.go_on(begin)

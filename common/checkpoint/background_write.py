@@ -21,9 +21,14 @@ import torch
 
 
 class BackgroundWriter:
-    """Writes in a thread what `submit` is given, one at a time."""
+    """Writes in a thread what `submit` is given, one at a time.
 
-    def __init__(self) -> None:
+    Args:
+        first: called in the thread before each write, for what must be on the disk before it.
+    """
+
+    def __init__(self, first: Callable[[], None] = lambda: None) -> None:
+        self._first = first
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._buffers: list[torch.Tensor] = []  # of the last copy
@@ -41,6 +46,7 @@ class BackgroundWriter:
         """
         self.wait()
         if self.at_once:
+            self._first()
             write(content)
             return
         kept, self._buffers = copy_to_memory(content, self._buffers)
@@ -58,6 +64,7 @@ class BackgroundWriter:
 
     def _run(self, write: Callable[[Any], None], kept: Any) -> None:
         try:
+            self._first()
             write(kept)
         except Exception as error:
             self._error = error

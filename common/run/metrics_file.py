@@ -49,7 +49,7 @@ class MetricsFile:
             self._open()
 
     def sync(self) -> None:
-        """What was written reaches the disk: before a checkpoint says that these steps are done."""
+        """What was written reaches the disk, which a checkpoint's thread waits for and no step."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -56,6 +56,28 @@ def test_two_writes_never_overlap():
     assert most == [1, 1, 1]
 
 
+def test_no_step_waits_for_a_slow_disk(tmp_path, monkeypatch):
+    """The log's lines are on it before a checkpoint that says so is; the thread of its writer waits for that."""
+    gate, done = threading.Event(), []
+
+    def slow(_):
+        assert threading.current_thread() is not threading.main_thread() and gate.wait(600)
+        done.append("lines")
+
+    with RunLog(tmp_path, World(), "X", 1) as log:
+        with monkeypatch.context() as patch:
+            patch.setattr("common.metrics_file.os.fsync", slow)
+            log.step(1, 1, 0.5, 0.1)
+            with log.pause("checkpoint"):
+                log.writer.submit({}, lambda _: done.append("checkpoint"))
+            log.step(2, 1, 0.5, 0.1)
+            assert done == []
+            gate.set()
+            log.writer.wait()
+        assert done == ["lines", "checkpoint"]
+        log.finish()
+
+
 @pytest.mark.parametrize("ending", ["the next save", "the end of the run"])
 def test_a_disk_that_fails_behind_the_training_fails_the_run(tmp_path, ending):
     def write(_):
