@@ -282,6 +282,7 @@ class RunLog:
         self.progress.update(step - self.progress.n)
         if step % self.log_every == 0 or step == self.total_steps:
             self._flush_window()
+            self.writer.check()
         self._tell(self._profiler.step(step) if self._profiler else None)
 
     def preempted(self) -> bool:

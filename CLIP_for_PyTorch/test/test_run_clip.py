@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from clip_pretraining import resume
 from clip_pretraining.evaluation import encoder
 from clip_pretraining.options import arguments, legacy
 from clip_pretraining.training.trainer import ClipTrainer
+from common import checkpoint_file
 from common.errors import PREEMPTED
 from common.run import preemption
 from common.run.result_file import read as read_result
@@ -90,6 +92,45 @@ def test_a_resumed_run_is_the_uninterrupted_one(pairs_table, tiny_model, tmp_pat
     again = load_file(tmp_path / "stopped/model.safetensors")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     assert len(losses(tmp_path / "stopped")) == 8  # no step twice
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(pairs_table, tiny_model, tmp_path, monkeypatch):
+    """It is what was saved, gets its name when it is whole, and a disk that fails ends the run by its name."""
+    options = train_options(pairs_table, "--max_steps", "4", "--save_every", "2", "--ema_decay", "0.9")
+    with monkeypatch.context() as patch:
+        patch.setenv("BACKGROUND_WRITE", "0")
+        run(tmp_path / "at once", tiny_model, *options)
+    gate, found, output = threading.Event(), [], tmp_path / "behind"
+    seal, training_step = checkpoint_file.seal, ClipTrainer.training_step
+
+    def held(*arguments):
+        assert gate.wait(600)
+        seal(*arguments)
+
+    def step(self, *arguments, **more):
+        if self.state.global_step == 3:
+            found.append((output / "checkpoint-2").exists())
+            gate.set()
+        return training_step(self, *arguments, **more)
+
+    def full(folder):
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(ClipTrainer, "training_step", step)
+    monkeypatch.setattr(checkpoint_file, "seal", held)
+    run(output, tiny_model, *options)
+    assert found == [False]
+    for name in ("checkpoint-2", "checkpoint-4"):
+        ours, theirs = output / name, tmp_path / "at once" / name
+        assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+        for file in ("model.safetensors", "average.safetensors"):
+            torch.testing.assert_close(load_file(ours / file), load_file(theirs / file), rtol=0, atol=0)
+        mine, other = (checkpoint_file.load(folder / "optimizer.pt")["state"] for folder in (ours, theirs))
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+    monkeypatch.setattr(checkpoint_file, "seal", full)
+    with pytest.raises(OSError, match="No space left on device: .*checkpoint-2"):
+        run(tmp_path / "full", tiny_model, *options)
+    assert read_result(tmp_path / "full/CLIP_for_PyTorch_bs8_1p_acc.log")["Status"] == "FAILED"
 
 
 def test_a_bit_that_flips_in_any_file_of_a_checkpoint_is_noticed(pairs_table, tiny_model, tmp_path):

@@ -46,6 +46,8 @@ class Benchmark:
 CPU_BENCHMARKS = (
     Benchmark("vit_step", "vit_step"),
     Benchmark("vit_input", "vit_input"),
+    Benchmark("bf16_block", "bf16_block"),
+    Benchmark("checkpoint_stall", "checkpoint_stall", quick=("--model", "vit_demo")),
     Benchmark("beit2_step_fp32", "beit2_step", ("--precision", "fp32")),
     # bf16 is small and short: the peers' bf16 products take minutes a step on CPUs without bf16 instructions
     Benchmark("beit2_step_bf16", "beit2_step", ("--precision", "bf16", "--batch", "1", "--rounds", "1")),

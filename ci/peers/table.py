@@ -1,10 +1,13 @@
-"""The Markdown table of all comparisons kept in ci/baselines/, between markers in the READMEs that show it."""
+"""The Markdown tables of what is kept in ci/baselines/, between markers in the documents that show them.
+
+`<!-- peers:begin -->` is all comparisons with peers; `<!-- X:begin -->` is table_X.json, which has columns and rows.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,8 @@ from typing import Any
 from ci.peers import ROOT
 
 BASELINES = ROOT / "ci" / "baselines"
-SHOWN_IN = (ROOT / "docs" / "performance.md", ROOT / "ci" / "peers" / "README.md")  # where they have the markers
-BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+SHOWN_IN = (ROOT / "docs" / "performance.md",)
+MARKED = re.compile(r"<!-- (\w+):begin -->\n.*?<!-- \1:end -->", re.DOTALL)
 COLUMNS = ("benchmark", "peer", "peer's time / ours (range)", "our share of matmul peak", "memory, ours / peer", "on")
 # other files of ci/baselines/<device>/ are not comparisons with peers
 RESULTS = re.compile(r"(vit|beit2|clip|data2vec|device_step)_")
@@ -49,7 +52,7 @@ def comparisons(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
         labels = [label for label in path if label not in _NAMELESS]
         peer = str(result.get("peer", "")) or re.sub(r"_over_ours$", "", ", ".join(labels)).replace("_", " ")
         memory = _memory(result, parent)
-        device = result.get("cpu") or result.get("device", "")
+        device = f"{result.get('cpu') or result.get('device', '')}, {result.get('torch', '')}".strip(", ")
         yield Comparison(name, peer or "plain reference", *ratio, _share(result, parent, node), memory, device)
 
 
@@ -113,21 +116,31 @@ def markdown(rows: list[Comparison]) -> str:
     return text
 
 
-def with_table(text: str, table: str) -> str:
-    """The document with the table between its markers; unchanged without them."""
-    if BEGIN not in text:
-        return text
-    before, rest = text.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    return f"{before}{BEGIN}\n{table}{END}{after}"
+def plain_table(result: dict[str, Any]) -> str:
+    """A result with columns and rows, and below them on what it was measured."""
+    lines = [result["columns"], ["---"] * len(result["columns"]), *result["rows"]]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{text}\n{result['cpu']}, {result['threads']} thread, torch {result['torch']}{result.get('note', '')}.\n"
+
+
+def table_of(name: str, baselines: Path = BASELINES) -> str:
+    if name == "peers":
+        return markdown(all_comparisons(baselines))
+    [path] = baselines.glob(f"*/table_{name}.json")
+    return plain_table(json.loads(path.read_text(encoding="utf-8")))
+
+
+def with_tables(text: str, table: Callable[[str], str] = table_of) -> str:
+    """The document with the tables between its markers; unchanged without any."""
+    return MARKED.sub(lambda found: f"<!-- {found[1]}:begin -->\n{table(found[1])}<!-- {found[1]}:end -->", text)
 
 
 def rewrite() -> list[Path]:
     """Brings the documents' tables up to date; returns those that changed."""
-    table, changed = markdown(all_comparisons()), []
+    changed = []
     for path in SHOWN_IN:
         old = path.read_text(encoding="utf-8")
-        new = with_table(old, table)
+        new = with_tables(old)
         if new != old:
             path.write_text(new, encoding="utf-8")
             changed.append(path)

@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -117,21 +116,28 @@ def test_the_table_reads_every_form_of_result(result, peer, share, memory):
     assert (row.peer, row.median, row.low, row.high, row.share, row.memory) == (peer, 2.0, 1.5, 2.5, share, memory)
 
 
-def test_every_result_kept_is_in_the_table():
-    kept = {p.stem for p in table.BASELINES.glob("*/*.json") if table.RESULTS.match(p.name)}
+def test_every_result_kept_is_in_a_table():
+    kept = {path.stem for path in table.BASELINES.glob("*/*.json") if table.RESULTS.match(path.name)}
     assert kept == {row.benchmark for row in table.all_comparisons()}
+    shown = set(table.MARKED.findall(table.SHOWN_IN[0].read_text(encoding="utf-8")))
+    assert shown == {"peers", *(path.stem.removeprefix("table_") for path in table.BASELINES.glob("*/table_*.json"))}
 
 
 def test_documents_show_the_results_that_are_kept():
-    expected = table.markdown(table.all_comparisons())
-    shown = [path for path in table.SHOWN_IN if table.BEGIN in path.read_text()]
-    assert table.ROOT / "ci/peers/README.md" in shown
-    for path in shown:
-        between = re.search(f"{table.BEGIN}\n(.*?){table.END}", path.read_text(), re.S).group(1)
-        assert between == expected, f"{path} is out of date: python -m ci.peers --table"
+    for path in table.SHOWN_IN:
+        text = path.read_text(encoding="utf-8")
+        assert table.with_tables(text) == text, f"{path} is out of date: python -m ci.peers --table"
 
 
-def test_only_the_part_between_the_markers_changes():
-    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    assert table.with_table(text, "new\n") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
-    assert table.with_table("no markers", "new\n") == "no markers"
+def test_only_the_parts_between_the_markers_change(tmp_path):
+    text = "before\n<!-- a:begin -->\nold\n<!-- a:end -->\nbetween\n<!-- b:begin -->\n<!-- b:end -->\nafter\n"
+    expected = text.replace("old\n", "new a\n").replace("b:begin -->\n", "b:begin -->\nnew b\n")
+    assert table.with_tables(text, lambda name: f"new {name}\n") == expected
+    assert table.with_tables("no markers") == "no markers"
+    result = {"columns": ["x", "s (range)"], "rows": [["a", "1 (0 to 2)"]], "cpu": "X", "threads": 1, "torch": "2"}
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "table_a.json").write_text(json.dumps(result))
+    assert (
+        table.table_of("a", tmp_path)
+        == "| x | s (range) |\n| --- | --- |\n| a | 1 (0 to 2) |\n\nX, 1 thread, torch 2.\n"
+    )

@@ -62,6 +62,11 @@ class BackgroundWriter:
         if error is not None:
             raise error
 
+    def check(self) -> None:
+        """As `wait`, where nothing is to be waited for: a run ends soon after a failure, not at its next save."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
     def _run(self, write: Callable[[Any], None], kept: Any) -> None:
         try:
             self._first()

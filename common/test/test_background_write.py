@@ -78,7 +78,7 @@ def test_no_step_waits_for_a_slow_disk(tmp_path, monkeypatch):
         log.finish()
 
 
-@pytest.mark.parametrize("ending", ["the next save", "the end of the run"])
+@pytest.mark.parametrize("ending", ["the next line", "the next save", "the end of the run"])
 def test_a_disk_that_fails_behind_the_training_fails_the_run(tmp_path, ending):
     def write(_):
         raise OSError(28, "No space left on device", str(tmp_path / "checkpoint-1.pt"))
@@ -89,6 +89,10 @@ def test_a_disk_that_fails_behind_the_training_fails_the_run(tmp_path, ending):
         log.writer.submit({}, write)
         if ending == "the next save":
             log.writer.submit({}, lambda _: None)
+        if ending == "the next line":
+            log.writer._thread.join()
+            log.step(2, 1, 0.5, 0.1)
+            pytest.fail("a step was done after the failure")
         log.finish()
     said = result_file.read(tmp_path / "X_bs1_1p_acc.log")
     assert said["Status"] == "FAILED" and "checkpoint-1.pt" in said["Error"]
