@@ -21,6 +21,7 @@ from clip_pretraining.evaluation import encoder
 from clip_pretraining.options import arguments, legacy
 from clip_pretraining.training.trainer import ClipTrainer
 from common import checkpoint_file
+from common.checkpoint import digests
 from common.errors import PREEMPTED
 from common.run import preemption
 from common.run.result_file import read as read_result
@@ -101,7 +102,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(pairs_table, tiny_model,
         patch.setenv("BACKGROUND_WRITE", "0")
         run(tmp_path / "at once", tiny_model, *options)
     gate, found, output = threading.Event(), [], tmp_path / "behind"
-    seal, training_step = checkpoint_file.seal, ClipTrainer.training_step
+    seal, training_step = digests.seal, ClipTrainer.training_step
 
     def held(*arguments):
         assert gate.wait(600)
@@ -117,7 +118,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(pairs_table, tiny_model,
         raise OSError(28, "No space left on device", str(folder))
 
     monkeypatch.setattr(ClipTrainer, "training_step", step)
-    monkeypatch.setattr(checkpoint_file, "seal", held)
+    monkeypatch.setattr(digests, "seal", held)
     run(output, tiny_model, *options)
     assert found == [False]
     for name in ("checkpoint-2", "checkpoint-4"):
@@ -127,7 +128,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(pairs_table, tiny_model,
             torch.testing.assert_close(load_file(ours / file), load_file(theirs / file), rtol=0, atol=0)
         mine, other = (checkpoint_file.load(folder / "optimizer.pt")["state"] for folder in (ours, theirs))
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
-    monkeypatch.setattr(checkpoint_file, "seal", full)
+    monkeypatch.setattr(digests, "seal", full)
     with pytest.raises(OSError, match="No space left on device: .*checkpoint-2"):
         run(tmp_path / "full", tiny_model, *options)
     assert read_result(tmp_path / "full/CLIP_for_PyTorch_bs8_1p_acc.log")["Status"] == "FAILED"

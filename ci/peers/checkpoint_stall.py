@@ -19,7 +19,7 @@ import torch
 
 from ci.peers.paired_timing import write_result
 from common import checkpoint_file, shards
-from common.background_write import BackgroundWriter
+from common.checkpoint.background_write import BackgroundWriter
 from common.distributed import process_group
 from vit.model.vision_transformer import create_model
 

@@ -38,8 +38,8 @@ from ci.peers import ROOT
 from ci.peers.paired_timing import gemm_peak
 from ci.peers.steps.step import PROJECTS, Step, sides_of
 from common import device as devices
-from common import utilisation
 from common.errors import UsageError, print_usage_errors
+from common.run import utilisation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATMUL_SIZES = (512, 2048, 4096, 8192)

@@ -66,7 +66,7 @@ def test_no_step_waits_for_a_slow_disk(tmp_path, monkeypatch):
 
     with RunLog(tmp_path, World(), "X", 1) as log:
         with monkeypatch.context() as patch:
-            patch.setattr("common.metrics_file.os.fsync", slow)
+            patch.setattr("common.run.metrics_file.os.fsync", slow)
             log.step(1, 1, 0.5, 0.1)
             with log.pause("checkpoint"):
                 log.writer.submit({}, lambda _: done.append("checkpoint"))

@@ -7,7 +7,7 @@ from torch import nn
 
 from common import device as devices
 from common.errors import UsageError
-from common.fp8 import Fp8Linear, linear, use_fp8
+from common.model.fp8 import Fp8Linear, linear, use_fp8
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
     ):
         with monkeypatch.context() as patch, pytest.raises(UsageError, match=message):
             patch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-            patch.setattr("common.fp8.describe", lambda device: "NVIDIA A100")
+            patch.setattr("common.model.fp8.describe", lambda device: "NVIDIA A100")
             use_fp8(device, precision, "--fp8", blocks)
     assert type(blocks[0][0]) is nn.Linear
 

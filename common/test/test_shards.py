@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoint_file, shards
+from common import shards
+from common.checkpoint import digests
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -16,11 +17,12 @@ import os, pathlib, signal, sys, threading
 sys.path.insert(0, sys.argv[2])
 import torch
 from torch import nn
-from common import checkpoint_file, distributed, shards
-from common.background_write import BackgroundWriter
+from common import distributed, shards
+from common.checkpoint import digests
+from common.checkpoint.background_write import BackgroundWriter
 
 out, gate, sealing, written = pathlib.Path(sys.argv[1]), threading.Event(), threading.Event(), []
-seal = checkpoint_file.seal
+seal = digests.seal
 
 
 def held(folder, files=None):
@@ -52,7 +54,7 @@ with distributed.process_group("cpu") as world:
 
     train(1)
     save(1)
-    checkpoint_file.seal = held
+    digests.seal = held
     gate.set()
     writer.wait()
     gate.clear()
@@ -66,18 +68,18 @@ with distributed.process_group("cpu") as world:
     assert written[:2] == [1, 2] or not world.is_main
     writer.wait()
 
-    digests_of = checkpoint_file.digests_of
+    digests_of = digests.digests_of
     def full(*_):
         raise OSError(28, "No space left on device", str(folder))
     if world.rank == 1:
-        checkpoint_file.digests_of = full
+        digests.digests_of = full
     save(4)
     try:
         writer.wait()
     except OSError as error:
         assert "No space left on device" in str(error) and str(folder) in str(error)
         (out / f"told{world.rank}").touch()
-    checkpoint_file.digests_of = digests_of
+    digests.digests_of = digests_of
     assert shards.load_progress(folder) == {"number": 3}
 
     saved = whole()
@@ -113,7 +115,7 @@ def test_ranks_killed_in_mid_write_leave_the_one_before_with_what_was_saved(out)
     found = shards.read_shards(folder)["model"]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert (out / ".checkpoint-sharded.writing").is_dir()  # half of the sixth
-    assert checkpoint_file.damage(out / ".checkpoint-sharded.writing") is not None
+    assert digests.damage(out / ".checkpoint-sharded.writing") is not None
 
 
 def test_the_failure_of_one_rank_s_disk_is_told_on_all(out):

@@ -13,7 +13,7 @@ from timm.layers import Mlp, drop_path, trunc_normal_
 from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
-from common import fp8
+from common.model import fp8
 
 NORM_EPS = 1e-6
 
@@ -210,7 +210,7 @@ class Block(nn.Module):
 
 
 def use_fp8_in_blocks(model: nn.Module, device: torch.device, precision: str) -> None:
-    """--fp8: all blocks of a model, in place; UsageError where it cannot work (common/fp8.py)."""
+    """--fp8: all blocks of a model, in place; UsageError where it cannot work (common/model/fp8.py)."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     fp8.use_fp8(device, precision, "--fp8", blocks)
     for block in blocks:

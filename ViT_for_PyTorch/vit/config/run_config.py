@@ -42,7 +42,7 @@ class ModelConfig:
     lora_also: str = "bias,norm,stem"  # trained whole beside the additions, as peft's bias and modules_to_save
     gradient_checkpointing: bool = False
     compile: bool = False
-    fp8: bool = False  # products of the blocks' linear layers in 8 bits (common/fp8.py); needs precision=bf16
+    fp8: bool = False  # products of the blocks' linear layers in 8 bits (common/model/fp8.py); needs precision=bf16
 
 
 @dataclass
