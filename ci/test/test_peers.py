@@ -3,10 +3,13 @@
 import importlib
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from ci.npu import fake as fake_npu
 from ci.peers import ROOT, device_step, table
 from ci.peers.steps.step import PROJECTS, sides_of
 from common.errors import UsageError
@@ -77,9 +80,42 @@ def test_device_step_measures_a_small_step(tmp_path):
     for side in (versus["ours"], versus["peer"]):
         assert side["tokens_per_second"] * side["seconds_a_step"] == pytest.approx(128)
         assert 0 < side["share_of_matmul_peak"] < 1 and side["peak_memory_mib"] > 50 and side["tflop_a_step"] > 0
+        assert side["mfu"] is None  # no data sheet
+    assert versus["ours"]["host_waits_a_step"] == 0 < versus["peer"]["host_waits_a_step"]
     [row] = table.comparisons("device_step_data2vec_fp32", result)
     assert row.peer == "plain, torch.compile off" and row.low <= row.median <= row.high
     assert row.memory == (versus["ours"]["peak_memory_mib"], versus["peer"]["peak_memory_mib"])
+
+
+@pytest.mark.skipif(fake_npu.why_missing() is not None, reason=str(fake_npu.why_missing()))
+def test_the_command_for_a_card_on_the_simulated_npu(tmp_path):
+    """Both of its precisions and modes; what cannot be compiled, and what there is no time for, is said."""
+    command = [sys.executable, "-m", "ci.peers", "--device", "npu", "--size", "tiny", "--only", "beit2", "--quick"]
+    command += ["--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=fake_npu.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for precision in ("bf16", "fp32"):
+        result = json.loads((tmp_path / f"device_step_beit2_{precision}.json").read_text())
+        eager, compiled = (result["versus"][f"plain, torch.compile {mode}"] for mode in ("off", "on"))
+        assert eager["ours"]["images_per_second"] > 0 and eager["ours"]["host_waits_a_step"] == 0
+        assert eager["ours"]["mfu"] > 0 and result["mfu_peak"].endswith("measured here)")
+        assert "torch.compile on npu" in compiled["not_measured"]
+        assert len(list(table.comparisons("device_step_beit2", result))) == 1
+
+
+def test_a_card_s_command_ends_in_time(monkeypatch, capfd):
+    """Each benchmark has its share of what is left; one that hangs is ended and named."""
+    monkeypatch.setattr(peers, "GRACE_S", 0.2)
+    started = []
+
+    def sleep(command, timeout, **more):
+        started.append(float(command[command.index("--seconds") + 1]))
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(peers.subprocess, "run", sleep)
+    assert peers.main(["--device", "cuda", "--minutes", "4", "--only", "vit", "clip", "--output_dir", "x"]) == 1
+    assert started == [60, 80, 120, 240]  # of those before nothing was used
+    assert "failed: vit_bf16, clip_bf16, vit_fp32, clip_fp32" in capfd.readouterr().err
 
 
 def test_folder_of_a_device(monkeypatch):
