@@ -52,7 +52,7 @@ def comparisons(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
         labels = [label for label in path if label not in _NAMELESS]
         peer = str(result.get("peer", "")) or re.sub(r"_over_ours$", "", ", ".join(labels)).replace("_", " ")
         memory = _memory(result, parent)
-        device = f"{result.get('cpu') or result.get('device', '')}, {result.get('torch', '')}".strip(", ")
+        device = f"{result.get('cpu') or result.get('device', '')}, torch {result.get('torch', '')}"
         yield Comparison(name, peer or "plain reference", *ratio, _share(result, parent, node), memory, device)
 
 
