@@ -68,6 +68,7 @@ def runs(tmp_path_factory) -> Path:
         (2, options("fsdp, then ddp", "ddp", 4, *from_step_4("fsdp/checkpoints/checkpoint-4"))),
         (2, options("ddp, then fsdp", "fsdp", 4, *from_step_4("ddp/checkpoints/checkpoint-4.pt"))),
         (2, options("bf16", "fsdp", 4, "--precision", "bf16", "--max_steps", "2")),
+        (2, options("fp8", "fsdp", 4, "--precision", "bf16", "--max_steps", "2", "model.fp8=true")),
     )
     assert done.returncode == 0, done.stdout
     return root
@@ -100,6 +101,13 @@ def test_bf16_computes_near_fp32_from_fp32_masters(runs):
     for step, (loss, norm) in losses(runs / "bf16").items():
         exact = losses(runs / "ddp")[step]
         assert loss == pytest.approx(exact[0], rel=0.02) and norm != exact[1]
+
+
+def test_shards_multiply_in_fp8(runs):
+    ours, theirs = losses(runs / "fp8"), losses(runs / "bf16")
+    assert ours != theirs
+    for step, (loss, norm) in ours.items():
+        assert loss == pytest.approx(theirs[step][0], rel=0.005) and norm == pytest.approx(theirs[step][1], rel=0.1)
 
 
 def test_one_plain_file_is_the_checkpoint_of_ddp(runs, tmp_path, capsys):
