@@ -31,6 +31,7 @@ from beit2.training.optimizers import layer_decay, parameter_groups
 from beit2.weights.download import local_file
 from beit2.weights.files import read_state_dict
 from common.data.posterize_repair import repair_posterize
+from common.data.shears import use_fast_shears
 from common.errors import UsageError
 
 
@@ -199,6 +200,7 @@ def _training_transform(options: argparse.Namespace):
         return CropAndFlip(options.input_size, options.min_crop_scale, options.train_interpolation, jitter)
     mean, std = mean_and_std(options)
     repair_posterize()
+    use_fast_shears()
     try:
         transform = create_transform(
             options.input_size,

@@ -84,7 +84,7 @@ def test_a_disk_that_fails_behind_the_training_fails_the_run(tmp_path, ending):
         raise OSError(28, "No space left on device", str(tmp_path / "checkpoint-1.pt"))
 
     world = World()
-    with pytest.raises(OSError, match="No space left on device"), RunLog(tmp_path, world, "X", 1) as log:
+    with pytest.raises(OSError, match="No space left on device"), RunLog(tmp_path, world, "X", 1, log_every=1) as log:
         log.step(1, 1, 0.5, 0.1)
         log.writer.submit({}, write)
         if ending == "the next save":

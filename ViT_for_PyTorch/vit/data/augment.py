@@ -24,6 +24,7 @@ from torch import Tensor
 
 from common.data.pictures import to_rgb
 from common.data.posterize_repair import repair_posterize
+from common.data.shears import use_fast_shears
 from vit.model.vision_transformer import ViTConfig
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
@@ -95,8 +96,9 @@ class TrainTransform:
 
 
 def rand_augment(text: str, settings: dict[str, Any]) -> timm_auto_augment.RandAugment:
-    """timm's RandAugment, with a posterize that also keeps 0 bits."""
+    """timm's RandAugment, with a posterize that also keeps 0 bits and fast shears."""
     repair_posterize()
+    use_fast_shears()
     return timm_auto_augment.rand_augment_transform(text, settings)
 
 
