@@ -51,9 +51,34 @@ def test_a_boolean_mask_stays_one(monkeypatch):
 def test_fp32_fp16_and_native_bf16_are_left_alone(monkeypatch):
     assert isinstance(cpu_kernels.cpu_kernels(), contextlib.nullcontext)
     monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(cpu_kernels, "fused_attention_is_slow", lambda: False)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
             assert isinstance(cpu_kernels.cpu_kernels(), contextlib.nullcontext)
+
+
+def test_bf16_attention_is_that_of_autocast_written_out(monkeypatch):
+    """Its gradients too; under a mask, or with dropout, it is torch's own."""
+    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(cpu_kernels, "fused_attention_is_slow", lambda: True)
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 2, 4, 20, 16, requires_grad=True)
+
+    def run(function, **options):
+        with torch.autocast("cpu", torch.bfloat16), cpu_kernels.cpu_kernels():
+            out = function(*qkv.bfloat16(), **options)
+        return out, *torch.autograd.grad(out.float().square().sum(), qkv)
+
+    def plain(q, k, v):
+        return (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v  # autocast's softmax is in fp32
+
+    fused = F.scaled_dot_product_attention
+    for ours, theirs in zip(run(fused), run(plain), strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
+    exact = fused(*qkv.float())
+    assert (run(fused)[0].float() - exact).norm() < 6e-3 * exact.norm()
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    assert torch.equal(run(fused, attn_mask=mask)[0], fused(*qkv.bfloat16(), attn_mask=mask))
 
 
 @pytest.mark.parametrize("trained", ["input", "weight"])
