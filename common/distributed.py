@@ -34,8 +34,8 @@ _ended_groups: list[dist.ProcessGroup] = []
 _stores: list[dist.Store] = []  # of the process, then a part of it for each group
 _watches: list[lost_ranks.Watch] = []  # of the group that is up
 _meetings: list[str] = []  # of `wait_for_all`, in the group that is up
-WRITING = timedelta(hours=1)  # the longest that a rank's write of a checkpoint may take more than another's
 LOOK_S = 600.0  # between two looks whether all ranks are still there
+_timeouts: list[timedelta] = []  # of a collective of training, in the group that is up
 _background: list[dist.ProcessGroup] = []  # of the group that is up, see `background_group`
 _failed_groups: list[dist.ProcessGroup] = []  # a thread of these may wait for a rank that is gone: never joined
 
@@ -102,7 +102,8 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         watch = _watch_ranks(rank)
         _watches.append(watch)
         _meetings.clear()
-        _set_timeout(timedelta(seconds=train_timeout_s))
+        _timeouts[:] = [timedelta(seconds=train_timeout_s)]
+        _set_timeout(_timeouts[-1])
         yield world
         kept_in = _ended_groups
     except RuntimeError as error:
@@ -182,10 +183,10 @@ def world_size() -> int:
 def background_group() -> dist.ProcessGroup | None:
     """The group for what a thread of each rank does beside the training, whose collectives must not meet its own.
 
-    All ranks call it, at the same place of the training.
+    All ranks call it, at the same place of the training. A rank waits for the others there as long as in a step.
     """
     if is_distributed() and not _background:
-        _background.append(dist.new_group(backend="gloo", timeout=WRITING))
+        _background.append(dist.new_group(backend="gloo", timeout=_timeouts[-1] if _timeouts else None))
     return _background[0] if _background else None
 
 
