@@ -105,7 +105,8 @@ def run(benchmark: Benchmark, options: argparse.Namespace, output_dir: Path | No
         command += ["--rounds", str(rounds)]
     if benchmark.module == "device_step" and math.isfinite(seconds):
         command += ["--seconds", f"{seconds:.0f}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     if output_dir is not None:
         environment["PEERS_OUTPUT_DIR"] = str(output_dir)
         command += benchmark.quick if options.quick else ()

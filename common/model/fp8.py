@@ -107,5 +107,5 @@ def _by_columns(matrix: Tensor) -> Tensor:
 
 def _filled_up(matrix: Tensor) -> Tensor:
     """[rows, n] with rows of zeros up to a multiple of 16."""
-    missing = -len(matrix) % MULTIPLE
-    return torch.cat((matrix, matrix.new_zeros(missing, matrix.shape[1]))) if missing else matrix
+    bits = matrix.view(torch.uint8)  # in which zero is zero; few operations know 8-bit floats
+    return F.pad(bits, (0, 0, 0, -len(matrix) % MULTIPLE)).view(matrix.dtype)
