@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ci.gates.counters.operation_counter import OperationCounter
 from ci.peers import ROOT
 from ci.peers.paired_timing import gemm_peak
 from ci.peers.steps.step import PROJECTS, Step, sides_of
@@ -167,12 +167,30 @@ def count_flops(step) -> int:
     return counter.get_total_flops()
 
 
-def host_waits(step, device: torch.device) -> int:
-    """How often the host waits for the device in one eager step: as CUDA warns, elsewhere reads of a tensor's value."""
+class HostReads(TorchDispatchMode):
+    """Counts values and copies that come from a device to the host, which waits there."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.count = kind, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        source = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
+        if isinstance(source, torch.Tensor) and source.device.type == self.kind:
+            is_copy = isinstance(result, torch.Tensor) and result.device.type == "cpu"
+            self.count += is_copy or func is torch.ops.aten._local_scalar_dense.default
+        return result
+
+
+def host_waits(step: Step, device: torch.device) -> int | None:
+    """How often the host waits for the device in one eager step, on cuda as CUDA warns; a CPU has none to wait for."""
+    if device.type == "cpu":
+        return None
     if device.type != "cuda":
-        with OperationCounter() as counter:
+        with HostReads(device.type) as reads:
             step.run()
-        return counter.host_reads.total()
+        return reads.count
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -80,8 +80,7 @@ def test_device_step_measures_a_small_step(tmp_path):
     for side in (versus["ours"], versus["peer"]):
         assert side["tokens_per_second"] * side["seconds_a_step"] == pytest.approx(128)
         assert 0 < side["share_of_matmul_peak"] < 1 and side["peak_memory_mib"] > 50 and side["tflop_a_step"] > 0
-        assert side["mfu"] is None  # no data sheet
-    assert versus["ours"]["host_waits_a_step"] == 0 < versus["peer"]["host_waits_a_step"]
+        assert side["mfu"] is None and side["host_waits_a_step"] is None  # no data sheet, nothing to wait for
     [row] = table.comparisons("device_step_data2vec_fp32", result)
     assert row.peer == "plain, torch.compile off" and row.low <= row.median <= row.high
     assert row.memory == (versus["ours"]["peak_memory_mib"], versus["peer"]["peak_memory_mib"])
@@ -96,7 +95,10 @@ def test_the_command_for_a_card_on_the_simulated_npu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "device_step_beit2_bf16.json").read_text())
     eager, compiled = (result["versus"][f"plain, torch.compile {mode}"] for mode in ("off", "on"))
-    assert eager["ours"]["images_per_second"] > 0 and eager["ours"]["host_waits_a_step"] == 0
+    assert (
+        eager["ours"]["images_per_second"] > 0
+        and eager["ours"]["host_waits_a_step"] == 0 < eager["peer"]["host_waits_a_step"]
+    )
     assert eager["ours"]["mfu"] > 0 and result["mfu_peak"].endswith("measured here)")
     assert "torch.compile on npu" in compiled["not_measured"]
     assert len(list(table.comparisons("device_step_beit2", result))) == 1
