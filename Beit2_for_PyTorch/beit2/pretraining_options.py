@@ -66,6 +66,8 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--plan_memory", type=int, nargs="?", const=8, metavar="RANKS", help="print memory and stop")
     options = parse(parser, argv)
+    if options.compile and options.fp8:
+        raise UsageError("--fp8: not with --compile, with which it was not tried; leave one out")
     if options.compile and options.parallel == "fsdp":
         raise UsageError(
             "--compile: not with --parallel fsdp, which gathers parameters inside the blocks; leave one out"

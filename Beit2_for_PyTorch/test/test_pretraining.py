@@ -186,17 +186,18 @@ def test_half_precision_and_no_cls_head(pictures, tokenizer_file, tmp_path, opti
     assert "train_mlm_acc" not in read_checkpoint(tmp_path / "checkpoint.pth")
 
 
-def test_fp8_beside_bf16_eager_and_compiled(pictures, tokenizer_file, tmp_path):
+def test_fp8_beside_bf16(pictures, tokenizer_file, tmp_path):
     runs = {}
-    for name, options in (("bf16", []), ("fp8", ["--fp8"]), ("compiled", ["--fp8", "--compile"])):
+    for name, options in (("bf16", []), ("fp8", ["--fp8"])):
         run(pictures, tokenizer_file, tmp_path / name, "--precision", "bf16", "--max_steps", "3", *options)
         runs[name] = [loss for loss, *_ in metrics(tmp_path / name).values()]
     assert runs["fp8"] != runs["bf16"] and runs["fp8"] == pytest.approx(runs["bf16"], rel=0.005)
-    assert runs["compiled"] == pytest.approx(runs["fp8"], rel=0.005)
     with pytest.raises(SystemExit):
         run(pictures, tokenizer_file, tmp_path / "fp8", "--precision", "bf16", "--resume", "auto")
     with pytest.raises(SystemExit):
         run(pictures, tokenizer_file, tmp_path / "fp32", "--fp8")
+    with pytest.raises(SystemExit):
+        run(pictures, tokenizer_file, tmp_path / "compiled", "--fp8", "--precision", "bf16", "--compile")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(

@@ -408,6 +408,7 @@ def test_fp8_beside_bf16_and_not_in_its_place(pictures, tmp_path, capsys):
     for refused, message in (
         (["model.fp8=true"], "its products replace bf16's"),
         (["model.fp8=true", "--precision", "bf16", "model.train=lora"], "not with model.train=lora"),
+        (["model.fp8=true", "--precision", "bf16", "model.compile=true"], "not with model.compile=true"),
     ):
         with pytest.raises(SystemExit):
             train(pictures, tmp_path / "refused", *refused)

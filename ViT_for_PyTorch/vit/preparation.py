@@ -88,6 +88,8 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
     freeze(model, config.model)
     kind = config.model.train
     if config.model.fp8:
+        if config.model.compile:
+            raise UsageError("model.fp8=true: not with model.compile=true, with which it was not tried; leave one out")
         if kind == "lora":
             raise UsageError("model.fp8=true: not with model.train=lora, whose additions are too narrow; leave one out")
         use_fp8(world.device, config.precision, "model.fp8=true", model.blocks)
