@@ -72,7 +72,7 @@ def evaluation_loader(config: Config, model: ViTConfig, world: World, folder: Im
 def _check_classes(config: Config, folder: ImageFolder) -> None:
     if len(folder.classes) == 1:
         raise UsageError(
-            f"{folder.root} has one class folder, {folder.classes[0]}: nothing to tell apart; is it a folder too high?"
+            f"{folder.root} has one class folder, {folder.classes[0]}: nothing to tell apart; give a folder of several"
         )
     if config.metric_for_best == "top5" and config.do_eval and len(folder.classes) <= 5:
         raise UsageError(
