@@ -56,5 +56,5 @@ def draw(found: Found, path: Path) -> None:
     axes.set_xticks(_shares(found), [str(share) for share in _shares(found)])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figures.save(figure, path)

@@ -40,7 +40,7 @@ def nearest_class(train: Path, val: Path) -> dict[str, float]:
 
 
 def _image_folder(folder: Path) -> tuple[list[Path], np.ndarray]:
-    paths = sorted(path for path in folder.glob("*/*") if path.is_file())
+    paths = sorted(path for path in folder.glob("[!.]*/*") if path.is_file())  # hidden: caches of trainings
     return paths, np.array([path.parent.name for path in paths])
 
 
