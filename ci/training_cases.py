@@ -195,7 +195,8 @@ CASES = {
         ),
         Case(
             "Beit2_for_PyTorch", "run_beitv2_pretraining", prepare_pictures, beit2_arguments,
-            {"accumulation": ["--update_freq", "2"], "fsdp": ["--fsdp"], "overflow": ["--loss_scale", OVERFLOWS]},
+            {"accumulation": ["--update_freq", "2"], "fsdp": ["--fsdp"], "overflow": ["--loss_scale", OVERFLOWS],
+             "compiled": ["--compile"]},
         ),
         Case(
             "CLIP_for_PyTorch", "run_clip", prepare_clip, clip_arguments,
@@ -204,7 +205,8 @@ CASES = {
         # an update that overflows is no step of its log, and the teacher is an average in every run
         Case(
             "Data2vec_for_PyTorch", "train", prepare_data2vec, data2vec_arguments,
-            {"accumulation": ["optimization.update_freq=[2]"]},
+            {"accumulation": ["optimization.update_freq=[2]"], "fsdp": ["--parallel", "fsdp"],
+             "compiled": ["--compile"]},
         ),
     )
 }  # fmt: skip

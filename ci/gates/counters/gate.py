@@ -41,7 +41,9 @@ RUNS = {
     "bf16": ("bf16", 1, ""),
     "fp32, ema": ("fp32", 1, "ema"),
     "fp16, overflow": ("fp16", 1, "overflow"),
+    "fp32, compiled": ("fp32", 1, "compiled"),
 }
+COMPILED_STEPS = 12  # of batches of several lengths
 ACCEPT = "python -m ci.gates.counters --accept --project"
 
 Counts = dict[str, Any]  # of one run
@@ -79,10 +81,13 @@ class _OneStep(training_steps.Observer):
 
 
 class _Along(training_steps.Observer):
-    """Of the ranks that are not counted."""
+    """Counts nothing and ends a run: the ranks that are not counted after as many steps as the one that is."""
+
+    def __init__(self, steps: int = WARM_STEPS + 1) -> None:
+        self.steps = steps
 
     def step_ended(self, step: int, samples: int) -> None:
-        if step > WARM_STEPS:
+        if step >= self.steps:
             raise training_steps.TrainingStopped
 
 
@@ -111,7 +116,9 @@ def measure(tree: Path, project: str, runs: list[str]) -> Report:
             output = Path(folder) / name.replace(", ", "-")
             more = case.variants.get(variant, [])
             command = case.command(Path(folder), COUNTED, output, "cpu", precision, "--seed", "1", *more)
-            if ranks > 1:
+            if variant == "compiled":
+                report[name] = count_graphs(case.entry, command)
+            elif ranks > 1:
                 report[name] = count_ranks(case.entry, command, ranks, Path(folder) / "counts.json")
             else:
                 report[name] = count_step(case.entry, command, ranks)
@@ -174,6 +181,18 @@ def count_step(entry: str, arguments: list[str], ranks: int) -> Counts:
             "collectives": dict(sorted(counter.collectives.items())),
         }
     return counts
+
+
+def count_graphs(entry: str, arguments: list[str]) -> Counts:
+    """Graphs and breaks of a run's first steps under torch.compile, as dynamo makes them: no code is generated."""
+    from torch._dynamo.utils import counters
+
+    compilation = importlib.import_module("common.model.compilation")
+    compilation.BACKEND = "eager"
+    counters.clear()
+    training_steps.train(entry, arguments, _Along(COMPILED_STEPS))
+    breaks = sum(counters["graph_break"].values())
+    return {"totals": {"graphs": counters["stats"]["unique_graphs"], "graph breaks": breaks}}
 
 
 def sizes_of(optimizer: Any) -> dict[str, int]:
