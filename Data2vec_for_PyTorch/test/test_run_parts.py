@@ -45,6 +45,31 @@ def test_overrides_keep_a_text_as_the_user_wrote_it(text):
     assert config.checkpoint.restore_file is None
 
 
+@pytest.mark.parametrize(
+    "text, columns",
+    [
+        ("[text #1]", ["text #1"]),
+        ("[yes,no]", ["yes", "no"]),
+        ("007", ["007"]),
+        ("['a, b' , \"1e3\"]", ["a, b", "1e3"]),
+    ],
+)
+def test_overrides_keep_a_list_of_texts(text, columns):
+    from data2vec.config import load_config
+
+    files = [f"task.{key}=x" for key in ("data", "encoder_json", "vocab_bpe", "dict")]
+    config, _ = load_config(PROJECT / "configs/text/finetuning", "base", [*files, f"task.columns={text}"])
+    assert list(config.task.columns) == columns
+
+
+def test_a_group_without_keys_is_refused():
+    from common.errors import UsageError
+    from data2vec.config import load_config
+
+    with pytest.raises(UsageError, match="task=masked_lm: is a group of keys; its kind is task._name=masked_lm"):
+        load_config(PROJECT / "test", "tiny", ["task=masked_lm"])
+
+
 def test_configurations_are_found_from_any_folder(tmp_path, monkeypatch):
     from data2vec.config import load_config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from common.errors import UsageError
 from data2vec.config.keys import FULLY_SHARDED, MULTI, REGRESSION_METRICS, Fixed, Ignored, Key, Option, options_of
 from data2vec.config.multi import check_multi_text, check_multi_vision, refuse_audio, without_group, without_groups
 
+_LIST_PARTS = re.compile(r"""\s*"[^"]*"|\s*'[^']*'|[^,]+""")  # between commas, or in quotes
 PROJECT = Path(__file__).resolve().parents[2]
 # what decides a checkpoint's loss, besides task and model, which are taken whole
 _EVALUATION_KEYS = ("common.seed", "dataset.max_tokens", "dataset.batch_size", "dataset.required_batch_size_multiple")
@@ -103,14 +105,21 @@ def _overridden(given: DictConfig, override: str) -> DictConfig:
     if not equals or not key:
         raise UsageError(f"{override!r}: write overrides as group.key=value")
     option = _options_of(given).get(key)
-    if not isinstance(option, Key) or option.type is not str or isinstance(option.default, list):
+    if not isinstance(option, Key) or option.type is not str:
         return OmegaConf.merge(given, OmegaConf.from_dotlist([f"{key}={text}"]))
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]  # quoted for Hydra within the shell's quotes
-    nothing = text == "null" and (option.null or option.default is None)
     given = OmegaConf.merge(given)  # a copy
-    OmegaConf.update(given, key, None if nothing else text)
+    if isinstance(option.default, list):
+        texts = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        OmegaConf.update(given, key, [_unquoted(p) for part in _LIST_PARTS.findall(texts) if (p := part.strip())])
+        return given
+    nothing = text == "null" and (option.null or option.default is None)
+    OmegaConf.update(given, key, None if nothing else _unquoted(text))
     return given
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotes for Hydra that stand within the shell's."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _with_checkpoint(given: DictConfig, stored: Mapping[str, Any], name: str) -> tuple[DictConfig, list[str]]:
@@ -148,8 +157,8 @@ def _plain(value: Any) -> Any:
 
 def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]:
     """Fills in defaults and refuses what would be ignored. `source` names the file in messages."""
-    refuse_audio(given, source)
     options = _options_of(given)
+    refuse_audio(given, source)
     config = OmegaConf.create()
     for key, option in options.items():
         if isinstance(option, Key):
@@ -183,7 +192,10 @@ def check_config(given: DictConfig, source: str) -> tuple[DictConfig, list[str]]
 
 
 def _options_of(given: DictConfig) -> Mapping[str, Option]:
-    """Of the configuration's task and model."""
+    """Of the configuration's task and model. UsageError where these are no groups of keys."""
+    for group in ("task", "model"):
+        if not isinstance(value := given.get(group, {}), DictConfig | dict | None):
+            raise UsageError(f"{group}={value}: is a group of keys; its kind is {group}._name={value}")
     return options_of(*(OmegaConf.select(given, f"{group}._name") for group in ("task", "model")))
 
 

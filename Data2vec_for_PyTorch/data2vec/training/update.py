@@ -161,10 +161,9 @@ def train_update(run: Run, batches: list[Any]) -> UpdateResult:
     # FSDP2 has reduced its gradients already, to means
     sums = distributed.all_reduce_sum(own) if state.is_sharded else _reduce(gradients, own)
     loss_sum, sample_size, sentences, tokens, *spread, spreads = sums
-    summed = run.world.size if state.is_sharded else 1
     state.optimizer.param_groups[0]["lr"] = lr
-    # to the gradient of the mean loss
-    done = state.step(state.num_updates + 1, own[0], divisor=sample_size.clamp(min=1) / summed)
+    divisor = sample_size.clamp(min=1)  # to the gradient of the mean loss
+    done = state.step(state.num_updates + 1, own[0], divisor / run.world.size if state.is_sharded else divisor)
     state.num_updates += done.applied
     state.iterations += len(batches)
     pred_std, target_std = (value / spreads for value in spread)
