@@ -66,7 +66,7 @@ def test_a_group_without_keys_is_refused():
     from common.errors import UsageError
     from data2vec.config import load_config
 
-    with pytest.raises(UsageError, match="task=masked_lm: is a group of keys; its kind is task._name=masked_lm"):
+    with pytest.raises(UsageError, match="task=masked_lm: is a group of keys; write task._name=masked_lm"):
         load_config(PROJECT / "test", "tiny", ["task=masked_lm"])
 
 

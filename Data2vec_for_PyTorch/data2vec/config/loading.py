@@ -195,7 +195,7 @@ def _options_of(given: DictConfig) -> Mapping[str, Option]:
     """Of the configuration's task and model. UsageError where these are no groups of keys."""
     for group in ("task", "model"):
         if not isinstance(value := given.get(group, {}), DictConfig | dict | None):
-            raise UsageError(f"{group}={value}: is a group of keys; its kind is {group}._name={value}")
+            raise UsageError(f"{group}={value}: is a group of keys; write {group}._name={value}")
     return options_of(*(OmegaConf.select(given, f"{group}._name") for group in ("task", "model")))
 
 
