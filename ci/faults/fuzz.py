@@ -196,7 +196,7 @@ def of_common() -> list[Parser]:
             (LaunchError,),
             False,
         ),
-        Parser("replay.json", "replay.json", record, partial(replay.read, place=["epoch"])),
+        Parser("replay.json", "replay.json", record, partial(replay.read, total_steps=10, place=["epoch"])),
         Parser("result file", "r_acc.log", b"Status = OK\nActualLoss = 0.5\n", result_file.read, ()),
         Parser("metrics.jsonl", "metrics.jsonl", line * 2, metrics_file.read_losses, ()),
         Parser("picture", "a.png", bytes_of(picture, "a.png"), pictures.read, (pictures.BrokenPicture,)),
