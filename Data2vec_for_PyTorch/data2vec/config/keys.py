@@ -166,6 +166,7 @@ _TEXT: dict[str, Option] = {
     "model.max_positions": Key(None, low=2, kind=int),  # longer samples are left out; null: task.tokens_per_sample
     # ours: masked_only (the released code) or full (the paper)
     "model.teacher_input": Key("masked_only", choices=("masked_only", "full")),
+    "model.initial_attention": Key("random", choices=("random", "neighbours")),  # ours
     "model.load_checkpoint_heads": Ignored("the head is loaded when the checkpoint has one"),
     "model.transformer.activation_fn": Key("gelu"),
     "model.transformer.dropout": share(0.1),

@@ -13,17 +13,19 @@ from torch import nn
 
 from common.device import to_device
 from data2vec.model.encoder import EncoderConfig, Rows, SentenceEncoder, init_bert_weights
+from data2vec.model.neighbour_start import look_at_neighbours
 from data2vec.model.targets import TargetConfig, average_targets, regression_loss
 from data2vec.model.teacher import WithTeacher
 
 TEACHER_INPUTS = ("masked_only", "full")
+INITIAL_ATTENTION = ("random", "neighbours")
 # With ema_transformer_layers_only these are copied from the student, not averaged.
 SHARED_WITH_STUDENT = ("embed_tokens.", "embed_positions.", "layernorm_embedding.")
 
 
 @dataclass(frozen=True)
 class Data2VecConfig:
-    """The model's options, named as in fairseq's Data2VecTextConfig; the last two are ours."""
+    """The model's options, named as in fairseq's Data2VecTextConfig; the last three are ours."""
 
     head_layers: int = 1
     loss_beta: float = 0.0
@@ -34,6 +36,7 @@ class Data2VecConfig:
     ema_transformer_layers_only: bool = True
     teacher_input: str = "masked_only"
     init_std: float = 0.02
+    initial_attention: str = "random"  # neighbours: neighbour_start.py
 
 
 @dataclass
@@ -133,6 +136,8 @@ class Data2VecText(nn.Module):
         self.targets = targets
         self.encoder = TextEncoder(encoder, config.head_layers)
         self.apply(partial(init_bert_weights, std=config.init_std))
+        if config.initial_attention == "neighbours":
+            look_at_neighbours(self.encoder.student, config.init_std)
 
     @property
     def teacher_holder(self) -> WithTeacher:
