@@ -66,7 +66,7 @@ def by_step(folder: Path, kind: str) -> dict[int, dict]:
     + [(f"2.0, text, {name}", "2.0, text, ddp", 3) for name in THEN],
 )
 def test_losses_validation_and_checkpoints_are_those_of_whole_ranks(runs, ours, theirs, first):
-    close = 2e-3 if "2.0, pictures" in ours else 1e-5  # in bf16 a last bit of a sum may round a weight otherwise
+    close = 1e-2 if "2.0, pictures" in ours else 1e-5  # in bf16 a last bit of a sum may round a weight otherwise
     mine, other = by_step(runs / ours, "train"), by_step(runs / theirs, "train")
     assert list(mine) == list(range(first, LAST + 1)) and list(other) == list(range(1, LAST + 1))
     for step, line in mine.items():
