@@ -53,7 +53,7 @@ class RunLog:
         resume: continue the files that are there.
         skip_steps: first steps that do not count in FPS.
         fps_unit: unit printed with the final performance.
-        profile: record a few steps (profiling.py) and write `profile/` in the folder.
+        profile: record a few steps (profile/step_profiler.py) and write `profile/` in the folder.
         evaluation: no training: nothing in the folder is moved or owned, so that it may run beside a training, whose
             metrics.jsonl it then leaves alone.
         needs_shared: every host writes into the folder (sharded checkpoints), so that all must share it.

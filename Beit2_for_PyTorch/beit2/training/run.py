@@ -111,7 +111,7 @@ class Run:
 
     @contextlib.contextmanager
     def evaluating(self, log: RunLog, done: Done | None, kept: Callable[[], dict[str, Any]]) -> Iterator[None]:
-        """Around an evaluation after a step, which raises Interrupted where it was asked to stop (preemption.py).
+        """Around an evaluation after a step; raises Interrupted where a stop was asked for (common/run/preemption.py).
 
         Args:
             done: the step that it comes after; None where there is nothing to save.

@@ -1,4 +1,4 @@
-"""--parallel fsdp: student and teacher spread over the ranks, both alike (FSDP2, common/shards.py).
+"""--parallel fsdp: student and teacher spread over the ranks, both alike (FSDP2, common/shards/).
 
 Each block is gathered for its own computation, in fp32 under autocast as without sharding: the losses are the same.
 Checkpoints are those of a model that is not sharded: rank 0 writes whole tensors, any number of ranks can go on.

@@ -49,7 +49,7 @@ class Row:
     head_speed: float | None = None
 
     def record(self, itself: Any, both: Any | None) -> None:
-        """Takes the numbers of two `perf_ab.Comparison`s."""
+        """Takes the numbers of two `gate.Comparison`s."""
         self.itself = slowdown(itself.rounds)
         self.base_speed = statistics.median(itself.speeds[0])
         if both is not None:
