@@ -11,7 +11,8 @@ from __future__ import annotations
 import common.requirements
 
 import argparse
-import shutil
+import os
+import tempfile
 from pathlib import Path
 
 from clip_pretraining.data.tokenization import load_tokenizer
@@ -59,13 +60,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--output_dir {folder} is not empty: choose another")
     model, tokenizer, settings = read(options.model_name_or_path, options.activation)
     try:
-        loads = WRITERS[options.to](model.eval(), tokenizer, settings, folder)
-    except BaseException as error:
-        if folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)  # it was new or empty: no half of a model stays
-        if isinstance(error, OSError):
-            raise UsageError(f"--output_dir {folder}: {error.strerror or error}") from None
-        raise
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as aside:
+            made = Path(aside) / folder.name
+            loads = WRITERS[options.to](model.eval(), tokenizer, settings, made).replace(str(made), str(folder))
+            os.replace(made, folder)  # OSError where something has come into it meanwhile
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: {error.strerror or error}") from None
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {model.config.model_type}, {parameters / 1e6:.1f} M parameters, {settings.size} pixels")
     print(f"load it with {loads}")

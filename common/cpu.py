@@ -108,12 +108,15 @@ _REPLACEMENTS = {F.linear: _linear} | {
 }
 
 
+_LONGEST = 256  # tokens; measured with 197. What is kept for the backward pass grows with their square
+
+
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """F.scaled_dot_product_attention [B, H, N, d]; written out where there is nothing but q, k and v."""
-    if attn_mask is not None or dropout_p or is_causal or options:
+    if attn_mask is not None or dropout_p or is_causal or options or k.shape[-2] > _LONGEST:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **options)
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)  # [B, H, N, N]

@@ -26,8 +26,7 @@ from common.distributed import World
 from common.errors import Preempted, UsageError, name_place
 from common.profile.precision_dump import PrecisionDump
 from common.profile.step_profiler import StepProfiler
-from common.run import folder_lock, progress, run_folder, utilisation
-from common.run.boards import Boards
+from common.run import boards, folder_lock, progress, run_folder, utilisation
 from common.run.metrics_file import MetricsFile, plot_loss, read_losses
 from common.run.preemption import Watch
 from common.run.result_file import ResultFile, keep_aside
@@ -129,6 +128,7 @@ class RunLog:
             if folder_lock.living_owner(self.folder):
                 metrics = self.folder / f"metrics_{self.result.case_name}.jsonl"
         else:
+            boards.check()  # before anything is moved
             for line in run_folder.tidy(self.folder):
                 print(f"note: {line}", flush=True)
             if self.resume:
@@ -137,7 +137,7 @@ class RunLog:
                 keep_aside(self.folder)
         self.result.begin(self.resume)
         self._metrics = MetricsFile(metrics)
-        self._boards = Boards(self.tensorboard_dir, self.folder, self.result.case_name)
+        self._boards = boards.Boards(self.tensorboard_dir, self.folder, self.result.case_name)
 
     def _check_hosts(self) -> None:
         absent = ", ".join(run_folder.hosts_without(self.folder, self.world))
@@ -169,6 +169,7 @@ class RunLog:
                 (self.folder / "replay.json").write_text(json.dumps(replay, indent=1) + "\n", encoding="utf-8")
         except OSError as full:  # the first cause is the one to be told
             print(f"note: {self.folder}: {full.strerror}: the end of the run is not recorded", file=sys.stderr)
+        self._boards.failed = error is not None
         for file in (self._metrics, self._boards):
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 file.close()

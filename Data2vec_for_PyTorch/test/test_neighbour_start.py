@@ -46,3 +46,5 @@ def test_the_pad_has_no_place_and_the_teacher_starts_alike():
 def test_more_places_than_the_heads_tell_apart_are_refused():
     with pytest.raises(ValueError, match="tells 32 places apart.*max_source_positions=64: take fewer"):
         small(max_source_positions=64)
+    with pytest.raises(ValueError, match="initial_attention=neighbors: choose one of random, neighbours"):
+        build_model({"initial_attention": "neighbors", "average_top_k_layers": 1}, VOCAB)

@@ -183,6 +183,8 @@ def to_resume(config: Config, world: World) -> tuple[Path | None, Config]:
 def resume(run: Run, path: Path) -> None:
     """Puts the run where its checkpoint left off; UsageError where that is another run's (`run_folder.compare`)."""
     content = checkpoint.read_values(path)
+    if lora := (content.get("identity") or {}).get("lora"):
+        lora.setdefault("lora_also", "")  # an earlier version trained the additions and the head alone
     accepted = run.config.accept_changes
     note = run_folder.compare(
         path, content.get("identity"), run.identity, may_change=MAY_CHANGE, accepted=accepted, fixed=FIXED

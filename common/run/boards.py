@@ -6,6 +6,7 @@ import importlib
 import os
 import threading
 from pathlib import Path
+from types import ModuleType
 
 from common.errors import UsageError
 
@@ -20,6 +21,7 @@ class Boards:
     """
 
     def __init__(self, tensorboard_dir: Path, folder: Path, name: str):
+        self.failed = False  # to be set before `close`
         self._boards: list[TensorBoard | Wandb] = [TensorBoard(tensorboard_dir)]
         if project := os.environ.get("WANDB_PROJECT"):
             self._boards.append(Wandb(project, folder, name))
@@ -34,7 +36,13 @@ class Boards:
 
     def close(self) -> None:
         for board in self._boards:
-            board.close()
+            board.close(self.failed)
+
+
+def check() -> None:
+    """Before a run touches anything: UsageError where WANDB_PROJECT asks for wandb, which is not installed."""
+    if project := os.environ.get("WANDB_PROJECT"):
+        _wandb(project)
 
 
 class TensorBoard:
@@ -62,7 +70,7 @@ class TensorBoard:
         start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
         self._writer.file_writer.add_event(start)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         try:
             self._writer.close()
         finally:
@@ -83,15 +91,13 @@ class Wandb:
     """
 
     def __init__(self, project: str, folder: Path, name: str):
-        where = f"WANDB_PROJECT={project}"
-        try:
-            wandb = importlib.import_module("wandb")
-        except ModuleNotFoundError:
-            raise UsageError(f"{where}: wandb is not installed: pip install wandb, or unset WANDB_PROJECT") from None
+        wandb = _wandb(project)
         try:
             self._run = wandb.init(project=project, dir=str(folder), name=name)
         except wandb.Error as error:
-            raise UsageError(f"{where}: {error}: use WANDB_MODE=offline, or unset WANDB_PROJECT") from error
+            raise UsageError(
+                f"WANDB_PROJECT={project}: {error}: use WANDB_MODE=offline, or unset WANDB_PROJECT"
+            ) from error
 
     def write(self, kind: str, step: int, scalars: dict[str, float]) -> None:
         # the step is a value of its own: wandb's must not fall, and an evaluation comes after its step's line
@@ -100,5 +106,14 @@ class Wandb:
     def continue_at(self, step: int) -> None:
         """What wandb has of later steps stays; they come again."""
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _wandb(project: str) -> ModuleType:
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError:
+        raise UsageError(
+            f"WANDB_PROJECT={project}: wandb is not installed: pip install wandb, or unset WANDB_PROJECT"
+        ) from None

@@ -70,6 +70,8 @@ def tidy(folder: str | Path) -> list[str]:
     levels = (folder.glob(".*"), folder.glob("*/.*"))
     for path in [path for level in levels for path in level if "earlier" not in path.parts[len(folder.parts) :]]:
         old = _FINISHED_OLD.fullmatch(path.name)
+        if _is_being_exported(path):
+            continue
         if old and path.is_dir() and not path.with_name(old[1]).exists():
             os.replace(path, path.with_name(old[1]))
             done.append(f"{path.with_name(old[1])} is back: a crash had come between two renames")
@@ -83,6 +85,12 @@ def tidy(folder: str | Path) -> list[str]:
 def _is_stale_lock(path: Path) -> bool:
     """Whether it is the lock of an evaluation that was killed."""
     return bool(re.fullmatch(r"\..+\.lock", path.name)) and folder_lock.living_owner(path.parent, path.name) is None
+
+
+def _is_being_exported(path: Path) -> bool:
+    """Whether it is what a living process writes (new_file.py)."""
+    name, lock = path.name.removesuffix(".writing"), path.name.removesuffix(".writing") + ".lock"
+    return name != path.name and folder_lock.living_owner(path.parent, lock) is not None
 
 
 def hosts_without(folder: str | Path, world: World) -> list[str]:

@@ -137,8 +137,7 @@ def save_shards(
 ) -> None:
     """Has every rank write its shards into a new folder, which then takes the name `folder`. All ranks call it.
 
-    It returns when the shards are copied: the rest is what `dcp.async_save` does, in the writer's thread, whose end a
-    process that fails does not wait for.
+    It returns when the shards are copied: the rest is what `dcp.async_save` does, in the writer's thread.
 
     Args:
         progress: plain values and tensors, as `checkpoint_file.save` takes them.
@@ -162,7 +161,8 @@ def _write_shards(
     writing, rank = folder.with_name(f".{folder.name}.writing"), distributed.rank()
     _on_all(group, lambda: shutil.rmtree(writing, ignore_errors=True) if rank == 0 else None)
     try:
-        dcp.save(parts, checkpoint_id=writing, process_group=group)
+        # no copying ahead: in this new thread it would wait for card 0, and each rank would take memory there
+        dcp.save(parts, storage_writer=dcp.FileSystemWriter(writing, per_thread_copy_ahead=0), process_group=group)
     except dcp.api.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
         raise OSError(causes[0].errno, causes[0].strerror, str(folder)) if causes else error from error
@@ -192,7 +192,7 @@ def _on_all(group: ProcessGroup | None, part: Callable[[], Any]) -> list[Any]:
     try:
         result = part()
     except OSError as error:
-        failed = (error.errno, error.strerror, error.filename)
+        failed = (error.errno, error.strerror, error.filename) if error.errno else (str(error),)
     found = distributed.gather_objects((result, failed), group)
     for _, failed in found:
         if failed:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from common.errors import UsageError
+from common.run import run_folder
 from common.run.new_file import new_file, readable
 
 WRITER = """
@@ -59,3 +60,13 @@ def test_one_process_writes_and_an_interrupted_one_leaves_nothing(tmp_path, end,
     with new_file(tmp_path / "x") as place:
         place.write_text("whole")
     assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "whole"
+
+
+def test_a_run_that_starts_in_its_folder_leaves_it_alone(tmp_path):
+    with new_file(tmp_path / "features.npz") as place:
+        place.write_text("half")
+        run_folder.tidy(tmp_path)
+        assert place.read_text() == "half"
+    place.write_text("what a killed process left")
+    run_folder.tidy(tmp_path)
+    assert os.listdir(tmp_path) == ["features.npz"]

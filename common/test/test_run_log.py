@@ -176,7 +176,7 @@ import json
 class Error(Exception): pass
 class Run:
     def log(self, values): print("logged", json.dumps(values))
-    def finish(self): print("finished")
+    def finish(self, exit_code): print("finished", exit_code)
 def init(project, dir, name):
     if project == "closed": raise Error("not logged in")
     print("init", project, dir, name)
@@ -191,7 +191,7 @@ def test_wandb_gets_the_scalars_where_its_variable_names_a_project(tmp_path, mon
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     train(tmp_path / "out", range(1, 6), 5)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("init", "logged", "finished"))]
-    assert said[0] == f"init mine {tmp_path / 'out'} Net_bs4_1p_acc" and said[-1] == "finished"
+    assert said[0] == f"init mine {tmp_path / 'out'} Net_bs4_1p_acc" and said[-1] == "finished 0"
     logged = json.loads(said[1].removeprefix("logged "))
     assert logged["step"] == 5 and logged["train/loss"] == 7.0 and logged["train/lr"] == 0.5
     monkeypatch.setenv("WANDB_PROJECT", "closed")
@@ -199,8 +199,9 @@ def test_wandb_gets_the_scalars_where_its_variable_names_a_project(tmp_path, mon
         train(tmp_path / "out2", range(1, 6), 5)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UsageError, match="wandb is not installed: pip install wandb"):
-        train(tmp_path / "out3", range(1, 6), 5)
-    assert result_file.read(tmp_path / "out3/Net_bs4_1p_acc.log")["Status"] == "FAILED"
+        train(tmp_path / "out", range(1, 6), 5)  # an earlier run's folder, which is left as it was
+    assert result_file.read(tmp_path / "out/Net_bs4_1p_acc.log")["Status"] == "OK"
+    assert not (tmp_path / "out/earlier").exists()
 
 
 def test_a_crash_in_the_middle_of_a_line_costs_that_line_alone(tmp_path):

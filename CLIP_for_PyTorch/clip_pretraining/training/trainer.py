@@ -317,6 +317,7 @@ class ClipTrainer(Trainer):
         writer = self.run_log.writer
         with self.run_log.pause("save"), self.optimizer.gathered():
             writer.wait()  # for the one before, which is in the same folder until then
+            distributed.barrier()  # on the main rank, which alone writes: nobody puts a file there before it is gone
             super()._save_checkpoint(model, trial)
             distributed.barrier()
             kept, self._kept = self._kept, {}

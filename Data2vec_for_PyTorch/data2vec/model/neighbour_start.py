@@ -31,7 +31,7 @@ def look_at_neighbours(encoder: SentenceEncoder, std: float) -> None:
     dim, heads = config.embed_dim, config.attention_heads
     width = dim // heads
     count = width // 2 - 1
-    if not 2 <= config.max_source_positions <= width:
+    if count < 1 or not 2 <= config.max_source_positions <= width:
         raise ValueError(
             f"model.initial_attention=neighbours tells {width} places apart (model.transformer.encoder.embed_dim {dim} "
             f"over attention_heads {heads}), and model.transformer.max_source_positions={config.max_source_positions}: "

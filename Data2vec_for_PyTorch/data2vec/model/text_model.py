@@ -132,6 +132,10 @@ class Data2VecText(nn.Module):
             )
         if config.teacher_input not in TEACHER_INPUTS:
             raise ValueError(f"model.teacher_input={config.teacher_input}: choose one of {', '.join(TEACHER_INPUTS)}")
+        if config.initial_attention not in INITIAL_ATTENTION:
+            raise ValueError(
+                f"model.initial_attention={config.initial_attention}: choose one of {', '.join(INITIAL_ATTENTION)}"
+            )
         self.config = config
         self.targets = targets
         self.encoder = TextEncoder(encoder, config.head_layers)
