@@ -11,15 +11,19 @@ from __future__ import annotations
 import common.requirements
 
 import argparse
-import os
-import tempfile
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from clip_pretraining.data.tokenization import load_tokenizer
 from clip_pretraining.exchange import onnx_towers, open_clip_folder, openai_file, transformers_folder
 from clip_pretraining.model import loading
 from clip_pretraining.model.construction import Built
 from common.errors import UsageError, print_usage_errors
+from common.run.folder_lock import Lock
 
 WRITERS = {
     "transformers": transformers_folder.write,
@@ -56,20 +60,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     folder = options.output_dir
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--output_dir {folder} is not empty: choose another")
+    _check_new(folder)
     model, tokenizer, settings = read(options.model_name_or_path, options.activation)
+    lock = Lock(folder.absolute().with_name(f".{folder.name}.lock"), f"--output_dir {folder}")
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as aside:
-            made = Path(aside) / folder.name
-            loads = WRITERS[options.to](model.eval(), tokenizer, settings, made).replace(str(made), str(folder))
-            os.replace(made, folder)  # OSError where something has come into it meanwhile
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder}: {error.strerror or error}") from None
+        _check_new(folder)  # again: reading took its time
+        loads = _write(WRITERS[options.to], model.eval(), tokenizer, settings, folder)
+    finally:
+        lock.release()
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {model.config.model_type}, {parameters / 1e6:.1f} M parameters, {settings.size} pixels")
     print(f"load it with {loads}")
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--output_dir {folder} is not empty: choose another")
+
+
+def _write(writer: Callable[..., str], model: PreTrainedModel, tokenizer: Any, settings: Any, folder: Path) -> str:
+    """How to load what was written; where that fails no half of a model stays."""
+    try:
+        return writer(model, tokenizer, settings, folder)
+    except BaseException as error:
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UsageError(f"--output_dir {folder}: {error.strerror or error}") from None
+        raise
 
 
 def read(source: str, activation: str | None) -> Built:
