@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -34,6 +34,29 @@ from common.device import DEVICES, available_cores
 from common.errors import UsageError, print_usage_errors
 
 REPORTS = ROOT / "ci" / "reports" / "cifar10"
+
+
+def run_chains(stages: Stages, data: Path, size: Size, jobs: int) -> dict[str, dict[int, float]]:
+    """{method: {share of the labels: top-1}} of all chains, `jobs` at a time.
+
+    The first error, or Ctrl-C, is raised at once; no further stage begins, and Python ends after those that run.
+    """
+    found: dict[str, dict[int, float]] = {}
+    pool = ThreadPoolExecutor(jobs)
+    chains = [pool.submit(chain, stages, data, size) for chain in CHAINS]
+    try:
+        for chain in as_completed(chains):
+            chain.result()
+    except BaseException as error:  # Ctrl-C and UsageError are no Exception
+        stages.failed.append(error)
+        pool.shutdown(wait=False, cancel_futures=True)
+        if any(chain.running() for chain in chains):
+            print("waiting for the stages that run; no other begins", file=sys.stderr, flush=True)
+        raise
+    pool.shutdown()
+    for chain in chains:  # in the order of the report
+        found |= chain.result()
+    return found
 
 
 def without_learning(data: Path, size: Size) -> dict[str, dict[int, float]]:
@@ -76,10 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare(source, data, size)
     on_cpu = devices.resolve(options.device).type == "cpu"
     stages = Stages(output, options.device, on_cpu)
-    found: dict[str, dict[int, float]] = {}
-    with ThreadPoolExecutor(options.jobs or (available_cores() if on_cpu else 1)) as pool:
-        for chain in [pool.submit(chain, stages, data, size) for chain in CHAINS]:
-            found |= chain.result()
+    found = run_chains(stages, data, size, options.jobs or (available_cores() if on_cpu else 1))
     found |= without_learning(data, size)
 
     text = f"{report.table(found)}\n\n{report.goal(found)}\n"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from ci.long_proof.sizes import SHARES, Size
+from common.errors import UsageError
 
 CAPTIONS = (  # of openai/CLIP's prompts for CIFAR-10
     "a photo of a {}.",
@@ -22,9 +24,21 @@ def prepare(source: Path, folder: Path, size: Size) -> None:
     """Links into `folder`: train/, val/ and labels-SHARE/, each with class folders; train.jsonl and templates.txt.
 
     What is there already stays. A share has every so many-th picture of the sorted list of each class.
+
+    Raises:
+        UsageError: the folder holds the pictures of another size, or of one that was not noted.
     """
+    noted, wanted = folder / "size.json", json.dumps(asdict(size)) + "\n"
+    found = noted.read_text(encoding="utf-8") if noted.is_file() else None
+    if folder.is_dir() and found != wanted:
+        raise UsageError(
+            f"{folder}: holds the pictures of another --size ({(found or 'not noted').strip()}); "
+            "name another --output_dir for this one"
+        )
     if (folder / "templates.txt").exists():  # written last
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    noted.write_text(wanted, encoding="utf-8")  # first, so that pictures half made are of a known size too
     classes = sorted(path for path in (source / "train").iterdir() if path.is_dir())
     rows = []
     for class_folder in classes:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UsageError
@@ -26,11 +26,13 @@ class Stages:
         output: folder of all stages.
         device: auto, npu, cuda or cpu, for every script.
         on_cpu: whether a stage's seconds are those of its CPU threads, and not those that passed.
+        failed: what ended a stage or the whole run; where there is something, no further stage begins.
     """
 
     output: Path
     device: str
     on_cpu: bool
+    failed: list[BaseException] = field(default_factory=list)
 
     def folder(self, name: str) -> Path:
         return self.output / name
@@ -45,11 +47,13 @@ class Stages:
             commands: file names of Python scripts with their arguments.
 
         Returns:
-            The seconds they took, see `on_cpu`.
+            The seconds they took, see `on_cpu`; to 0.1, as they are kept: a later stage's length is made of them.
 
         Raises:
-            UsageError: one ended with another exit code than 0; names the log.
+            UsageError: one ended with another exit code than 0; names the log. The first of `failed`, if any.
         """
+        if self.failed:
+            raise self.failed[0]
         folder, wanted = self.folder(name), [[str(part) for part in command] for command in commands]
         record = folder / RECORD
         if record.is_file() and (found := json.loads(record.read_text(encoding="utf-8")))["commands"] == wanted:
@@ -57,8 +61,8 @@ class Stages:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         print(f"{time.strftime('%H:%M:%S')} {name} begins", flush=True)
-        seconds = sum(self._run_one(folder, ROOT / project, command) for command in wanted)
-        record.write_text(json.dumps({"commands": wanted, "seconds": round(seconds, 1)}, indent=1) + "\n", "utf-8")
+        seconds = round(sum(self._run_one(folder, ROOT / project, command) for command in wanted), 1)
+        record.write_text(json.dumps({"commands": wanted, "seconds": seconds}, indent=1) + "\n", "utf-8")
         print(f"{time.strftime('%H:%M:%S')} {name} took {seconds:.0f} s", flush=True)
         return seconds
 
@@ -73,5 +77,6 @@ class Stages:
             _, status, used = os.wait4(run.pid, 0)  # with its loader workers, which it has waited for
         code = run.returncode = os.waitstatus_to_exitcode(status)
         if code:
-            raise UsageError(f"{folder}/log.txt: {command[0]} ended with exit code {code}; it says why")
+            self.failed.append(UsageError(f"{folder}/log.txt: {command[0]} ended with exit code {code}; it says why"))
+            raise self.failed[-1]
         return used.ru_utime + used.ru_stime if self.on_cpu else time.perf_counter() - began

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from ci.gates.outcomes.gate import ROOT
+from ci.long_proof import __main__ as long_proof
 from ci.long_proof import report, trainings
 from ci.long_proof.pictures import prepare
 from ci.long_proof.sizes import SHARES, SIZES, Size
@@ -33,6 +36,9 @@ def test_shares_of_the_labels_are_of_every_class(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 200 and all(os.path.isfile(row["image_path"]) for row in rows)
     assert rows[0]["caption"] == "a photo of a cat."
+    prepare(tmp_path / "source", tmp_path / "data", FEW)  # and again
+    with pytest.raises(UsageError, match=r'data: holds .* another --size \({"pictures": 200, .*another --output_dir'):
+        prepare(tmp_path / "source", tmp_path / "data", replace(FEW, pictures=100))
 
 
 def test_few_labels_are_seen_more_often():
@@ -40,17 +46,69 @@ def test_few_labels_are_seen_more_often():
 
 
 def test_a_stage_runs_once_anew_when_it_changes_and_names_its_log(tmp_path):
-    stages = Stages(tmp_path, "cpu", on_cpu=True)
+    stages, again = (Stages(tmp_path, "cpu", on_cpu=True) for _ in range(2))
     script = tmp_path / "count.py"
     script.write_text("import sys; open(sys.argv[1], 'a').write('x'); sys.exit(int(sys.argv[2]))")
     counted = tmp_path / "counted"
     seconds = stages.run("a/b", ".", [script, counted, 0])
-    assert stages.run("a/b", ".", [script, counted, 0]) == pytest.approx(seconds, abs=0.1)
+    assert stages.run("a/b", ".", [script, counted, 0]) == seconds  # of which the next command is made
     assert counted.read_text() == "x"
     with pytest.raises(UsageError, match=r"a/b/log.txt.*exit code 3"):
         stages.run("a/b", ".", [script, counted, 3])
-    stages.run("a/b", ".", [script, counted, 0])
+    with pytest.raises(UsageError, match="exit code 3"):  # of the other chains: none begins a stage
+        stages.run("c", ".", [script, counted, 0])
+    again.run("a/b", ".", [script, counted, 0])
     assert counted.read_text() == "xxx"
+
+
+@pytest.mark.parametrize("error", [UsageError("a/log.txt: it says why"), KeyboardInterrupt()])
+def test_the_first_error_is_raised_while_other_chains_run_and_nothing_more_begins(tmp_path, monkeypatch, error):
+    running, end, begun, ended = threading.Event(), threading.Event(), [], []
+    stages = Stages(tmp_path, "cpu", on_cpu=True)
+
+    def long(*_):
+        running.set()
+        end.wait(600)
+        try:
+            stages.run("next", ".", ["-c", "pass"])
+        except BaseException as found:
+            ended.append(found)
+        return {}
+
+    def fails(*_):
+        assert running.wait(600)
+        stages.failed.append(error)  # as a stage does
+        raise error
+
+    def later(*_):
+        stages.run("later", ".", ["-c", "pass"])
+        begun.append("later")
+
+    monkeypatch.setattr(long_proof, "CHAINS", (long, fails, later))
+    before = set(threading.enumerate())
+    with pytest.raises(type(error)) as raised:
+        long_proof.run_chains(stages, tmp_path, FEW, 2)
+    assert raised.value is error and not end.is_set()
+    end.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(600)
+    assert ended == [error] and begun == [] and not (tmp_path / "next").exists()
+
+
+def test_chains_are_reported_in_their_order(tmp_path, monkeypatch):
+    second = threading.Event()
+
+    def slow(*_):
+        assert second.wait(600)
+        return {"slow": {1: 2.0}}
+
+    def quick(*_):
+        second.set()
+        return {"quick": {1: 3.0}}
+
+    monkeypatch.setattr(long_proof, "CHAINS", (slow, quick))
+    found = long_proof.run_chains(Stages(tmp_path, "cpu", on_cpu=True), tmp_path, FEW, 2)
+    assert list(found) == ["slow", "quick"]
 
 
 def test_data2vec_s_encoder_is_one_for_beit2(tmp_path):

@@ -104,3 +104,21 @@ def test_the_gate_says_what_was_caught(tmp_path, monkeypatch, capsys, value, cod
     monkeypatch.setattr(planted, "run", lambda *_: found)
     assert gate.main(["--planted", "learning rate / 10", "--output_dir", str(tmp_path / "out")]) == code
     assert ("not caught: learning rate / 10" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_number_that_is_none_is_caught_in_the_table_too():
+    rows = [("fault", "top1", value, 50.0) for value in (float("nan"), 49.0, 50.0)]
+    assert [row.split("|")[5].strip() for row in planted.table(rows).splitlines()[2:]] == ["yes", "yes", "NO"]
+    assert planted.caught(rows[:1]) == {"fault"} and planted.caught(rows[2:]) == set()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--only", planted.VIT], ["--jobs", "2"], ["--update"], ["--seeds", "0", "10"], ["--results", "."]],
+    ids=lambda options: options[0],
+)
+def test_what_a_planted_run_would_drop_is_refused(monkeypatch, capsys, options):
+    monkeypatch.setattr(gate, "try_planted", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SystemExit) as ended:
+        gate.main(["--planted", "learning rate / 10", *options])
+    assert ended.value.code == 2 and f"error: {options[0]}" in capsys.readouterr().err

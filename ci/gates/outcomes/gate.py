@@ -241,14 +241,13 @@ def sample_data() -> Path:
     return build(SAMPLE_DATA)
 
 
-@print_usage_errors
-def main(argv: list[str] | None = None) -> int:
+def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ci.gates.outcomes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", default=list(METRICS), choices=list(METRICS), metavar="PROJECT")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=available_cores(), help="demos at a time, each at one thread")
+    parser.add_argument("--only", nargs="+", choices=list(METRICS), metavar="PROJECT", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, help=f"default: {SEEDS}; of --planted: {SEEDS[0]}")
+    parser.add_argument("--jobs", type=int, help="demos at a time, each at one thread; default: the cores")
     parser.add_argument("--output_dir", type=Path, help="default: a new folder in ci/reports/outcomes")
     parser.add_argument("--results", type=Path, help="judge the runs of this folder; start none")
     parser.add_argument("--stored", type=Path, default=STORED, help="folder of the references")
@@ -257,10 +256,26 @@ def main(argv: list[str] | None = None) -> int:
         "--planted", nargs="*", choices=list(planted.FAULTS), metavar="FAULT", help="faults of learning; alone: all"
     )
     options = parser.parse_args(argv)
-    if options.jobs < 1:
+    if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: must be 1 or more")
-    if len(set(options.seeds)) < len(options.seeds):
-        parser.error(f"--seeds {' '.join(map(str, options.seeds))}: one of them stands there twice")
+    seeds = options.seeds or []
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"--seeds {' '.join(map(str, seeds))}: one of them stands there twice")
+    if options.planted is not None:
+        for name in ("only", "jobs", "results", "update"):
+            if getattr(options, name):
+                parser.error(f"--{name}: has no meaning with --planted, which runs its own demos one by one")
+        if len(seeds) > 1:
+            parser.error(f"--seeds {' '.join(map(str, seeds))}: --planted runs from one seed")
+    options.only = options.only or list(METRICS)
+    options.seeds = seeds or list(SEEDS)
+    options.jobs = options.jobs or available_cores()
+    return options
+
+
+@print_usage_errors
+def main(argv: list[str] | None = None) -> int:
+    options = read_options(argv)
     output = options.results or options.output_dir or DEFAULT_OUTPUT / time.strftime("%Y%m%d-%H%M%S")
     output = output.resolve()
     if options.results is None and output.is_dir() and any(output.iterdir()):

@@ -141,7 +141,7 @@ def table(rows: Sequence[tuple[str, str, float, float]]) -> str:
     """Markdown of (fault, metric, value, limit): a row a number that was to fall."""
     text = "| planted fault | metric | value | limit | caught |\n|---|---|---|---|---|\n"
     for name, metric, value, limit in rows:
-        text += f"| {name} | {metric} | {value:.2f} | {limit:.2f} | {'yes' if value < limit else 'NO'} |\n"
+        text += f"| {name} | {metric} | {value:.2f} | {limit:.2f} | {'NO' if value >= limit else 'yes'} |\n"
     return text
 
 
