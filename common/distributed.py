@@ -68,13 +68,8 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         devices.UsageError: absent device, or torchrun's variables missing or contradictory.
         RanksLost: in place of torch's error, when a collective failed; it says which ranks and hosts are gone.
     """
-    rank, size, local_rank, local_size = torchrun.ranks()
-    device = devices.resolve(device_name, local_rank)
-    if os.environ.get("DETERMINISTIC") == "1":  # --deterministic of test/*.sh
-        devices.deterministic(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    world = World(device, rank, size, local_rank, local_size)
+    world = _this_process(device_name)
+    device, rank = world.device, world.rank
     train_timeout_s = torchrun.timeout_of_user() or train_timeout_s
     if "RANK" not in os.environ:
         yield world
@@ -85,13 +80,13 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         init_timeout_s, train_timeout_s = npu.group_timeouts(init_timeout_s, train_timeout_s)
     if world.is_main:
         timeouts = f"{init_timeout_s} s to meet, {train_timeout_s} s a collective"
-        print(f"process group: {size} ranks, {backend}, time-outs: {timeouts}", flush=True)
+        print(f"process group: {world.size} ranks, {backend}, time-outs: {timeouts}", flush=True)
     timeout = timedelta(seconds=init_timeout_s)
     dist.init_process_group(
         backend,
         store=_meeting_place(timeout),
         rank=rank,
-        world_size=size,
+        world_size=world.size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
@@ -119,6 +114,17 @@ def process_group(device_name: str = "auto", init_timeout_s: int = 1800, train_t
         # After an error the other ranks may never answer: destroy does not wait for them, and torchrun ends them all.
         with contextlib.suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
+
+
+def _this_process(device_name: str) -> World:
+    """Its place by torchrun's variables, with its device resolved and set up."""
+    rank, size, local_rank, local_size = torchrun.ranks()
+    device = devices.resolve(device_name, local_rank)
+    if os.environ.get("DETERMINISTIC") == "1":  # --deterministic of test/*.sh
+        devices.deterministic(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return World(device, rank, size, local_rank, local_size)
 
 
 def _meeting_place(timeout: timedelta) -> dist.Store:

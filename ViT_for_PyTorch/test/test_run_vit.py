@@ -1,11 +1,9 @@
-"""Training as users run it: end to end, resumed after kill -9, on several ranks, and every way to get it wrong."""
+"""Training as users run it: end to end, on several ranks, and every way to get it wrong; resume: test_resume.py."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -24,20 +22,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 CASE, EVALUATION = "ViT_for_PyTorch_bs4_1p_acc", "ViT_for_PyTorch_eval_bs4_1p_acc"
 TINY = ["model.name=vit_demo", "model.img_size=24", "--batch_size", "4", "--num_workers", "0", "--seed", "3"]
 PLAIN = ["data.mixup=0", "data.cutmix=0", "model.drop_path=0"]  # what draws from the rank is off: ranks can be compared
-
-
-@pytest.fixture(scope="module")
-def pictures(sample_data, tmp_path_factory) -> Path:
-    """Three classes of the sample pictures: 8 each to train, 5, 4 and 4 to evaluate."""
-    root = tmp_path_factory.mktemp("my pictures")
-    for split, count in (("train", 8), ("val", 4)):
-        for index, name in enumerate(("flags", "food_and_drink", "symbols")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            extra = int(split == "val" and index == 0)
-            for picture in sorted((sample_data / "images" / split / name).iterdir())[: count + extra]:
-                (folder / picture.name).symlink_to(picture)
-    return root
 
 
 def folders(root: Path) -> list[str]:
@@ -77,41 +61,6 @@ def test_training_writes_everything_a_user_reads(pictures, tmp_path, capsys, che
     checkpoints = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert checkpoints == {"best.pt", "checkpoint-6.pt", "checkpoint-12.pt", "class_names.json"}
     check_profile(tmp_path, "10 to 12", "aten::_fused_adamw_")
-
-
-def test_kill_9_and_resume_give_the_run_that_was_not_interrupted(pictures, tmp_path):
-    options = [
-        "--epochs",
-        "8",
-        "--save_every",
-        "5",
-        "--log_every",
-        "1",
-        "optimizer.ema_decay=0.9",
-        "model.drop_path=0.1",
-    ]
-    train(pictures, tmp_path / "whole", *options)
-
-    command = [sys.executable, str(PROJECT / "run_vit.py"), *folders(pictures), *TINY, *options]
-    command += ["--device", "cpu", "--output_dir", str(tmp_path / "killed"), "--num_workers", "1"]
-    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums depends on it
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
-    while not (tmp_path / "killed" / "checkpoints" / "checkpoint-10.pt").exists():
-        assert process.poll() is None, "training ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    at_kill = max(losses(tmp_path / "killed"))
-    assert at_kill < 48
-
-    train(pictures, tmp_path / "killed", *options, "--num_workers", "2", "--resume_training", "auto")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole = checkpoint_file.load(tmp_path / "whole" / "checkpoints" / "checkpoint-48.pt")
-    resumed = checkpoint_file.load(tmp_path / "killed" / "checkpoints" / "checkpoint-48.pt")
-    for part in ("model", "ema"):
-        assert whole[part].keys() == resumed[part].keys()
-        assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
-    assert whole["state"] == resumed["state"]
 
 
 def test_two_ranks_equal_one_rank_on_the_same_global_batch(pictures, tmp_path):
@@ -179,57 +128,6 @@ def test_a_run_with_a_weight_average_is_evaluated_with_it(pictures, tmp_path):
     result = result_file.read(next((tmp_path / "eval").glob("*.log")))
     assert float(result["TrainAccuracy"]) == best["top1"]
     assert float(result["ActualLoss"]) == pytest.approx(best["loss"], abs=2e-6)
-
-
-def test_a_changed_global_batch_is_not_resumed(pictures, tmp_path):
-    train(pictures, tmp_path, "--epochs", "2")
-    with pytest.raises(UsageError, match="global_batch was 4, is now 8.*so that it stays"):
-        train(pictures, tmp_path, "--epochs", "2", "--batch_size", "8", "--resume_training", "auto")
-
-
-def test_a_run_is_not_resumed_with_other_classes(pictures, tmp_path):
-    root = tmp_path / "renamed"
-    for split in ("train", "val"):
-        for name, now in (("flags", "zebras"), ("food_and_drink", "food_and_drink"), ("symbols", "symbols")):
-            (root / split).mkdir(parents=True, exist_ok=True)
-            (root / split / now).symlink_to(pictures / split / name)
-    train(pictures, tmp_path / "run", "--epochs", "1")
-    with pytest.raises(UsageError, match="data.classes was .*flags.*, is now .*zebras.*--accept_changes"):
-        train(root, tmp_path / "run", "--epochs", "2", "--resume_training", "auto")
-
-
-def test_a_signal_saves_and_the_same_command_goes_on(pictures, tmp_path, monkeypatch):
-    """TERM in mid-epoch: a checkpoint, exit status 75, and the continued run is the one that was not stopped."""
-    options = ["--epochs", "2", "--log_every", "1", "--resume_training", "auto"]
-    train(pictures, tmp_path / "whole", *options)
-    step = engine.forward_backward
-
-    def with_signal(run, number, *rest):
-        if number == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, number, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(engine, "forward_backward", with_signal)
-        train(pictures, tmp_path / "stopped", *options)
-    assert stopped.value.code == 75 and result_file.read(tmp_path / "stopped" / f"{CASE}.log")["Status"] == "PREEMPTED"
-    assert checkpoint_file.newest(tmp_path / "stopped" / "checkpoints").name == "checkpoint-4.pt"
-    assert train(pictures, tmp_path / "stopped", *options)["EvalCount"] == "13"
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-
-
-def test_what_changes_the_mathematics_is_accepted_by_name_and_then_takes_effect(pictures, tmp_path, capsys):
-    train(pictures, tmp_path, "--epochs", "1")
-    longer = ["--epochs", "2", "--resume_training", "auto", "optimizer.weight_decay=0.2"]
-    with pytest.raises(UsageError, match="optimizer.weight_decay was 0.05, is now 0.2"):
-        train(pictures, tmp_path, *longer)
-    for other in ("model.train=head", "model.img_size=32"):
-        with pytest.raises(UsageError, match="its weights or its optimizer do not fit with"):
-            train(pictures, tmp_path, *longer, "--accept_changes", "all", other)
-    train(pictures, tmp_path, *longer, "--accept_changes", "optimizer.weight_decay")
-    assert "epochs 1 -> 2" in capsys.readouterr().out
-    groups = checkpoint_file.load(tmp_path / "checkpoints" / "checkpoint-12.pt")["optimizer"]["param_groups"]
-    assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
 
 
 def test_few_pictures_frozen_backbone_balanced_classes_and_an_early_stop(pictures, tmp_path):

@@ -88,11 +88,7 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
     freeze(model, config.model)
     kind = config.model.train
     if config.model.fp8:
-        if config.model.compile:
-            raise UsageError("model.fp8=true: not with model.compile=true, with which it was not tried; leave one out")
-        if kind == "lora":
-            raise UsageError("model.fp8=true: not with model.train=lora, whose additions are too narrow; leave one out")
-        use_fp8(world.device, config.precision, "model.fp8=true", model.blocks)
+        _use_fp8(config, world, model)
     flops = flops_per_image(model, head_only=kind == "head", frozen=kind == "lora")
     ema = build_ema(model, options.ema_decay)
     trained = over_ranks(config, world, model, ema)  # before the optimizer, which must see the shards
@@ -129,6 +125,15 @@ def prepare(config: Config, world: World, data: Data, model: ClassifyingViT) -> 
         class_weights=balanced_weights(data).to(world.device) if config.class_weights == "balanced" else None,
         flops=flops * shape.global_batch,
     )
+
+
+def _use_fp8(config: Config, world: World, model: ClassifyingViT) -> None:
+    """Products of the blocks in fp8; UsageError with what it was not tried or cannot be."""
+    if config.model.compile:
+        raise UsageError("model.fp8=true: not with model.compile=true, with which it was not tried; leave one out")
+    if config.model.train == "lora":
+        raise UsageError("model.fp8=true: not with model.train=lora, whose additions are too narrow; leave one out")
+    use_fp8(world.device, config.precision, "model.fp8=true", model.blocks)
 
 
 def balanced_weights(data: Data) -> torch.Tensor:
