@@ -15,8 +15,9 @@ from common.run import run_folder
 from common.run.new_file import new_file, readable
 
 WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
 from common.run.new_file import new_file
 with new_file(Path(sys.argv[1])) as place:
     place.write_text("half")
