@@ -48,7 +48,7 @@ class _Linear(torch.autograd.Function):
         rounded = x.bfloat16()
         need_x, need_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(rounded if need_weight else None, weight if need_x else None)
-        ctx.types = x.dtype, bias.dtype if bias is not None else None
+        ctx.types = x.dtype, weight.dtype, bias.dtype if bias is not None else None
         bias = None if bias is None else bias.bfloat16().float()
         return F.linear(rounded.float(), weight.bfloat16().float(), bias).bfloat16()
 
@@ -56,12 +56,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        x_type, bias_type = ctx.types
+        x_type, weight_type, bias_type = ctx.types
         grad = grad.float()
         rows = grad.flatten(0, -2)  # [rows, out]
         return (
             (grad @ weight.bfloat16().float()).to(x_type) if need_x else None,
-            (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if need_weight else None,
+            (rows.T @ x.flatten(0, -2).float()).to(weight_type) if need_weight else None,
             rows.sum(0).to(bias_type) if need_bias else None,
         )
 

@@ -92,11 +92,14 @@ def test_planted_mistakes_are_caught(apis, planted, words):
     assert all(line.startswith("planted.py:3: ") and words in line for line in found)
 
 
-@pytest.mark.parametrize(("right", "wrong"), [("atten_mask=", "attn_mask="), ("jit_compile=", "jit=")])
-def test_a_mistake_planted_in_common_npu_is_caught(apis, right, wrong):
-    source = (ROOT / "common" / "npu.py").read_text(encoding="utf-8")
-    assert right in source and contract.complaints(uses_in(source, "npu.py"), apis) == []
-    found = contract.complaints(uses_in(source.replace(right, wrong), "npu.py"), apis)
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [("model/npu_layers.py", "atten_mask=", "attn_mask="), ("npu.py", "jit_compile=", "jit=")],
+)
+def test_a_mistake_planted_in_common_is_caught(apis, file, right, wrong):
+    source = (ROOT / "common" / file).read_text(encoding="utf-8")
+    assert right in source and contract.complaints(uses_in(source, file), apis) == []
+    found = contract.complaints(uses_in(source.replace(right, wrong), file), apis)
     assert found and all(f"has no argument {wrong[:-1]}" in line for line in found)
 
 
