@@ -79,7 +79,7 @@ def open_log(run: Run, resumed_from: Path | None) -> RunLog:
     """The run's log; a fresh run moves the files of an earlier one in the same folder aside."""
     config = run.config
     if run.world.is_main:
-        where = f"resuming from {resumed_from} at step {run.state.step}" if resumed_from else "starting"
+        where = f"resuming from step {run.state.step} ({resumed_from})" if resumed_from else "starting"
         print(
             f"{where}: {config.model.name}, {len(run.data.training.folder)} pictures, {run.shape.num_classes} classes, "
             f"{run.total_steps} steps of {run.shape.global_batch}, {config.precision} on "

@@ -89,7 +89,7 @@ class Run:
     def open_log(self, pictures: int) -> RunLog:
         """The run's log, to be entered; says what begins, `pictures` to train on."""
         if self.world.is_main:
-            begins = f"resuming from {self.source} at step {self.state.step}" if self.source else "starting"
+            begins = f"resuming from step {self.state.step} ({self.source})" if self.source else "starting"
             millions = self.replica.parameter_count / 1e6
             ranks = f"{self.world.size} x {devices.describe(self.world.device)}"
             print(
