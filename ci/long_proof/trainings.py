@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ci.long_proof.sizes import Size
+from ci.long_proof.sizes import Size, epochs_of_share
 from ci.long_proof.stage import Stages
 from common.run import result_file
 
@@ -21,10 +22,11 @@ def beit2(stages: Stages, data: Path, size: Size) -> dict[str, dict[int, float]]
     """{start: {share of the labels: top-1}}: pretrained without labels, and from scratch for as many seconds."""
     before = _beit2_pretraining(stages, data, size)
     checkpoint = stages.folder("beit2/pretraining") / "checkpoint.pth"
+    starts_from = ["--finetune", checkpoint, "--use_cls"]  # the pretraining's second head taught that token
     pretrained, scratch = {}, {}
     for share in size.shares:
-        epochs = size.epochs_of_share(share)
-        pretrained[share], seconds = fine_tune(stages, data, size, "beit2/pretrained", share, epochs, checkpoint)
+        epochs = epochs_of_share(size.fine_tuning, share)
+        pretrained[share], seconds = fine_tune(stages, data, size, "beit2/pretrained", share, epochs, starts_from)
         longer = round(epochs * (before + seconds) / seconds)
         scratch[share], _ = fine_tune(stages, data, size, "beit2/scratch", share, longer)
     return {"BEiT v2": pretrained, "the same from scratch": scratch}
@@ -65,7 +67,7 @@ def _beit2_pretraining(stages: Stages, data: Path, size: Size) -> float:
 
 
 def fine_tune(
-    stages: Stages, data: Path, size: Size, name: str, share: int, epochs: int, checkpoint: Path | None = None
+    stages: Stages, data: Path, size: Size, name: str, share: int, epochs: int, starts_from: Sequence[object] = ()
 ) -> tuple[float, float]:
     """(top-1 in percent of the held-out pictures, seconds) of BEiT v2's classifier."""
     folder = stages.folder(f"{name}-{share}")
@@ -80,7 +82,7 @@ def fine_tune(
             "--reprob", 0, "--color_jitter", 0, "--min_crop_scale", 0.4, "--crop_pct", 1, "--layer_decay", 1.0,
             "--drop_path", 0, "--init_scale", 1, "--lr", 1e-3, "--warmup_epochs", 0, "--warmup_steps",
             min(50, steps // 10), "--disable_eval_during_finetuning", "--no_save_ckpt", "--no_auto_resume", "--seed", 0,
-            "--device", stages.device, *(["--finetune", checkpoint] if checkpoint else []), "--output_dir", folder,
+            "--device", stages.device, *starts_from, "--output_dir", folder,
         ],
     )  # fmt: skip
     return _accuracy(folder), seconds
@@ -105,12 +107,11 @@ def data2vec(stages: Stages, data: Path, size: Size) -> dict[str, dict[int, floa
     )  # fmt: skip
     encoder = folder / "encoder.pth"
     torch.save({"model": beit_names(folder / "checkpoints" / "checkpoint_last.pt")}, encoder)
-    return {
-        "data2vec": {
-            share: fine_tune(stages, data, size, "data2vec/pretrained", share, size.epochs_of_share(share), encoder)[0]
-            for share in size.shares
-        }
-    }
+    found = {}
+    for share in size.shares:
+        epochs = epochs_of_share(size.fine_tuning, share)
+        found[share], _ = fine_tune(stages, data, size, "data2vec/pretrained", share, epochs, ["--finetune", encoder])
+    return {"data2vec": found}
 
 
 def beit_names(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -131,7 +132,7 @@ def vit(stages: Stages, data: Path, size: Size) -> dict[str, dict[int, float]]:
     found = {}
     for share in size.shares:
         folder = stages.folder(f"vit/scratch-{share}")
-        epochs = max(1, round(size.vit * (100 / share) ** 0.5))
+        epochs = epochs_of_share(size.vit, share)
         stages.run(
             f"vit/scratch-{share}",
             VIT,

@@ -15,7 +15,7 @@ from ci.gates.outcomes.gate import ROOT
 from ci.long_proof import __main__ as long_proof
 from ci.long_proof import report, trainings
 from ci.long_proof.pictures import prepare
-from ci.long_proof.sizes import SHARES, SIZES, Size
+from ci.long_proof.sizes import SHARES, Size, epochs_of_share
 from ci.long_proof.stage import Stages
 from common.errors import UsageError
 
@@ -42,7 +42,7 @@ def test_shares_of_the_labels_are_of_every_class(tmp_path):
 
 
 def test_few_labels_are_seen_more_often():
-    assert [SIZES["cpu"].epochs_of_share(share) for share in (1, 100)] == [10, 1]
+    assert [epochs_of_share(2, share) for share in (1, 10, 50, 100)] == [63, 11, 3, 2]
 
 
 def test_a_stage_runs_once_anew_when_it_changes_and_names_its_log(tmp_path):
