@@ -40,7 +40,7 @@ class Stages:
     def run(self, name: str, project: str, *commands: Sequence[object]) -> float:
         """Runs scripts of a project one after the other, unless a whole earlier run of the same ones is there.
 
-        Their output goes to `log.txt` in the stage's folder, which is emptied before: an unfinished stage starts anew.
+        Their output goes to a log beside the stage's folder, which is emptied before: an unfinished stage starts anew.
 
         Args:
             name: of the stage, and of its folder.
@@ -60,23 +60,25 @@ class Stages:
             return found["seconds"]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        log = folder.with_name(f"{folder.name}.log")  # not in it: a fresh run moves what is there aside
+        log.unlink(missing_ok=True)
         print(f"{time.strftime('%H:%M:%S')} {name} begins", flush=True)
-        seconds = round(sum(self._run_one(folder, ROOT / project, command) for command in wanted), 1)
+        seconds = round(sum(self._run_one(log, ROOT / project, command) for command in wanted), 1)
         record.write_text(json.dumps({"commands": wanted, "seconds": seconds}, indent=1) + "\n", "utf-8")
         print(f"{time.strftime('%H:%M:%S')} {name} took {seconds:.0f} s", flush=True)
         return seconds
 
-    def _run_one(self, folder: Path, project: Path, command: list[str]) -> float:
+    def _run_one(self, log: Path, project: Path, command: list[str]) -> float:
         # one thread a stage on a CPU: stages run side by side
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.on_cpu else {})
         began = time.perf_counter()
-        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        with open(log, "a", encoding="utf-8") as file:
             run = subprocess.Popen(
-                [sys.executable, *command], cwd=project, env=environment, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, *command], cwd=project, env=environment, stdout=file, stderr=subprocess.STDOUT
             )
             _, status, used = os.wait4(run.pid, 0)  # with its loader workers, which it has waited for
         code = run.returncode = os.waitstatus_to_exitcode(status)
         if code:
-            self.failed.append(UsageError(f"{folder}/log.txt: {command[0]} ended with exit code {code}; it says why"))
+            self.failed.append(UsageError(f"{log}: {command[0]} ended with exit code {code}; it says why"))
             raise self.failed[-1]
         return used.ru_utime + used.ru_stime if self.on_cpu else time.perf_counter() - began

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci.peers import ROOT, table
+from common.cpu import has_bf16_instructions
 from common.device import DEVICES
 from common.errors import UsageError, print_usage_errors
 
@@ -43,19 +44,20 @@ class Benchmark:
     quick: tuple[str, ...] = ()  # options that make it short
 
 
+# the peers' bf16 products take minutes a step on CPUs without bf16 instructions: there these are small and short
+SHORT = () if has_bf16_instructions() else ("--rounds", "1")
 CPU_BENCHMARKS = (
     Benchmark("vit_step", "vit_step"),
     Benchmark("vit_input", "vit_input"),
     Benchmark("bf16_block", "bf16_block"),
     Benchmark("checkpoint_stall", "checkpoint_stall", quick=("--model", "vit_demo")),
     Benchmark("beit2_step_fp32", "beit2_step", ("--precision", "fp32")),
-    # bf16 is small and short: the peers' bf16 products take minutes a step on CPUs without bf16 instructions
-    Benchmark("beit2_step_bf16", "beit2_step", ("--precision", "bf16", "--batch", "1", "--rounds", "1")),
+    Benchmark("beit2_step_bf16", "beit2_step", ("--precision", "bf16", *(SHORT and ("--batch", "1", *SHORT)))),
     Benchmark("beit2_data", "beit2_data"),
     Benchmark("clip_step_upstream", "clip_step", ("--case", "upstream")),
     Benchmark("clip_step_open_clip", "clip_step", ("--case", "open_clip")),
     Benchmark("clip_step_bf16", "clip_step", ("--case", "bf16")),
-    Benchmark("clip_step_bf16_upstream", "clip_step", ("--case", "bf16_upstream", "--rounds", "1")),
+    Benchmark("clip_step_bf16_upstream", "clip_step", ("--case", "bf16_upstream", *SHORT)),
     Benchmark("clip_input", "clip_input"),
     Benchmark("clip_index", "clip_index", takes_rounds=False, quick=("--pairs", "3000", "--pictures", "1000")),
     Benchmark("clip_loss", "clip_loss", quick=("--largest", "4096")),
@@ -63,7 +65,7 @@ CPU_BENCHMARKS = (
     Benchmark(
         "data2vec_step_bf16",
         "data2vec_step",
-        ("--precision", "bf16", "--rows", "1", "--tokens", "128", "--rounds", "1"),
+        ("--precision", "bf16", *(SHORT and ("--rows", "1", "--tokens", "128", *SHORT))),
     ),
     Benchmark("data2vec_preprocess", "data2vec_preprocess"),
     *(

@@ -82,7 +82,7 @@ def _ratio(node: dict) -> tuple[float, float, float] | None:
 def _share(result: dict, parent: dict, node: dict) -> float | None:
     """Ours, under one of the names that the benchmarks give it."""
     places = (node.get("our_gemm_peak_share"), result.get("share_of_gemm_peak"), result.get("ours_share_of_gemm_peak"))
-    places += ((result.get("share_of_fp32_gemm_peak") or {}).get("ours"),)
+    places = tuple(share["ours"] if isinstance(share, dict) else share for share in places)
     if isinstance(parent.get("ours"), dict):
         places += (parent["ours"].get("share_of_matmul_peak"),)
     return next((value for value in places if isinstance(value, float)), None)

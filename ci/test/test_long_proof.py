@@ -53,7 +53,7 @@ def test_a_stage_runs_once_anew_when_it_changes_and_names_its_log(tmp_path):
     seconds = stages.run("a/b", ".", [script, counted, 0])
     assert stages.run("a/b", ".", [script, counted, 0]) == seconds  # of which the next command is made
     assert counted.read_text() == "x"
-    with pytest.raises(UsageError, match=r"a/b/log.txt.*exit code 3"):
+    with pytest.raises(UsageError, match=r"a/b.log.*exit code 3"):
         stages.run("a/b", ".", [script, counted, 3])
     with pytest.raises(UsageError, match="exit code 3"):  # of the other chains: none begins a stage
         stages.run("c", ".", [script, counted, 0])
@@ -61,7 +61,7 @@ def test_a_stage_runs_once_anew_when_it_changes_and_names_its_log(tmp_path):
     assert counted.read_text() == "xxx"
 
 
-@pytest.mark.parametrize("error", [UsageError("a/log.txt: it says why"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [UsageError("a.log: it says why"), KeyboardInterrupt()])
 def test_the_first_error_is_raised_while_other_chains_run_and_nothing_more_begins(tmp_path, monkeypatch, error):
     running, end, begun, ended = threading.Event(), threading.Event(), [], []
     stages = Stages(tmp_path, "cpu", on_cpu=True)

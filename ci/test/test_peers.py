@@ -134,7 +134,7 @@ def test_folder_of_a_device(monkeypatch):
             {
                 "peer": "open_clip",
                 "peer_over_ours": {"median": 2.0, "range": [1.5, 2.5]},
-                "share_of_fp32_gemm_peak": {"ours": 0.5},
+                "share_of_gemm_peak": {"ours": 0.5},
             },
             "open_clip",
             0.5,
