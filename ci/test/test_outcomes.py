@@ -98,6 +98,13 @@ def test_a_result_cut_short_is_named(tmp_path, capsys, name, content):
     assert ended.value.code == 2 and capsys.readouterr().err.startswith(f"error: {broken}: ")
 
 
+@pytest.mark.parametrize("option", ["--jobs=1", "--output_dir=out"])
+def test_what_judging_has_no_use_for_is_refused(tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        outcomes.main(["--results", str(tmp_path), option])
+    assert ended.value.code == 2 and f"{option.split('=')[0]}: has no meaning with --results" in capsys.readouterr().err
+
+
 def test_update_stores_a_reference_that_then_passes(tmp_path):
     project = "ViT_for_PyTorch"
     runs = [dict.fromkeys(outcomes.METRICS[project], value) for value in (70.0, 74.0, 72.0)]

@@ -267,6 +267,9 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
                 parser.error(f"--{name}: has no meaning with --planted, which runs its own demos one by one")
         if len(seeds) > 1:
             parser.error(f"--seeds {' '.join(map(str, seeds))}: --planted runs from one seed")
+    for name in ("jobs", "output_dir"):
+        if options.results and getattr(options, name):
+            parser.error(f"--{name}: has no meaning with --results, which starts no run")
     options.only = options.only or list(METRICS)
     options.seeds = seeds or list(SEEDS)
     options.jobs = options.jobs or available_cores()
