@@ -44,7 +44,7 @@ def test_a_resume_is_exact_with_them(family, options, pairs_table, tmp_path, req
         assert same(weights(tmp_path / "whole", name), weights(tmp_path / "part", name)), name
 
 
-def test_the_average_is_of_all_updates_and_is_what_is_evaluated(pairs_table, tiny_model, tmp_path):
+def test_the_average_is_of_all_updates_and_is_what_is_evaluated(pairs_table, tiny_model, tmp_path, capsys):
     steps, decay = 3, 0.6
     evaluation = ["--do_eval", "--validation_file", str(pairs_table), "--per_device_eval_batch_size", "8"]
     options = ["--max_steps", str(steps), "--save_every", "1", "--ema_decay", str(decay), *evaluation]
@@ -58,6 +58,11 @@ def test_the_average_is_of_all_updates_and_is_what_is_evaluated(pairs_table, tin
         torch.testing.assert_close(value, want[key], atol=1e-6, rtol=1e-5)
     alone = run(tmp_path / "alone", tmp_path, *evaluation)
     assert alone["EvalLoss"] == pytest.approx(result["EvalLoss"], abs=1e-6)
+    assert "note: " not in capsys.readouterr().out
+    run(tmp_path / "of a checkpoint", tmp_path / "checkpoint-3", *evaluation)
+    assert "checkpoint-3 is a training's checkpoint: its last weights are taken, not their average" in (
+        capsys.readouterr().out
+    )
 
 
 def test_lora_trains_its_additions_alone_and_users_get_plain_layers(pairs_table, tiny_model, tmp_path, capsys):

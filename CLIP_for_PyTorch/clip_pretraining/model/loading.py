@@ -23,9 +23,11 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from common import distributed
 from common.errors import UsageError
 
 FAMILIES = {"vision-text-dual-encoder": VisionTextDualEncoderModel, "clip": CLIPModel}
+AVERAGE_FILE = "average.safetensors"  # of the weights, in a checkpoint of a run with --ema_decay
 SIGLIP_INITIAL = {"logit_scale": 2.302585, "logit_bias": -10.0}  # ln 10 and -10: arXiv:2303.15343, section 3.1
 
 
@@ -70,6 +72,11 @@ def load_model(
         raise UsageError(
             f"{source}: a {config.model_type!r} model; needed is one of {', '.join(FAMILIES)}. "
             "save_clip_roberta.py joins a vision and a text model into one"
+        )
+    if name_or_path is not None and (Path(name_or_path) / AVERAGE_FILE).is_file() and distributed.rank() == 0:
+        print(
+            f"note: {name_or_path} is a training's checkpoint: its last weights are taken, not their average "
+            "(--ema_decay), which that run evaluated and saves in its own folder and in best/"
         )
     model = family(config) if name_or_path is None else _load_weights(family, name_or_path, config, hub_kwargs)
     # transformers leaves it out for the dual encoder, whose towers can

@@ -22,7 +22,7 @@ from clip_pretraining.evaluation.encoder import normalise_pixels
 from clip_pretraining.model import loss as losses
 from clip_pretraining.model.flops import step_flops
 from clip_pretraining.model.layers import full_attention_mask
-from clip_pretraining.model.loading import ImageSettings
+from clip_pretraining.model.loading import AVERAGE_FILE, ImageSettings
 from clip_pretraining.training import sharding
 from clip_pretraining.training.guarded_optimizer import GuardedOptimizer, scale_of
 from clip_pretraining.training.log_callback import UNFINISHED, Names
@@ -40,7 +40,6 @@ from common.update import gradients_stay_local
 
 MAX_LOGIT_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 SCALE_FILE, OPTIMIZER_FILE = "scaler.pt", "optimizer.pt"  # Trainer's names for them
-AVERAGE_FILE = "average.safetensors"  # of the weights, in a checkpoint
 
 
 class ClipTrainer(Trainer):
