@@ -28,6 +28,7 @@ from ci.sample_data import (
     captioned_icons,
     cifar10,
     coco_captions,
+    emoji_artists,
     emoji_table,
     icon_objects,
     icon_table,
@@ -48,9 +49,11 @@ SETS: dict[str, tuple[ModuleType, ...]] = {
     "captioned_icons": (captioned_icons, caption_tables, icon_table),
     "icon_objects": (icon_objects, icon_table),
     "text": (plain_text,),
+    "images_artists": (emoji_artists, openmoji_folder, image_folder, emoji_table),
     "cifar10": (cifar10,),
 }
-DEFAULT_SETS = tuple(name for name in SETS if name != "cifar10")  # these need pip only
+OPTIONAL = ("images_artists", "cifar10")  # the others need pip only
+DEFAULT_SETS = tuple(name for name in SETS if name not in OPTIONAL)
 
 
 def build(output: Path, only: Sequence[str] = DEFAULT_SETS) -> Path:
@@ -117,7 +120,9 @@ def _lock(output: Path) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="build.py", description="Build the small real data sets.")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the sets (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=SETS, default=DEFAULT_SETS, help="sets (default: all but cifar10)")
+    parser.add_argument(
+        "--only", nargs="+", choices=SETS, default=DEFAULT_SETS, help="sets (default: all but the optional ones)"
+    )
     options = parser.parse_args(argv)
     try:
         output = build(options.output, options.only)

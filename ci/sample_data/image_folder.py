@@ -20,8 +20,10 @@ def build(archives: dict[str, Path], folder: Path) -> None:
     write(archives, folder, lambda emoji: emoji.picture())
 
 
-def write(archives: dict[str, Path], folder: Path, draw: Callable[[emoji_table.Emoji], Image.Image | None]) -> None:
-    """The set as `draw` draws it; emoji for which that has no picture are left out."""
+def write(
+    archives: dict[str, Path], folder: Path, draw: Callable[[emoji_table.Emoji], Image.Image | None], prefix: str = ""
+) -> None:
+    """The set as `draw` draws it, names beginning with `prefix`; emoji for which it has no picture are left out."""
     table = [emoji for emoji in emoji_table.read(archives) if not emoji.has_skin_tone]
     held_out = emoji_table.validation_families(table)
     for emoji in table:
@@ -29,8 +31,8 @@ def write(archives: dict[str, Path], folder: Path, draw: Callable[[emoji_table.E
         if picture is None:
             continue
         split = "val" if emoji.family in held_out else "train"
-        path = folder / split / emoji_table.slug(emoji.group) / f"{emoji.slug}.png"
+        path = folder / split / emoji_table.slug(emoji.group) / f"{prefix}{emoji.slug}.png"
         if path.exists():  # two names that differ in signs only
-            path = path.with_stem(f"{emoji.slug}_{emoji.code}")
+            path = path.with_stem(f"{path.stem}_{emoji.code}")
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)

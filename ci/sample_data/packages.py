@@ -88,6 +88,17 @@ CIFAR10 = Package(
 )
 
 
+def _iconify(name: str, version: str, sha256: str) -> Package:
+    return Package(f"@iconify-json/{name}", version, f"iconify-json-{name}-{version}.tgz", sha256, registry="npm")
+
+
+NOTO = _iconify("noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad")
+NOTO_V1 = _iconify("noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37")
+FLUENT = _iconify("fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175")
+EMOJIONE = _iconify("emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e")
+EMOJIONE_V1 = _iconify("emojione-v1", "1.2.3", "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3")
+
+
 def fetch(package: Package, folder: Path) -> Path:
     """The verified archive of `package` in `folder`, downloaded unless it is there already.
 

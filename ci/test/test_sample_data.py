@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ci.sample_data import build as builder
-from ci.sample_data import emoji_table, image_folder, packages, plain_text
+from ci.sample_data import emoji_artists, emoji_table, image_folder, packages, plain_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,6 +58,23 @@ def test_another_artist_draws_the_same_emoji_in_the_same_classes_and_splits(samp
     assert (picture.mode, picture.size, picture.format) == ("RGB", (72, 72), "PNG")
     pixels = {name: {(sample_data / name / p).read_bytes() for p in names[name]} for name in names}
     assert not pixels["images"] & pixels["images_openmoji"]
+
+
+def test_drawings_of_an_npm_package_are_found_by_the_names_of_another(table, tmp_path):
+    """Iconify's format: bodies of SVG by name, their box in the file's or an icon's own words."""
+    icons = {"width": 16, "height": 16, "icons": {
+        "red": {"body": '<rect width="16" height="16" fill="#f00"/>'},
+        "half": {"body": '<rect x="8" width="8" height="16" fill="#00f"/>', "left": 8, "width": 8, "height": 8},
+        "unnamed": {"body": ""},
+    }}  # fmt: skip
+    (tmp_path / "icons.json").write_text(json.dumps(icons))
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "icons.json", "package/icons.json")
+    red, half, absent = table[:3]
+    draw = emoji_artists._drawings(tmp_path / "package.tgz", {"red": red.code, "half": half.code})
+    assert draw(absent) is None
+    for emoji, color in ((red, (255, 0, 0)), (half, (0, 0, 255))):
+        assert draw(emoji).size == (72, 72) and draw(emoji).getcolors() == [(72 * 72, color)]
 
 
 def test_no_picture_and_no_base_emoji_is_in_both_splits(sample_data, table):
