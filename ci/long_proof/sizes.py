@@ -45,7 +45,7 @@ SIZES = {
     "quick": Size(
         pictures=600, held_out=200, tokenizer=1, pretraining=1, fine_tuning=1, vit=1, clip=1, batch=8, shares=(10, 50)
     ),
-    # about 160 CPU minutes
+    # 155 CPU minutes (2026-11-29)
     "cpu": Size(50_000, 10_000, tokenizer=1, pretraining=3, fine_tuning=1, vit=2, clip=2),
     # several hours on two cores, or one GPU; not run
     "large": Size(50_000, 10_000, tokenizer=4, pretraining=40, fine_tuning=6, vit=40, clip=10),
