@@ -44,20 +44,23 @@ class Benchmark:
     quick: tuple[str, ...] = ()  # options that make it short
 
 
-# the peers' bf16 products take minutes a step on CPUs without bf16 instructions: there these are small and short
-SHORT = () if has_bf16_instructions() else ("--rounds", "1")
+def without_bf16(*options: str) -> tuple[str, ...]:
+    """Options for CPUs without bf16 instructions, on which the peers' bf16 products take minutes a step."""
+    return () if has_bf16_instructions() else options
+
+
 CPU_BENCHMARKS = (
     Benchmark("vit_step", "vit_step"),
     Benchmark("vit_input", "vit_input"),
     Benchmark("bf16_block", "bf16_block"),
     Benchmark("checkpoint_stall", "checkpoint_stall", quick=("--model", "vit_demo")),
     Benchmark("beit2_step_fp32", "beit2_step", ("--precision", "fp32")),
-    Benchmark("beit2_step_bf16", "beit2_step", ("--precision", "bf16", *(SHORT and ("--batch", "1", *SHORT)))),
+    Benchmark("beit2_step_bf16", "beit2_step", ("--precision", "bf16", *without_bf16("--batch", "1", "--rounds", "1"))),
     Benchmark("beit2_data", "beit2_data"),
     Benchmark("clip_step_upstream", "clip_step", ("--case", "upstream")),
     Benchmark("clip_step_open_clip", "clip_step", ("--case", "open_clip")),
     Benchmark("clip_step_bf16", "clip_step", ("--case", "bf16")),
-    Benchmark("clip_step_bf16_upstream", "clip_step", ("--case", "bf16_upstream", *SHORT)),
+    Benchmark("clip_step_bf16_upstream", "clip_step", ("--case", "bf16_upstream", *without_bf16("--rounds", "1"))),
     Benchmark("clip_input", "clip_input"),
     Benchmark("clip_index", "clip_index", takes_rounds=False, quick=("--pairs", "3000", "--pictures", "1000")),
     Benchmark("clip_loss", "clip_loss", quick=("--largest", "4096")),
@@ -65,7 +68,7 @@ CPU_BENCHMARKS = (
     Benchmark(
         "data2vec_step_bf16",
         "data2vec_step",
-        ("--precision", "bf16", *(SHORT and ("--rows", "1", "--tokens", "128", *SHORT))),
+        ("--precision", "bf16", *without_bf16("--rows", "1", "--tokens", "128", "--rounds", "1")),
     ),
     Benchmark("data2vec_preprocess", "data2vec_preprocess"),
     *(

@@ -33,7 +33,10 @@ SHOWN = {
     (DATA2VEC, "teacher_probe"): [(f"{DATA2VEC}/README.md", "| linear probe after the demo")],
     (DATA2VEC, "pictures_cloze"): [(f"{DATA2VEC}/README.md", "| cloze retrieval of the same")],
 }
-PEERS = {"vit_step_fp32": "timm", "beit2_step_fp32": "", "data2vec_step_fp32": "plain", "clip_step_upstream": ""}
+PEERS = {
+    **{"vit_step_fp32": "timm", "beit2_step_fp32": "", "data2vec_step_fp32": "plain", "clip_step_upstream": ""},
+    **{"vit_step_bf16": "timm", "beit2_step_bf16": "", "data2vec_step_bf16": "plain", "clip_step_bf16_upstream": ""},
+}
 
 
 def outcomes(project: str) -> dict:
@@ -68,3 +71,17 @@ def test_the_front_page_has_the_measured_speeds(page):
         ratio = next(c.median for c in table.comparisons(name, result) if peer in c.peer)
         said = [float(number) for number in re.findall(r"\d\.\d\d", text)]
         assert any(abs(ratio - number) < 0.006 for number in said), (name, ratio)
+
+
+def test_the_long_proof_s_table_is_its_result():
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    table = text.split("## CIFAR-10: the long proof")[1].split("\n## ")[0]
+    result = json.loads((ROOT / "ci" / "baselines" / "long_proof" / "cifar10_cpu.json").read_text())["top1"]
+    begins = {name: f"| {name.split(',')[0]}" for name in result if name != "guessing"}
+    begins["the same from scratch"] = "| the same from scratch"
+    for method, line in begins.items():
+        (row,) = (text for text in table.splitlines() if text.startswith(line))
+        cells = [re.match(r" ?(\d+\.\d)", cell) for cell in row.split("|")[2:-1]]
+        shown = [float(cell[1]) for cell in cells if cell]
+        assert len(shown) == len(result[method])
+        assert all(abs(a - b) < 0.051 for a, b in zip(shown, result[method].values(), strict=True)), method
