@@ -9,8 +9,8 @@ untrained model (same seed) and for the checkpoint:
 - linear probe: a logistic regression from the last three layers' states (of data2vec 2.0 the decoder's), side by side,
   to the token (the 100 commonest, <s> and </s> left out), fitted on the training split, accuracy on the validation
   split; of the student, and of the teacher, which is given the masked text, too (not of data2vec 2.0, whose teacher
-  knows whole texts alone); beside it, that of always guessing the commonest, and that of a table that counts in the
-  training text which token stands between two neighbours, on the same tokens;
+  knows whole texts alone); beside it, that of always guessing the commonest, and on the same tokens that of tables
+  which count in the training text what stands between the neighbours, one on each side, or two;
 - cloze retrieval: how often the teacher's target nearest to a prediction, among all masked tokens looked at, is the one
   of the predicted position; beside it, chance.
 
@@ -37,10 +37,11 @@ from data2vec.text_probe import collect, counting_accuracy
 
 TRAIN_TOKENS, VALID_TOKENS, RETRIEVAL_TOKENS = 60_000, 15_000, 1000
 CLASSES = 100
+Numbers = dict[str, float]
 
 
 @print_usage_errors
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+def main(argv: list[str] | None = None) -> dict[str, Numbers]:
     options, config, notes, checkpoint = parse_evaluation(argv, __doc__.splitlines()[0])
     print("\n".join(notes))
     with distributed.process_group(options.device) as world:
@@ -55,13 +56,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             model.to(world.device).eval()
             device_patches.apply_to_model(model, world.device)
             probe = probe_images if is_vision(config) else probe_text
-            results[name] = probe(model, data, config, world.device, precision)
+            results[name] = probe(model, data, config, world.device, precision, results.get("untrained"))
     print_table(results, "images" if is_vision(config) else "text")
     return results
 
 
-def probe_images(model, data, config, device: torch.device, precision: str) -> dict[str, float]:
-    """All numbers of one image model, in percent."""
+def probe_images(model, data, config, device: torch.device, precision: str, earlier: Numbers | None) -> Numbers:
+    """All numbers of one image model, in percent; what `earlier` says of the pixels alone is not measured again."""
     from data2vec.image_probe import (  # torchvision: text does without
         class_folders,
         collect_masked_patches,
@@ -72,23 +73,29 @@ def probe_images(model, data, config, device: torch.device, precision: str) -> d
     train_folder, valid_folder, classes = class_folders(config)
     train = collect_pictures(model, train_folder, classes, config, device, precision)
     valid = collect_pictures(model, valid_folder, classes, config, device, precision)
-    pixels = collect_pixels(train_folder), train[1], collect_pixels(valid_folder), valid[1]
+    if earlier is None:
+        pixels = collect_pixels(train_folder), train[1], collect_pixels(valid_folder), valid[1]
+        of_pixels = {"linear probe": linear_probe(*pixels)[0], "nearest": nearest_neighbour(*pixels)}
+    else:
+        of_pixels = {name: earlier[f"{name}, pixels"] for name in ("linear probe", "nearest")}
     accuracy, largest = linear_probe(*train, *valid)
     batches, forward = data.valid_batches(config.dataset.valid_subset), forward_of(config, data, device)
     pred, target = collect_masked_patches(model, batches, RETRIEVAL_TOKENS, forward, device, precision)
     return {
         "linear probe": accuracy,
-        "linear probe, pixels": linear_probe(*pixels)[0],
+        "linear probe, pixels": of_pixels["linear probe"],
         "nearest neighbour": nearest_neighbour(*train, *valid),
-        "nearest, pixels": nearest_neighbour(*pixels),
+        "nearest, pixels": of_pixels["nearest"],
         "largest class": largest,
         "cloze retrieval": retrieval(pred, target),
         "chance": 100 / len(pred),
     }
 
 
-def probe_text(model, data: PretrainingData, config, device: torch.device, precision: str) -> dict[str, float]:
-    """All numbers of one text model, in percent."""
+def probe_text(
+    model, data: PretrainingData, config, device: torch.device, precision: str, earlier: Numbers | None
+) -> Numbers:
+    """All numbers of one text model, in percent; what counting knows, `earlier` may say already."""
     train = collect(model, data.train_batches(epoch=1), TRAIN_TOKENS, data, device, precision)
     valid = collect(model, data.valid_batches(config.dataset.valid_subset), VALID_TOKENS, data, device, precision)
     accuracy, guessing = logistic_probe(train["student"], train["token"], valid["student"], valid["token"], CLASSES)
@@ -96,14 +103,19 @@ def probe_text(model, data: PretrainingData, config, device: torch.device, preci
     if "teacher" in train:
         pairs = (train["teacher"], train["token"], valid["teacher"], valid["token"])
         teacher = {"teacher's probe": logistic_probe(*pairs, CLASSES)[0]}
-    corpus = data.split(config.dataset.train_subset, training=True)[0].corpus
-    text = corpus.token_range(0, int(corpus.sizes.sum()))
+    if earlier is None:
+        corpus = data.split(config.dataset.train_subset, training=True)[0].corpus
+        text = corpus.token_range(0, int(corpus.sizes.sum()))
+        of_two, of_four = counting_accuracy(text, commonest(train["token"], CLASSES), valid)
+    else:
+        of_two, of_four = earlier["count table"], earlier["count table of four"]
     pred, target = valid["pred"][:RETRIEVAL_TOKENS], valid["target"][:RETRIEVAL_TOKENS]
     return {
         "linear probe": accuracy,
         **teacher,
         "commonest token": guessing,
-        "count table": counting_accuracy(text, commonest(train["token"], CLASSES), valid),
+        "count table": of_two,
+        "count table of four": of_four,
         "cloze retrieval": retrieval(pred, target),
         "chance": 100 / len(pred),
     }

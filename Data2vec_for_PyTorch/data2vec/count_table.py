@@ -1,8 +1,12 @@
-"""What counting alone knows of a hidden token: how often each common token stood between these two neighbours."""
+"""What counting alone knows of a hidden token: how often each common token stood between the same neighbours."""
 
 from __future__ import annotations
 
 import numpy as np
+
+NOT_VISIBLE = -1  # a neighbour that is hidden, too, or outside the block
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+LEAST_SEEN = 4  # times that two neighbours on each side were seen, below which one on each side is asked
 
 
 class CountTable:
@@ -29,12 +33,12 @@ class CountTable:
         counts = np.bincount(neighbour * self.classes + token, minlength=self.size * self.classes)
         return counts.reshape(self.size, self.classes)  # [V, K]
 
-    def guess(self, left: int | None, right: int | None) -> int:
-        """The place in `common` of the likeliest token; None is a neighbour that is hidden, too."""
-        if left is None and right is None:
+    def guess(self, left: int, right: int) -> int:
+        """The place in `common` of the likeliest token between two neighbours, each of them maybe NOT_VISIBLE."""
+        if left == right == NOT_VISIBLE:
             return 0
-        if left is None or right is None:
-            return int((self.right[right] if left is None else self.left[left]).argmax())
+        if NOT_VISIBLE in (left, right):
+            return int((self.right[right] if left == NOT_VISIBLE else self.left[left]).argmax())
         scores = self._between(left, right)
         if scores.sum() < 2:  # too rare a pair: as if the neighbours were independent given the token
             scores = (self.left[left] + 0.1) * (self.right[right] + 0.1) / self.frequency.clip(1)
@@ -47,3 +51,40 @@ class CountTable:
         scores = np.zeros(self.classes)
         scores[keys[found] - first] = counts[found]
         return scores
+
+
+def guess_of_four(corpus: np.ndarray, common: np.ndarray, around: np.ndarray) -> np.ndarray:
+    """What a table of two neighbours on each side knows where it has seen them LEAST_SEEN times.
+
+    Args:
+        corpus, common: as of CountTable.
+        around: int64 [N, 4], the neighbours at -2, -1, 1 and 2, each of them maybe NOT_VISIBLE: those count that are
+            in view.
+
+    Returns:
+        int64 [N]: places in `common`, -1 where these neighbours were seen too rarely.
+    """
+    place = np.full(int(max(corpus.max(), common.max())) + 1, -1)
+    place[common] = np.arange(len(common))
+    token = place[corpus[2:-2]]  # [T - 4]
+    bits = np.uint64(len(common).bit_length())
+    beside = [corpus[:-4], corpus[1:-3], corpus[3:-1], corpus[4:]]
+    guesses = np.full(len(around), -1)
+    visible = around != NOT_VISIBLE
+    for pattern in np.unique(visible, axis=0):
+        asked = np.flatnonzero((visible == pattern).all(axis=1))
+        context = _keys([beside[i] for i in np.flatnonzero(pattern)], len(token))
+        wanted = _keys(list(around[asked][:, pattern].T), len(asked))
+        seen = np.sort(context[token >= 0] << bits | token[token >= 0].astype(np.uint64))
+        first, last = np.searchsorted(seen, wanted << bits), np.searchsorted(seen, (wanted << bits) + (1 << bits))
+        for i in np.flatnonzero(last - first >= LEAST_SEEN):
+            guesses[asked[i]] = np.bincount((seen[first[i] : last[i]] & ((1 << bits) - 1)).astype(int)).argmax()
+    return guesses
+
+
+def _keys(columns: list[np.ndarray], rows: int) -> np.ndarray:
+    """uint64 [rows]: one number for what stands in the columns [rows each]; two rows have the same by rare chance."""
+    key = np.zeros(rows, np.uint64)
+    for column in columns:
+        key = key * MULTIPLIER + column.astype(np.uint64)
+    return key

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import device as devices
 from common.run.progress import bar
-from data2vec.count_table import CountTable
+from data2vec.count_table import NOT_VISIBLE, CountTable, guess_of_four
 from data2vec.data.dictionary import MASK
 from data2vec.data.epochs import EpochBatches
 from data2vec.data.multi.batch import MultiBatch
@@ -17,7 +18,7 @@ from data2vec.model.multi.model import Data2VecMulti
 from data2vec.model.text_model import Data2VecText
 
 TOP_LAYERS = 3  # whose states stand side by side
-NOT_VISIBLE = -1
+OFFSETS = (-2, -1, 1, 2)  # of the neighbours that counting looks at
 # (by name what is known of masked tokens [N, ...], the masked text int64 [B, T], their places in it int64 [N])
 Found = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
 
@@ -32,7 +33,8 @@ def collect(
         student, teacher: fp32 [N, TOP_LAYERS * C], their states; the teacher is given the masked text, too. Of data2vec
             2.0 the decoder's, and none of a teacher, which knows whole texts alone.
         pred, target: fp32 [N, C].
-        token, left, right: int64 [N], the original id and the neighbours' in the batch, NOT_VISIBLE where hidden.
+        token: int64 [N], the original id.
+        around: int64 [N, 4], the ids at OFFSETS in the batch, NOT_VISIBLE where hidden.
     """
     rows: dict[str, list[torch.Tensor]] = {}
     count, mask_idx = 0, data.vocab.index(MASK)
@@ -40,7 +42,7 @@ def collect(
         with devices.autocast(device, precision):
             found, masked, places = look(model, batch.to(device), mask_idx)
         hidden = (mask_idx, data.vocab.bos_index, data.vocab.pad_index)
-        found |= {name: _neighbours(masked, side, hidden)[places] for name, side in (("left", -1), ("right", 1))}
+        found["around"] = _neighbours(masked, hidden)[places]
         kept = found["token"] >= data.vocab.nspecial
         for name, value in found.items():
             value = value[kept].cpu()
@@ -85,20 +87,27 @@ def top_states(encoder: SentenceEncoder, tokens: torch.Tensor, has_padding: bool
     return torch.cat(states[-TOP_LAYERS:], dim=1)
 
 
-def _neighbours(source: torch.Tensor, side: int, hidden: tuple[int, ...]) -> torch.Tensor:
-    """int64 [B * T]: the id on that side (-1 or 1) of every position, NOT_VISIBLE at edges and for the `hidden` ids."""
-    beside = source.roll(-side, dims=1)  # [B, T]
-    beside[:, -1 if side == 1 else 0] = NOT_VISIBLE
-    return beside.masked_fill(torch.isin(beside, beside.new_tensor(hidden)), NOT_VISIBLE).flatten()
+def _neighbours(source: torch.Tensor, hidden: tuple[int, ...]) -> torch.Tensor:
+    """int64 [B * T, 4]: the ids at OFFSETS of every position, NOT_VISIBLE beyond edges and for the `hidden` ids."""
+    shown = source.masked_fill(torch.isin(source, source.new_tensor(hidden)), NOT_VISIBLE)
+    reach = max(OFFSETS)
+    wide = F.pad(shown, (reach, reach), value=NOT_VISIBLE)  # [B, reach + T + reach]
+    length = source.shape[1]
+    return torch.stack([wide[:, reach + o : reach + o + length] for o in OFFSETS], dim=2).flatten(0, 1)
 
 
-def counting_accuracy(corpus: np.ndarray, common: torch.Tensor, asked: dict[str, torch.Tensor]) -> float:
-    """Percent of the asked tokens among `common` that a table of both visible neighbours' counts gets right."""
-    table = CountTable(corpus, common.numpy())
-    place = {int(token): i for i, token in enumerate(common)}
-    right = total = 0
-    for token, before, after in zip(*(asked[name].tolist() for name in ("token", "left", "right")), strict=True):
-        if token in place:
-            neighbours = (None if n == NOT_VISIBLE else n for n in (before, after))
-            right, total = right + (table.guess(*neighbours) == place[token]), total + 1
-    return 100 * right / max(1, total)
+def counting_accuracy(corpus: np.ndarray, common: torch.Tensor, asked: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Percent of the asked tokens among `common` that tables of the visible neighbours' counts get right.
+
+    One of a neighbour on each side, and one of two on each side where it has seen them.
+    """
+    common = common.numpy()
+    kept = np.isin(asked["token"].numpy(), common)
+    token, around = asked["token"].numpy()[kept], asked["around"].numpy()[kept]
+    if not len(token):
+        return 0.0, 0.0
+    table = CountTable(corpus, common)
+    of_two = np.array([table.guess(left, right) for left, right in around[:, 1:3].tolist()])
+    of_four = guess_of_four(corpus, common, around)
+    of_four = np.where(of_four < 0, of_two, of_four)
+    return tuple(100 * float((common[guesses] == token).mean()) for guesses in (of_two, of_four))

@@ -47,8 +47,10 @@ class Expectations:
         self.directions = F.normalize(means - means.mean(dim=0), dim=1)  # [K, C]
 
     def alike(self, spelled: list[str]) -> list[tuple[str, list[str]]]:
-        """The commonest whole words of three letters or more, and the tokens nearest to each."""
-        words = [i for i, token in enumerate(self.ids.tolist()) if len(spelled[token]) > 3 and spelled[token][0] == "_"]
+        """The commonest whole words of three letters or more (or tokens, where none is), and the nearest to each."""
+        ids = self.ids.tolist()
+        words = [i for i, token in enumerate(ids) if len(spelled[token]) > 3 and spelled[token][0] == "_"]
+        words = words or list(range(len(ids)))
         near = (self.directions @ self.directions.T).argsort(dim=1, descending=True)[:, 1 : NEIGHBOURS + 1]
         return [(spelled[self.ids[i]], [spelled[self.ids[k]] for k in near[i].tolist()]) for i in words[:WORDS]]
 
@@ -98,7 +100,7 @@ def _draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]
                 )
             axis.text(x, 2 * y + 2.5, true, color="0.6" if expected else "black", **font)
     top = 2 * len(blocks) + 2.6
-    axis.text(0, top, "tokens whose targets are nearest to those of the commonest words", **title)
+    axis.text(0, top, "tokens whose targets are nearest to those of the commonest words, or tokens", **title)
     for y, (word, neighbours) in enumerate(alike):
         axis.text(0, top + 1 + y, f"{word:<10} {'  '.join(neighbours)}", **font)
     figures.save(figure, path, bbox_inches="tight")

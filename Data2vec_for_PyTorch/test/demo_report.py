@@ -17,11 +17,18 @@ def read_table(path: Path) -> dict[str, tuple[float, float]]:
 
 
 def text_lines(table: dict[str, tuple[float, float]]) -> list[Line]:
-    """The probe of hidden tokens; the count table is shown and not bound to be beaten: it is not."""
+    """The probe of hidden letters; of four neighbours' counts is shown beside it, not beaten."""
     untrained, trained = table["linear probe"]
-    beside = {"guessing": table["commonest token"][1], "untrained": untrained, "counting": table["count table"][1]}
+    beside = {"guessing": table["commonest token"][1], "untrained": untrained, "counting two": table["count table"][1]}
     return [
-        Line("probe", "text: hidden token, linear probe, %", trained, beside, binding=False),
+        Line("probe", "text: hidden letter, linear probe, %", trained, beside),
+        Line(
+            "probe_of_four",
+            "text: the same, beside counts of four neighbours",
+            trained,
+            {"counting four": table["count table of four"][1]},
+            binding=False,
+        ),
         Line("probe_gain", "text: probe, points above untrained", trained - untrained, {"untrained": LEAST_GAIN}),
         Line(
             "teacher_probe",

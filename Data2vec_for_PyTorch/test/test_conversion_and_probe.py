@@ -155,21 +155,38 @@ def test_probes_and_retrieval_measure_what_they_say():
 def test_count_table_knows_the_neighbours_and_nothing_more():
     import numpy as np
 
-    from data2vec.count_table import CountTable
+    from data2vec.count_table import NOT_VISIBLE, CountTable
 
     corpus = np.array([10, 1, 20] * 4 + [11, 2, 20] * 4 + [10, 3, 21] * 2 + [11, 3, 21])  # left, token, right
     table = CountTable(corpus, np.array([1, 2, 3]))
     assert [table.guess(10, 20), table.guess(11, 20), table.guess(10, 21)] == [0, 1, 2]
-    assert table.guess(10, None) == 0 and table.guess(None, 21) == 2 and table.guess(None, None) == 0
+    assert table.guess(10, NOT_VISIBLE) == 0 and table.guess(NOT_VISIBLE, 21) == 2
+    assert table.guess(NOT_VISIBLE, NOT_VISIBLE) == 0
     assert table.guess(11, 21) == 2  # seen once only: from both neighbours apart
+
+
+def test_table_of_four_neighbours_answers_where_it_has_seen_them_often_enough():
+    import numpy as np
+
+    from data2vec.count_table import LEAST_SEEN, NOT_VISIBLE, guess_of_four
+    from data2vec.text_probe import counting_accuracy
+
+    corpus = np.array([8, 10, 1, 20, 9] * 5 + [9, 10, 2, 20, 8] * 5 + [8, 10, 2, 20, 8] * (LEAST_SEEN - 1))
+    asked = [[8, 10, 20, 9], [9, 10, 20, 8], [8, 10, 20, 8], [NOT_VISIBLE, 10, 20, 9], [7, 10, 20, 9]]
+    assert guess_of_four(corpus, np.array([2, 1]), np.array(asked)).tolist() == [1, 0, -1, 1, -1]
+    found = {"token": torch.tensor([1, 2, 2, 1, 5]), "around": torch.tensor(asked)}
+    of_two, of_four = counting_accuracy(corpus, torch.tensor([2, 1]), found)  # the token 5 is not among the common
+    assert (of_two, of_four) == (50, 100)
 
 
 def test_neighbours_that_are_hidden_or_outside_the_block_are_not_visible():
     from data2vec.text_probe import NOT_VISIBLE, _neighbours
 
-    source = torch.tensor([[0, 7, 99, 2, 9]])  # <s>, ids, one of them masked and one </s>
-    assert _neighbours(source, -1, (99, 0, 1)).tolist() == [NOT_VISIBLE, NOT_VISIBLE, 7, NOT_VISIBLE, 2]
-    assert _neighbours(source, 1, (99, 0, 1)).tolist() == [7, NOT_VISIBLE, 2, 9, NOT_VISIBLE]
+    source = torch.tensor([[0, 7, 99, 2, 9], [5, 6, 7, 8, 9]])  # <s>, ids, one of them masked and one </s>
+    hidden = NOT_VISIBLE
+    found = _neighbours(source, (99, 0, 1)).view(2, 5, 4)  # at -2, -1, 1, 2
+    assert found[0, 2].tolist() == [hidden, 7, 2, 9] and found[0, 4].tolist() == [hidden, 2, hidden, hidden]
+    assert found[1, 0].tolist() == [hidden, hidden, 6, 7] and found[1, 2].tolist() == [5, 6, 8, 9]
 
 
 def test_probe_runs_on_a_checkpoint(golden, capsys):
@@ -181,5 +198,6 @@ def test_probe_runs_on_a_checkpoint(golden, capsys):
     assert set(results) == {"untrained", "checkpoint"}
     assert "cloze retrieval" in capsys.readouterr().out
     assert 0 <= results["checkpoint"]["linear probe"] <= 100
-    assert results["checkpoint"]["count table"] == results["untrained"]["count table"] > 0
+    for row in ("count table", "count table of four"):
+        assert results["checkpoint"][row] == results["untrained"][row] > 0
     assert results["checkpoint"]["teacher's probe"] != results["untrained"]["teacher's probe"]
