@@ -4,16 +4,20 @@
 # Promises: text_to_image_R@1 >= 85, text_to_image_R@10 >= 96 within 480 CPU seconds
 # Usage: bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]] ; called by `make demo PROJECT=CLIP_for_PyTorch` and
 # `make outcomes`. OUTPUT_DIR/demo.json holds the numbers that it ends with, in percent.
+# CAPTIONS=zh trains and asks in Chinese.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
-data=$(realpath "$1")/captioned_emoji
+data=$(realpath "$1")/captioned_emoji${CAPTIONS:+/$CAPTIONS}
 output=$(realpath -m "${2:-$project/test/output/demo}")
 seed=${3:-0}
+epochs=9
+[[ -z ${CAPTIONS:-} ]] || epochs=45 # one caption a picture there, five here: as many steps
 cd "$project"
+[[ -f $data/train.jsonl ]] || { echo "error: $data/train.jsonl: no such file; CAPTIONS is zh or not set" >&2; exit 2; }
 
 python3 save_clip_roberta.py --from_scratch mini --family clip --captions "$data/train.jsonl" \
   --output_dir "$output/start" --overwrite --seed "$seed"
-bash test/train_full_1p.sh --data_path="$data" --model_path="$output/start" --batch_size=128 --epochs=9 \
+bash test/train_full_1p.sh --data_path="$data" --model_path="$output/start" --batch_size=128 --epochs=$epochs \
   --precision=fp32 --workers=0 --output_dir="$output" -- --train_file "$data/train.jsonl" \
   --validation_file "$data/unseen_combination.jsonl" --seed "$seed" --learning_rate 1e-3 --weight_decay 0.2 \
   --warmup_steps 60 --lr_scheduler_type cosine --distinct_pairs --crop_cache "$output/crops" --log_every 50 --save_every 0

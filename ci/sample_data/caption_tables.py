@@ -16,9 +16,16 @@ def write_split(folder: Path, split: str, rows: Iterable[tuple[str, Image.Image,
         rows: (file name without ending, picture, its captions) of every picture, in the order of the table.
     """
     (folder / "pictures").mkdir(exist_ok=True)
-    with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as table:
-        for name, picture, captions in rows:
-            path = f"pictures/{name}.png"
-            picture.save(folder / path)
-            for caption in captions:
-                table.write(json.dumps({"image_path": path, "caption": caption}) + "\n")
+    pairs = []
+    for name, picture, captions in rows:
+        path = f"pictures/{name}.png"
+        picture.save(folder / path)
+        pairs += [(path, caption) for caption in captions]
+    write_pairs(folder / f"{split}.jsonl", pairs)
+
+
+def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Writes a table of (picture, from the table's folder; caption)."""
+    with path.open("w", encoding="utf-8") as table:
+        for picture, caption in pairs:
+            table.write(json.dumps({"image_path": picture, "caption": caption}, ensure_ascii=False) + "\n")

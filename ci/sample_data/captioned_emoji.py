@@ -6,17 +6,23 @@ Tables as `caption_tables` writes them:
 - `unseen_combination`: of every figure drawn in several skin tones a part of them: the figure and the tone are trained
   on, each with others. Drawings that differ from a trained one in direction only are not asked for.
 - `unseen_concept`: the families that `images/` and `coco2017/` hold out, without skin tones.
+
+`zh/` has the same tables of the same pictures with their Chinese names, one caption each; a name that two pictures
+share is left out.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+import zipfile
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from ci.sample_data import coco_captions, emoji_table
-from ci.sample_data.caption_tables import write_split
+from ci.sample_data.caption_tables import write_pairs, write_split
 from ci.sample_data.emoji_table import Emoji
 from ci.sample_data.icon_table import share_of
+from ci.sample_data.packages import EMOJI
 
 PACKAGES = emoji_table.PACKAGES
 TONES = tuple(f"{tone} skin tone" for tone in ("medium-light", "medium-dark", "light", "dark", "medium"))
@@ -30,6 +36,20 @@ def build(archives: dict[str, Path], folder: Path) -> None:
     ambiguous = coco_captions.ambiguous_names(table)
     for split, part in splits(table).items():
         write_split(folder, split, ((e.code, e.picture(), coco_captions.captions(e, ambiguous)) for e in part))
+    chinese = chinese_names(archives[EMOJI.name])
+    shared = Counter(chinese.get(emoji.code) for emoji in table)
+    (folder / "zh").mkdir()
+    for split, part in splits(table).items():
+        named = [(e.code, chinese[e.code]) for e in part if e.code in chinese and shared[chinese[e.code]] == 1]
+        write_pairs(folder / "zh" / f"{split}.jsonl", ((f"../pictures/{code}.png", name) for code, name in named))
+
+
+def chinese_names(wheel: Path) -> dict[str, str]:
+    """The names of emoji (Unicode's CLDR, simplified) by code."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = json.loads(archive.read("emoji/unicode_codes/emoji_zh.json"))
+    codes = {text: emoji_table.plain_code("-".join(f"{ord(c):x}" for c in text)) for text in names}
+    return {codes[text]: name.strip(":").replace("_", "，") for text, name in names.items()}
 
 
 def splits(table: list[Emoji]) -> dict[str, list[Emoji]]:

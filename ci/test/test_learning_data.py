@@ -16,7 +16,7 @@ def icons(sample_data: Path) -> list[icon_table.Icon]:
 
 
 def read_tables(folder: Path) -> dict[str, list[dict]]:
-    return {path.stem: [json.loads(line) for line in path.open()] for path in folder.glob("*.jsonl")}
+    return {path.stem: [json.loads(line) for line in path.open(encoding="utf-8")] for path in folder.glob("*.jsonl")}
 
 
 def test_an_icons_caption_concept_and_words():
@@ -78,6 +78,18 @@ def test_emoji_tables_hold_out_combinations_and_families(sample_data):
     trained = {emoji.family for emoji in parts["train"]}
     assert len(parts["unseen_concept"]) > 300
     assert not trained & {emoji.family for emoji in parts["unseen_concept"]}
+
+
+def test_chinese_tables_name_the_same_pictures_in_the_same_splits(sample_data):
+    """By Unicode's Chinese names, none of them twice."""
+    folder = sample_data / "captioned_emoji"
+    english, chinese = read_tables(folder), read_tables(folder / "zh")
+    assert set(english) == set(chinese)
+    for split, rows in chinese.items():
+        assert {row["image_path"] for row in rows} == {f"../{row['image_path']}" for row in english[split]}
+    names = {row["image_path"]: row["caption"] for rows in chinese.values() for row in rows}
+    assert names["../pictures/1f385-1f3fc.png"] == "圣诞老人，中等浅肤色"
+    assert len(set(names.values())) == len(names) and not any("_" in name or ":" in name for name in names.values())
 
 
 @pytest.mark.parametrize("name", ["captioned_emoji", "captioned_icons"])

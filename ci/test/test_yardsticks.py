@@ -30,10 +30,17 @@ def test_nearest_class_finds_colours_and_guessing_is_the_largest_class(tmp_path)
     assert pixels.nearest_class(train, val)["nearest_pixels"] == pytest.approx(80)
 
 
-def test_words_of_nearest_retrieve_what_pixels_tell(tmp_path):
+@pytest.mark.parametrize(
+    "captions",
+    [
+        {"red": "a red box", "green": "a green box", "blue": "a blue box"},
+        {"red": "红色的盒子", "green": "绿色的盒子", "blue": "蓝色的盒子"},  # without spaces
+    ],
+)
+def test_words_of_nearest_retrieve_what_pixels_tell(tmp_path, captions):
     for split, shift in (("train", 0), ("val", 20)):
         write_classes(tmp_path / split, dict.fromkeys(COLOURS, 1), shift)
-        rows = [{"image_path": f"{split}/{name}/0.png", "caption": f"a {name} box"} for name in COLOURS]
+        rows = [{"image_path": f"{split}/{name}/0.png", "caption": captions[name]} for name in COLOURS]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = words.retrieval(tmp_path / "train.jsonl", tmp_path / "val.jsonl")
     assert found["words_of_nearest"]["text_to_image_R@1"] == found["words_of_nearest"]["image_to_text_R@1"] == 100

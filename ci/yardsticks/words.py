@@ -69,7 +69,8 @@ def _described(near: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _words(captions: Sequence[str]) -> set[str]:
-    return {word for caption in captions for word in re.findall("[a-z0-9]+", caption.lower())}
+    """Of Chinese, which has no spaces, every sign."""
+    return {word for caption in captions for word in re.findall("[a-z0-9]+|[\u4e00-\u9fff]", caption.lower())}
 
 
 def _counts(captions: Sequence[str], place: dict[str, int]) -> np.ndarray:
