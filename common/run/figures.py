@@ -79,6 +79,7 @@ def fonts_for(texts: Iterable[str], kind: str = "sans-serif") -> Iterator[None]:
     missing = {c for text in texts for c in text if c.isprintable() and not c.isspace()} - characters_of(family)
     families = [family]
     if missing:
+        _find_new_fonts()
         installed = {font.name for font in font_manager.fontManager.ttflist}
         found = [(len(missing & characters_of(name)), name) for name in WIDE_FONTS if name in installed]
         most, wide = max(found, key=lambda pair: pair[0], default=(0, ""))
@@ -93,3 +94,13 @@ def fonts_for(texts: Iterable[str], kind: str = "sans-serif") -> Iterator[None]:
     with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield
+
+
+def _find_new_fonts() -> None:
+    """What was installed since matplotlib wrote down which fonts there are, which it does once."""
+    from matplotlib import font_manager
+
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in set(font_manager.findSystemFonts()) - known:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # one that FreeType cannot read
+            font_manager.fontManager.addfont(path)

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
-from matplotlib import pyplot
+from matplotlib import font_manager, pyplot
 
 from common.run import figures
 
@@ -34,4 +34,18 @@ def test_a_font_that_has_the_script_is_taken_and_one_that_is_missing_is_told(mon
         assert not np.array_equal(drawn(RARE), box)
         assert capsys.readouterr().out == ""
         drawn("plain words")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_font_installed_after_matplotlib_listed_its_fonts_is_found(monkeypatch, capsys):
+    manager = font_manager.fontManager
+    wide = next(font.fname for font in manager.ttflist if font.fname.endswith("STIXGeneral.ttf"))
+    monkeypatch.setattr(figures, "WIDE_FONTS", ("STIXGeneral",))
+    seen = drawn(RARE)
+    monkeypatch.setattr(manager, "ttflist", [font for font in manager.ttflist if font.name != "STIXGeneral"])
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    assert not np.array_equal(drawn(RARE), seen)
+    assert "no font here has" in capsys.readouterr().out
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [wide, __file__])  # this file is none
+    assert np.array_equal(drawn(RARE), seen)
     assert capsys.readouterr().out == ""
