@@ -87,8 +87,10 @@ def draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]]
 
 def _draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]], path: Path) -> None:
     rows = 2 * len(blocks) + len(alike) + 4
-    figure, axis = figures.new((13, 0.27 * rows), layout=None)
-    axis.set(xlim=(0, max(map(len, blocks)) if blocks else 1), ylim=(rows, 0))
+    columns = max(map(len, blocks)) if blocks else 1
+    longest = max((len(true) for block in blocks for true, _ in block if not true.startswith("<")), default=1)
+    figure, axis = figures.new((min(13, max(9, 0.1 * longest * columns)), 0.27 * rows), layout=None)  # inches
+    axis.set(xlim=(0, columns), ylim=(rows, 0))
     axis.axis("off")
     font, title = {"fontsize": 9}, {"fontsize": 10, "weight": "bold", "family": "sans-serif"}
     axis.text(0, 0.6, "hidden tokens: expected, of the 100 commonest (green: right), over true; _ is a space", **title)
@@ -98,9 +100,10 @@ def _draw(blocks: list[list[tuple[str, str]]], alike: list[tuple[str, list[str]]
                 axis.text(
                     x, 2 * y + 1.7, expected, color="green" if expected == true else "firebrick", weight="bold", **font
                 )
-            axis.text(x, 2 * y + 2.5, true, color="0.6" if expected else "black", **font)
+            size = {"fontsize": 6} if true in ("<s>", "</s>") else font
+            axis.text(x, 2 * y + 2.5, true, color="0.6" if expected else "black", **size)
     top = 2 * len(blocks) + 2.6
-    axis.text(0, top, "tokens whose targets are nearest to those of the commonest words, or tokens", **title)
+    axis.text(0, top, "the commonest words (or tokens), and those whose targets are nearest to theirs", **title)
     for y, (word, neighbours) in enumerate(alike):
         axis.text(0, top + 1 + y, f"{word:<10} {'  '.join(neighbours)}", **font)
     figures.save(figure, path, bbox_inches="tight")
