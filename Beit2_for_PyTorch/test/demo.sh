@@ -9,6 +9,7 @@
 # tokens of an untrained tokenizer, for comparison.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+source "$project/../common/whole_group.sh"
 pictures=$(realpath "$1")/images
 output=$(realpath -m "${2:-$project/test/output/demo}")
 first_seed=${3:-0}
@@ -45,7 +46,6 @@ finetune() {
 # fine-tuning from scratch waits for nothing, so it runs beside the steps below; its CPU seconds are theirs
 (for number in 0 1 2; do finetune scratch $number 140 || exit 1; done) &
 scratch=$!
-trap 'kill $scratch 2>/dev/null || true' EXIT
 
 echo "1. tokenizer: 128 visual tokens that let a decoder rebuild every patch"
 python3 test/pixel_teacher.py "$output/teacher.pth"

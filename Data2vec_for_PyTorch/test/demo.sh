@@ -5,6 +5,7 @@
 # OUTPUT_DIR/demo.json holds the numbers that it ends with, in percent.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+source "$project/../common/whole_group.sh"
 text=$(realpath "$1")/text
 pictures=$(realpath "$1")/images
 output=$(realpath -m "${2:-$project/test/output/demo}")
@@ -12,8 +13,7 @@ seed=${3:-1}
 cd "$project"
 export OMP_NUM_THREADS=1 # two runs side by side
 corpus=$(mktemp -d)
-picture_run=
-trap 'rm -rf "$corpus"; [[ -z $picture_run ]] || kill $picture_run 2>/dev/null || true' EXIT
+trap 'rm -rf "$corpus"' EXIT
 mkdir -p "$output"
 
 pretrain_pictures() {
@@ -41,7 +41,6 @@ bash test/train_full_1p.sh --data_path="$corpus/data-bin" --config_name=demo \
 asked=(--config-name demo "common.seed=$seed" "task.data=$corpus/data-bin" dataset.valid_subset=test)
 asked+=("common_eval.path=$output/text/checkpoints/checkpoint_last.pt")
 wait $picture_run # earlier than the text
-picture_run=
 python3 draw_cloze.py "${asked[@]}" --output_dir "$output/text" --encoder-json "$corpus/encoder.json" >"$output/text/draw.log" 2>&1 &
 drawing=$!
 python3 probe.py "${asked[@]}" | tee "$output/text/probe.txt"

@@ -1,0 +1,67 @@
+"""A demo that runs two things side by side ends as a whole: nothing goes on behind it."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECTS = {"Data2vec_for_PyTorch": "bpe_encode.py", "Beit2_for_PyTorch": "test/pixel_teacher.py"}  # its first step
+PYTHON = """#!/usr/bin/env bash
+[[ $1 != "$FAILING" ]] || { while [[ ! -s $STARTED ]]; do sleep 0.05; done; exit 3; }
+echo $$ >>"$STARTED"
+exec sleep 600
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition, seconds: float = 30) -> bool:
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(met)
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+@pytest.mark.parametrize("way", ["failure", "SIGTERM", "SIGINT of a terminal"])
+def test_nothing_goes_on_after_a_demo(tmp_path, project, way):
+    commands, started = tmp_path / "bin", tmp_path / "started"
+    commands.mkdir()
+    (commands / "python3").write_text(PYTHON)
+    (commands / "python3").chmod(0o755)
+    pictures = tmp_path / "data" / "images" / "train" / "faces"
+    pictures.mkdir(parents=True)
+    for number in range(10):
+        (pictures / f"{number}.png").touch()
+    started.touch()
+    environment = os.environ | {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "STARTED": str(started),
+        "FAILING": PROJECTS[project] if way == "failure" else "",
+    }
+    command = ["bash", str(ROOT / project / "test" / "demo.sh"), str(tmp_path / "data"), str(tmp_path / "output")]
+    demo = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        wanted = 1 if way == "failure" else 2
+        assert until(lambda: len(started.read_text().splitlines()) >= wanted)
+        if way == "SIGTERM":
+            demo.terminate()
+        elif way != "failure":
+            os.killpg(demo.pid, signal.SIGINT)
+        assert demo.wait(timeout=30) == {"failure": 3, "SIGTERM": 143}.get(way, 130)
+        left = [int(pid) for pid in started.read_text().split()]
+        assert until(lambda: not any(map(is_running, left)), 5)
+    finally:
+        for pid in map(int, started.read_text().split()):
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+        demo.kill()
