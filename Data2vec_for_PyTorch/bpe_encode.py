@@ -21,6 +21,8 @@ from common.errors import UsageError, print_usage_errors
 from data2vec.data.bpe import load_tokenizer
 from data2vec.data.text_files import map_chunks, read_lines
 
+BYTES = 256
+
 
 @print_usage_errors
 def main(argv: list[str] | None = None) -> None:
@@ -54,6 +56,8 @@ def check_paths(options: argparse.Namespace) -> None:
         raise UsageError(f"{len(options.inputs)} --inputs but {len(options.outputs)} --outputs: give as many")
     if len(set(options.outputs)) < len(options.outputs):
         raise UsageError(f"--outputs {' '.join(options.outputs)}: name one file for each input")
+    if options.learn is not None and options.learn < BYTES:
+        raise UsageError(f"--learn {options.learn}: give {BYTES} or more: the vocabulary begins with every byte")
     made = [options.encoder_json, options.vocab_bpe] if options.learn else []
     needed = [*options.inputs, *([] if options.learn else (options.encoder_json, options.vocab_bpe))]
     for path in needed:

@@ -91,7 +91,7 @@ def retrieval(pred: torch.Tensor, target: torch.Tensor) -> float:
 
 def _prepared(x, y, labels, reference) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows whose label is among `labels`, standardised as `reference`, with a 1 at the end; and the labels' places."""
-    place = torch.full((int(max(y.max(), labels.max())) + 1,), -1)
+    place = torch.full((int(torch.cat([y, labels]).max()) + 1,), -1)
     place[labels] = torch.arange(len(labels))
     kept = place[y] >= 0
     x = (x[kept] - reference.mean(dim=0)) / (reference.std(dim=0) + 1e-6)

@@ -35,6 +35,7 @@ class CountTable:
 
     def guess(self, left: int, right: int) -> int:
         """The place in `common` of the likeliest token between two neighbours, each of them maybe NOT_VISIBLE."""
+        left, right = (n if n < self.size else NOT_VISIBLE for n in (left, right))  # not in the training text at all
         if left == right == NOT_VISIBLE:
             return 0
         if NOT_VISIBLE in (left, right):

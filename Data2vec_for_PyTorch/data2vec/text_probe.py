@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common import device as devices
+from common.errors import UsageError
 from common.run.progress import bar
 from data2vec.count_table import NOT_VISIBLE, CountTable, guess_of_four
 from data2vec.data.dictionary import MASK
@@ -35,6 +36,8 @@ def collect(
         pred, target: fp32 [N, C].
         token: int64 [N], the original id.
         around: int64 [N, 4], the ids at OFFSETS in the batch, NOT_VISIBLE where hidden.
+
+    UsageError where fewer than two are masked: nothing can be fitted to them, or found among them.
     """
     rows: dict[str, list[torch.Tensor]] = {}
     count, mask_idx = 0, data.vocab.index(MASK)
@@ -50,6 +53,11 @@ def collect(
         count += int(kept.sum())
         if count >= limit:
             break
+    if count < 2:
+        raise UsageError(
+            f"task.data={data.config.task.data}: a split has {count} masked tokens to ask for (special and "
+            "unknown ones left out): give it more text, whose tokens dict.txt has"
+        )
     return {name: torch.cat(values)[:limit] for name, values in rows.items()}
 
 

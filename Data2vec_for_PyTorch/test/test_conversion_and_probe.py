@@ -163,6 +163,8 @@ def test_count_table_knows_the_neighbours_and_nothing_more():
     assert table.guess(10, NOT_VISIBLE) == 0 and table.guess(NOT_VISIBLE, 21) == 2
     assert table.guess(NOT_VISIBLE, NOT_VISIBLE) == 0
     assert table.guess(11, 21) == 2  # seen once only: from both neighbours apart
+    never = 22  # in the dictionary, but not in the training text
+    assert table.guess(never, 21) == 2 and table.guess(10, never) == 0 and table.guess(never, never) == 0
 
 
 def test_table_of_four_neighbours_answers_where_it_has_seen_them_often_enough():
@@ -187,6 +189,22 @@ def test_neighbours_that_are_hidden_or_outside_the_block_are_not_visible():
     found = _neighbours(source, (99, 0, 1)).view(2, 5, 4)  # at -2, -1, 1, 2
     assert found[0, 2].tolist() == [hidden, 7, 2, 9] and found[0, 4].tolist() == [hidden, 2, hidden, hidden]
     assert found[1, 0].tolist() == [hidden, hidden, 6, 7] and found[1, 2].tolist() == [5, 6, 8, 9]
+
+
+def test_probes_ask_of_two_masked_tokens_at_least_and_may_find_none_to_guess():
+    from types import SimpleNamespace
+
+    from common.errors import UsageError
+    from data2vec import text_probe
+    from data2vec.classifiers import LogisticRegression
+
+    batches = SimpleNamespace(loader=lambda num_workers: [])
+    vocab = SimpleNamespace(index=lambda symbol: 9)
+    data = SimpleNamespace(vocab=vocab, config=SimpleNamespace(task=SimpleNamespace(data="DIR")))
+    with pytest.raises(UsageError, match="task.data=DIR: a split has 0 masked tokens"):
+        text_probe.collect(None, batches, 10, data, torch.device("cpu"), "fp32")
+    fitted = LogisticRegression(torch.eye(4), torch.tensor([5, 5, 6, 6]), 2)
+    assert fitted.predict(torch.zeros(0, 4)).tolist() == []
 
 
 def test_probe_runs_on_a_checkpoint(golden, capsys):

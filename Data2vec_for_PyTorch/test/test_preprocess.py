@@ -135,6 +135,13 @@ def test_bpe_refusals_leave_nothing_behind(scripts, learned, tmp_path, capsys):
         ([vocabulary, merges], [str(tmp_path / "latin1")], [output], "latin1: not UTF-8 at byte 8"),
         ([vocabulary, merges], [text, text], [output, output], "one file for each input"),
         ([str(tmp_path / "e"), str(tmp_path / "v"), "--learn", "300"], [str(tmp_path / "latin1")], [output], "UTF-8"),
+        (
+            [str(tmp_path / "e"), str(tmp_path / "v"), "--learn", "255"],
+            [text],
+            [output],
+            "--learn 255: give 256 or more",
+        ),
+        ([vocabulary, merges, "--learn", "0"], [text], [output], "--learn 0: give 256 or more"),
     ):
         arguments = ["--encoder-json", files[0], "--vocab-bpe", *files[1:], "--inputs", *inputs, "--outputs", *outputs]
         message = refused(scripts[1], capsys, arguments)
