@@ -11,9 +11,13 @@ data=$(realpath "$1")/captioned_emoji${CAPTIONS:+/$CAPTIONS}
 output=$(realpath -m "${2:-$project/test/output/demo}")
 seed=${3:-0}
 epochs=9
-[[ -z ${CAPTIONS:-} ]] || epochs=45 # one caption a picture there, five here: as many steps
+case ${CAPTIONS:-} in
+  "") ;;
+  zh) epochs=45 ;; # one caption a picture there, five here: as many steps
+  *) echo "error: CAPTIONS=$CAPTIONS: give zh, or leave it out for English" >&2; exit 2 ;;
+esac
 cd "$project"
-[[ -f $data/train.jsonl ]] || { echo "error: $data/train.jsonl: no such file; CAPTIONS is zh or not set" >&2; exit 2; }
+[[ -f $data/train.jsonl ]] || { echo "error: $data/train.jsonl: no such file; make sample_data builds it" >&2; exit 2; }
 
 python3 save_clip_roberta.py --from_scratch mini --family clip --captions "$data/train.jsonl" \
   --output_dir "$output/start" --overwrite --seed "$seed"

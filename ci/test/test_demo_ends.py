@@ -65,3 +65,19 @@ def test_nothing_goes_on_after_a_demo(tmp_path, project, way):
             if is_running(pid):
                 os.kill(pid, signal.SIGKILL)
         demo.kill()
+
+
+@pytest.mark.parametrize(
+    ("captions", "said"),
+    [
+        ("en", "CAPTIONS=en: give zh"),
+        ("../captioned_icons", "give zh"),
+        ("zh", "train.jsonl: no such file; make sample_data"),
+    ],
+)
+def test_captions_are_english_or_chinese(tmp_path, captions, said):
+    (tmp_path / "captioned_icons").mkdir()
+    (tmp_path / "captioned_icons" / "train.jsonl").touch()
+    command = ["bash", str(ROOT / "CLIP_for_PyTorch" / "test" / "demo.sh"), str(tmp_path), str(tmp_path / "output")]
+    done = subprocess.run(command, env=os.environ | {"CAPTIONS": captions}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
