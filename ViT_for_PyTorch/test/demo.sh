@@ -6,6 +6,7 @@
 # OUTPUT_DIR/demo.json holds the numbers that it ends with.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+source "$project/../common/whole_group.sh"
 pictures=$(realpath "$1")/images
 other_artist=$(realpath "$1")/images_openmoji
 output=$(realpath -m "${2:-$project/test/output/demo}")

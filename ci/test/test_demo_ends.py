@@ -1,4 +1,4 @@
-"""A demo that runs two things side by side ends as a whole: nothing goes on behind it."""
+"""A demo ends as a whole: nothing goes on behind it."""
 
 import os
 import signal
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROJECTS = {"Data2vec_for_PyTorch": "bpe_encode.py", "Beit2_for_PyTorch": "test/pixel_teacher.py"}  # its first step
+# those that run two things side by side, and their first step
+PAIRS = {"Data2vec_for_PyTorch": "bpe_encode.py", "Beit2_for_PyTorch": "test/pixel_teacher.py"}
+SIGNALS = ("SIGTERM", "SIGINT of a terminal")
 PYTHON = """#!/usr/bin/env bash
 [[ $1 != "$FAILING" ]] || { while [[ ! -s $STARTED ]]; do sleep 0.05; done; exit 3; }
 echo $$ >>"$STARTED"
@@ -31,8 +33,11 @@ def until(condition, seconds: float = 30) -> bool:
     return bool(met)
 
 
-@pytest.mark.parametrize("project", PROJECTS)
-@pytest.mark.parametrize("way", ["failure", "SIGTERM", "SIGINT of a terminal"])
+@pytest.mark.parametrize(
+    ("project", "way"),
+    [(project, way) for project in PAIRS for way in ("failure", *SIGNALS)]
+    + [(project, way) for project in ("ViT_for_PyTorch", "CLIP_for_PyTorch") for way in SIGNALS],
+)
 def test_nothing_goes_on_after_a_demo(tmp_path, project, way):
     commands, started = tmp_path / "bin", tmp_path / "started"
     commands.mkdir()
@@ -42,16 +47,20 @@ def test_nothing_goes_on_after_a_demo(tmp_path, project, way):
     pictures.mkdir(parents=True)
     for number in range(10):
         (pictures / f"{number}.png").touch()
+    for folder in ("images", "images_openmoji"):
+        (tmp_path / "data" / folder / "val").mkdir(parents=True)
+    (tmp_path / "data" / "captioned_emoji").mkdir()
+    (tmp_path / "data" / "captioned_emoji" / "train.jsonl").touch()
     started.touch()
     environment = os.environ | {
         "PATH": f"{commands}:{os.environ['PATH']}",
         "STARTED": str(started),
-        "FAILING": PROJECTS[project] if way == "failure" else "",
+        "FAILING": PAIRS[project] if way == "failure" else "",
     }
     command = ["bash", str(ROOT / project / "test" / "demo.sh"), str(tmp_path / "data"), str(tmp_path / "output")]
     demo = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        wanted = 1 if way == "failure" else 2
+        wanted = 2 if project in PAIRS and way != "failure" else 1
         assert until(lambda: len(started.read_text().splitlines()) >= wanted)
         if way == "SIGTERM":
             demo.terminate()

@@ -127,6 +127,18 @@ def test_update_without_all_runs_changes_nothing(tmp_path):
     assert not (tmp_path / "stored").exists()
 
 
+def test_a_variant_of_a_demo_in_the_environment_is_not_judged(tmp_path, monkeypatch):
+    """CAPTIONS=zh make outcomes: the demo that is run, and held against its limits, is the usual one."""
+    script = tmp_path / "CLIP_for_PyTorch" / "test" / "demo.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text('echo "captions ${CAPTIONS-unset}, tokenizer ${RANDOM_TOKENIZER-unset}"\n')
+    monkeypatch.setattr(outcomes, "ROOT", tmp_path)
+    for name, value in (("CAPTIONS", "zh"), ("RANDOM_TOKENIZER", "1")):
+        monkeypatch.setenv(name, value)
+    outcomes.run_demo("CLIP_for_PyTorch", 0, tmp_path, tmp_path / "run")
+    assert (tmp_path / "run" / "demo.txt").read_text() == "captions unset, tokenizer unset\n"
+
+
 def test_a_real_run_that_cannot_learn_fails(tmp_path, sample_data, capsys):
     """The demo itself, on too few pictures: one step an epoch."""
     for split, count in (("images/train", 8), ("images/val", 5), ("images_openmoji/val", 5)):
