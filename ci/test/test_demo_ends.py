@@ -58,7 +58,11 @@ def test_nothing_goes_on_after_a_demo(tmp_path, project, way):
         "FAILING": PAIRS[project] if way == "failure" else "",
     }
     command = ["bash", str(ROOT / project / "test" / "demo.sh"), str(tmp_path / "data"), str(tmp_path / "output")]
-    demo = subprocess.Popen(command, env=environment, start_new_session=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background it is ignored, and handed on
+    try:
+        demo = subprocess.Popen(command, env=environment, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         wanted = 2 if project in PAIRS and way != "failure" else 1
         assert until(lambda: len(started.read_text().splitlines()) >= wanted)
