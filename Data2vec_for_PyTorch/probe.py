@@ -37,6 +37,7 @@ from data2vec.text_probe import collect, counting_accuracy
 
 TRAIN_TOKENS, VALID_TOKENS, RETRIEVAL_TOKENS = 60_000, 15_000, 1000
 CLASSES = 100
+OF_PIXELS, OF_COUNTING = ("linear probe, pixels", "nearest, pixels"), ("count table", "count table of four")
 Numbers = dict[str, float]
 
 
@@ -73,19 +74,18 @@ def probe_images(model, data, config, device: torch.device, precision: str, earl
     train_folder, valid_folder, classes = class_folders(config)
     train = collect_pictures(model, train_folder, classes, config, device, precision)
     valid = collect_pictures(model, valid_folder, classes, config, device, precision)
-    if earlier is None:
-        pixels = collect_pixels(train_folder), train[1], collect_pixels(valid_folder), valid[1]
-        of_pixels = {"linear probe": linear_probe(*pixels)[0], "nearest": nearest_neighbour(*pixels)}
+    if earlier:
+        known = {name: earlier[name] for name in OF_PIXELS}
     else:
-        of_pixels = {name: earlier[f"{name}, pixels"] for name in ("linear probe", "nearest")}
+        pixels = collect_pixels(train_folder), train[1], collect_pixels(valid_folder), valid[1]
+        known = dict(zip(OF_PIXELS, (linear_probe(*pixels)[0], nearest_neighbour(*pixels)), strict=True))
     accuracy, largest = linear_probe(*train, *valid)
     batches, forward = data.valid_batches(config.dataset.valid_subset), forward_of(config, data, device)
     pred, target = collect_masked_patches(model, batches, RETRIEVAL_TOKENS, forward, device, precision)
     return {
         "linear probe": accuracy,
-        "linear probe, pixels": of_pixels["linear probe"],
         "nearest neighbour": nearest_neighbour(*train, *valid),
-        "nearest, pixels": of_pixels["nearest"],
+        **known,
         "largest class": largest,
         "cloze retrieval": retrieval(pred, target),
         "chance": 100 / len(pred),
@@ -103,19 +103,19 @@ def probe_text(
     if "teacher" in train:
         pairs = (train["teacher"], train["token"], valid["teacher"], valid["token"])
         teacher = {"teacher's probe": logistic_probe(*pairs, CLASSES)[0]}
-    if earlier is None:
+    if earlier:
+        known = {name: earlier[name] for name in OF_COUNTING}
+    else:
         corpus = data.split(config.dataset.train_subset, training=True)[0].corpus
         text = corpus.token_range(0, int(corpus.sizes.sum()))
-        of_two, of_four = counting_accuracy(text, commonest(train["token"], CLASSES), valid)
-    else:
-        of_two, of_four = earlier["count table"], earlier["count table of four"]
+        counted = counting_accuracy(text, commonest(train["token"], CLASSES), valid)
+        known = dict(zip(OF_COUNTING, counted, strict=True))
     pred, target = valid["pred"][:RETRIEVAL_TOKENS], valid["target"][:RETRIEVAL_TOKENS]
     return {
         "linear probe": accuracy,
         **teacher,
         "commonest token": guessing,
-        "count table": of_two,
-        "count table of four": of_four,
+        **known,
         "cloze retrieval": retrieval(pred, target),
         "chance": 100 / len(pred),
     }

@@ -9,6 +9,7 @@
 # tokens of an untrained tokenizer, for comparison.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+(($#)) || { echo "error: which sample data? bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]]" >&2; exit 2; }
 source "$project/../common/whole_group.sh"
 pictures=$(realpath "$1")/images
 output=$(realpath -m "${2:-$project/test/output/demo}")

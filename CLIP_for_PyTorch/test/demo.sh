@@ -7,6 +7,7 @@
 # CAPTIONS=zh trains and asks in Chinese.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+(($#)) || { echo "error: which sample data? bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]]" >&2; exit 2; }
 source "$project/../common/whole_group.sh"
 data=$(realpath "$1")/captioned_emoji${CAPTIONS:+/$CAPTIONS}
 output=$(realpath -m "${2:-$project/test/output/demo}")

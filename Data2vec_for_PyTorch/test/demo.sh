@@ -5,6 +5,7 @@
 # OUTPUT_DIR/demo.json holds the numbers that it ends with, in percent.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+(($#)) || { echo "error: which sample data? bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]]" >&2; exit 2; }
 source "$project/../common/whole_group.sh"
 text=$(realpath "$1")/text
 pictures=$(realpath "$1")/images

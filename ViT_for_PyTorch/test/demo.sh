@@ -6,6 +6,7 @@
 # OUTPUT_DIR/demo.json holds the numbers that it ends with.
 set -euo pipefail
 project=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+(($#)) || { echo "error: which sample data? bash test/demo.sh SAMPLE_DATA_DIR [OUTPUT_DIR [SEED]]" >&2; exit 2; }
 source "$project/../common/whole_group.sh"
 pictures=$(realpath "$1")/images
 other_artist=$(realpath "$1")/images_openmoji

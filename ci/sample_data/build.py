@@ -55,8 +55,8 @@ SETS: dict[str, tuple[ModuleType, ...]] = {
     "text": (plain_text,),
     "images_artists": (emoji_artists, openmoji_folder, image_folder, emoji_table),
     "gutenberg": (gutenberg, plain_text),
-    "glosses": (glosses, text_tables),
-    "genres": (genres, text_tables),
+    "glosses": (glosses, text_tables, icon_table),
+    "genres": (genres, text_tables, icon_table),
     "cifar10": (cifar10,),
 }
 OPTIONAL = ("images_artists", "gutenberg", "glosses", "genres", "cifar10")  # the others need pip only

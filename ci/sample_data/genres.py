@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from ci.sample_data.icon_table import share_of
 from ci.sample_data.packages import BROWN
-from ci.sample_data.text_tables import VALID_SHARE, by_hash, write_table
+from ci.sample_data.text_tables import HELD_OUT, write_table
 
 PACKAGES = (BROWN,)
 PASSAGE = 50  # words at least
@@ -57,8 +58,8 @@ def splits(genre_of: dict[str, str]) -> dict[str, str]:
         of_genre[genre].append(name)
     found = {}
     for names in of_genre.values():
-        share = max(1, round(VALID_SHARE * len(names)))
-        for place, name in enumerate(by_hash(names)):
+        share = max(1, round(HELD_OUT * len(names)))
+        for place, name in enumerate(sorted(names, key=share_of)):
             found[name] = "test" if place < share else "valid" if place < 2 * share else "train"
     return found
 

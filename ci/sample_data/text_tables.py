@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-VALID_SHARE = TEST_SHARE = 0.1
+from ci.sample_data.icon_table import share_of
+
+HELD_OUT = 0.1  # for validation, and as much for the test
 
 
 def write_table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
@@ -20,14 +21,5 @@ def write_table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 def split_of(key: str) -> str:
     """train, valid or test, by the hash of what must stay together."""
-    share = int(_hash(key)[:8], 16) / 2**32
-    return "test" if share < TEST_SHARE else "valid" if share < TEST_SHARE + VALID_SHARE else "train"
-
-
-def by_hash(names: Iterable[str]) -> list[str]:
-    """In an order that says nothing."""
-    return sorted(names, key=_hash)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    share = share_of(key)
+    return "test" if share < HELD_OUT else "valid" if share < 2 * HELD_OUT else "train"

@@ -94,3 +94,12 @@ def test_captions_are_english_or_chinese(tmp_path, captions, said):
     command = ["bash", str(ROOT / "CLIP_for_PyTorch" / "test" / "demo.sh"), str(tmp_path), str(tmp_path / "output")]
     done = subprocess.run(command, env=os.environ | {"CAPTIONS": captions}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
+
+
+@pytest.mark.parametrize("project", [*PAIRS, "ViT_for_PyTorch", "CLIP_for_PyTorch"])
+def test_a_demo_without_its_data_says_which_argument(project):
+    command = ["bash", str(ROOT / project / "test" / "demo.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: which sample data? bash test/demo.sh SAMPLE_DATA_DIR"
+    )
